@@ -1,0 +1,24 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: install demo test clean
+
+install: $(VENV)/installed
+
+# torch first: the extension is built against the installed one.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy ninja setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,bench]'
+	touch $@
+
+demo: install
+	$(BIN)/gkd-train compare --config configs/demo.yaml
+
+test: install
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+clean:
+	rm -rf build runs *.egg-info $(VENV)

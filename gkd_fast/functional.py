@@ -1,0 +1,265 @@
+"""The public functions: check the arguments, choose the backend and the precision, and call it.
+
+Every function takes raw features, L2-normalises their rows, and is differentiable twice.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gkd_fast import reference
+
+BACKENDS = ("auto", "reference", "cpp", "triton")
+NORMALIZATIONS = ("symmetric", "row")
+
+# Adaptive bandwidth: σ² = BANDWIDTH_SHARE · mean over i ≠ j of (1 − c_ij), at least MIN_BANDWIDTH².
+BANDWIDTH_SHARE = 0.5
+MIN_BANDWIDTH = 0.01
+
+
+def graph_conv(
+    nodes: Tensor,
+    messages: Tensor,
+    *,
+    bandwidth: float | Tensor | str = "auto",
+    normalization: str = "symmetric",
+    backend: str = "auto",
+) -> Tensor:
+    """One graph convolution over the batch: the normalised adjacency of ``nodes`` times ``messages``.
+
+    A_ij = exp((e_i·e_j − 1)/σ²) with e the L2-normalised rows of ``nodes`` and A_ii = 1, normalised as
+    D^-1/2 A D^-1/2 (``"symmetric"``) or D^-1 A (``"row"``).
+
+    Args:
+        nodes: ``[B, D]``, floating point.
+        messages: ``[B, K]``, of the nodes' type and device.
+        bandwidth: σ > 0, a number or a 0-dim tensor (taken without gradient), or ``"auto"``:
+            :func:`adaptive_bandwidth` of the nodes.
+        normalization: ``"symmetric"`` or ``"row"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Returns:
+        ``[B, K]``, of the messages' type.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type, device or value.
+        RuntimeError: the chosen backend is not available here.
+    """
+    _check_features("nodes", nodes)
+    _check_features("messages", messages)
+    if len(messages) != len(nodes):
+        raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")
+    dtype = _compute_dtype({"nodes": nodes, "messages": messages})
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    sigma = _bandwidth(bandwidth, nodes, dtype)
+    _select_backend(backend, nodes)
+    with _autocast_disabled(nodes):
+        return reference.graph_conv(nodes.to(dtype), messages.to(dtype), sigma, normalization).to(messages.dtype)
+
+
+def node_contrast(
+    students: Tensor | Sequence[Tensor],
+    teachers: Tensor | Sequence[Tensor],
+    *,
+    temperature: float = 0.1,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast of every student node with the teacher's nodes: −log softmax_j(ŝ_b·t̂_j/τ)[b].
+
+    Args:
+        students: ``[B, D]``, or a sequence of S such tensors, all of one width.
+        teachers: ``[B, D]``, or a sequence of T such tensors, of the students' width.
+        temperature: τ > 0.
+        pairs: the (student, teacher) stage pairs that are wanted, all by default; the loss of the others is 0.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Returns:
+        The losses per sample and pair, ``[B, S, T]``, ≥ 0, in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type, device or value.
+        RuntimeError: the chosen backend is not available here.
+    """
+    students, teachers, dtype = _check_stages(students, teachers)
+    widths = {x.shape[1] for x in (*students, *teachers)}
+    if len(widths) > 1:
+        raise ValueError(f"students and teachers must share one width in node_contrast, got {sorted(widths)}")
+    _check_positive("temperature", temperature)
+    wanted = _check_pairs(pairs, len(students), len(teachers))
+    _select_backend(backend, students[0])
+    with _autocast_disabled(students[0]):
+        losses = reference.node_contrast([x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature)
+        return losses if wanted is None else losses * torch.tensor(wanted, dtype=dtype, device=losses.device)
+
+
+def relation_kl(
+    students: Tensor | Sequence[Tensor],
+    teachers: Tensor | Sequence[Tensor],
+    *,
+    temperature: float = 0.1,
+    bandwidth: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Kullback-Leibler divergence of the teacher's relations from the student's, row by row.
+
+    ℓ_bst = Σ_j P^t_bj (log P^t_bj − log P^s_bj) where P is the row softmax of R/τ, R_ij = exp((e_i·e_j − 1)/σ²)
+    of unit rows e and R_ii = 0 (the zero diagonal takes part in the softmax).
+
+    Args:
+        students: ``[B, D]``, or a sequence of S tensors ``[B, D_s]``.
+        teachers: ``[B, D]``, or a sequence of T tensors ``[B, D_t]``.
+        temperature: τ > 0.
+        bandwidth: σ > 0.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Returns:
+        The losses per sample and pair, ``[B, S, T]``, ≥ 0, in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type, device or value.
+        RuntimeError: the chosen backend is not available here.
+    """
+    students, teachers, dtype = _check_stages(students, teachers)
+    _check_positive("temperature", temperature)
+    _check_positive("bandwidth", bandwidth)
+    _select_backend(backend, students[0])
+    with _autocast_disabled(students[0]):
+        return reference.relation_kl(
+            [x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature, bandwidth
+        )
+
+
+def adaptive_bandwidth(nodes: Tensor) -> Tensor:
+    """The bandwidth that suits a batch: σ² = ½ · mean over i ≠ j of (1 − c_ij), without gradient.
+
+    The mean needs no pairs: Σ_i≠j (1 − c_ij) = B Σ_i ‖e_i − ē‖² + (B − 1) · (number of zero rows), with ē the mean
+    unit row. σ is at least 0.01, which it is when all rows point one way; it is 1 for a single row.
+
+    Args:
+        nodes: ``[B, D]``.
+
+    Returns:
+        σ, a 0-dim tensor in float32 (float64 for float64 nodes) on the nodes' device.
+    """
+    _check_features("nodes", nodes)
+    batch = len(nodes)
+    dtype = _compute_dtype({"nodes": nodes})
+    if batch == 1:
+        return torch.ones((), dtype=dtype, device=nodes.device)
+    with torch.no_grad(), _autocast_disabled(nodes):
+        e = reference.unit_rows(nodes.to(dtype))
+        zero_rows = (e == 0).all(dim=1).sum()
+        distances = batch * (e - e.mean(dim=0)).square().sum() + (batch - 1) * zero_rows
+        return (BANDWIDTH_SHARE * distances / (batch * (batch - 1))).sqrt().clamp(min=MIN_BANDWIDTH)
+
+
+def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor | str = "auto", *, backend: str = "auto") -> Tensor:
+    """How many neighbours each node listens to: (Σ_j A_ij)² / Σ_j A_ij², from 1 (itself) to B (everybody).
+
+    A_ij² is the adjacency at σ/√2, so this takes two degree passes. Without gradient.
+
+    Args:
+        nodes: ``[B, D]``.
+        bandwidth: as in :func:`graph_conv`.
+        backend: as in :func:`graph_conv`.
+
+    Returns:
+        ``[B]`` in float32 (float64 for float64 nodes).
+    """
+    _check_features("nodes", nodes)
+    dtype = _compute_dtype({"nodes": nodes})
+    sigma = _bandwidth(bandwidth, nodes, dtype)
+    _select_backend(backend, nodes)
+    with torch.no_grad(), _autocast_disabled(nodes):
+        degrees, squares = (
+            reference.similarities(nodes.to(dtype), width, diagonal=1.0).sum(dim=1)
+            for width in (sigma, sigma / math.sqrt(2))
+        )
+    return degrees.square() / squares
+
+
+def _select_backend(backend: str, tensor: Tensor) -> str:
+    """The backend that runs, or an error that says what is missing."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend in ("cpp", "triton"):
+        raise RuntimeError(f"backend={backend!r} is not available: this version has the reference backend alone")
+    return "reference"
+
+
+def _check_features(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions [batch, width], got shape {tuple(x.shape)}")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _bandwidth(bandwidth: float | Tensor | str, nodes: Tensor, dtype: torch.dtype) -> float | Tensor:
+    if isinstance(bandwidth, str):
+        if bandwidth != "auto":
+            raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
+        return adaptive_bandwidth(nodes)
+    if isinstance(bandwidth, Tensor):
+        if bandwidth.dim() != 0:
+            raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
+        return bandwidth.detach().to(device=nodes.device, dtype=dtype)
+    _check_positive("bandwidth", bandwidth)
+    return bandwidth
+
+
+def _check_stages(students, teachers) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
+    sides = {}
+    for side, stages in (("students", students), ("teachers", teachers)):
+        stages = [stages] if isinstance(stages, Tensor) else list(stages)
+        if not stages:
+            raise ValueError(f"{side} must hold at least one stage, got none")
+        sides[side] = stages
+    named = {f"{side}[{k}]": x for side, stages in sides.items() for k, x in enumerate(stages)}
+    for name, x in named.items():
+        _check_features(name, x)
+    batch = len(sides["students"][0])
+    for name, x in named.items():
+        if len(x) != batch:
+            raise ValueError(f"{name} must have the batch size of students[0] ({batch}), got {len(x)}")
+    return sides["students"], sides["teachers"], _compute_dtype(named)
+
+
+def _check_pairs(pairs, num_students: int, num_teachers: int) -> list[list[bool]] | None:
+    if pairs is None:
+        return None
+    wanted = [[False] * num_teachers for _ in range(num_students)]
+    for s, t in pairs:
+        if not (0 <= s < num_students and 0 <= t < num_teachers):
+            raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
+        wanted[s][t] = True
+    return wanted
+
+
+def _compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """float64 for float64 inputs, else float32; mixed types are an error, except under autocast, which mixes them."""
+    (first_name, first), *others = tensors.items()
+    for name, x in others:
+        if x.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {x.device}")
+        if x.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(f"{name} must have the type of {first_name} ({first.dtype}), got {x.dtype}")
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
+
+
+def _autocast_disabled(tensor: Tensor):
+    return torch.autocast(tensor.device.type, enabled=False)

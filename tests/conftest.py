@@ -1,0 +1,12 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(params=["case_a", "case_b", "case_c"])
+def published_case(request) -> dict[str, torch.Tensor]:
+    """Inputs and expected float64 outputs of the published losses."""
+    with np.load(Path(__file__).parent / "data" / f"{request.param}.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
