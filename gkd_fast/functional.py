@@ -52,8 +52,7 @@ def graph_conv(
     if len(messages) != len(nodes):
         raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")
     dtype = _compute_dtype({"nodes": nodes, "messages": messages})
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    check_graph_options(bandwidth, normalization, backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
     _select_backend(backend, nodes)
     with _autocast_disabled(nodes):
@@ -88,7 +87,7 @@ def node_contrast(
     widths = {x.shape[1] for x in (*students, *teachers)}
     if len(widths) > 1:
         raise ValueError(f"students and teachers must share one width in node_contrast, got {sorted(widths)}")
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     wanted = _check_pairs(pairs, len(students), len(teachers))
     _select_backend(backend, students[0])
     with _autocast_disabled(students[0]):
@@ -124,8 +123,8 @@ def relation_kl(
         RuntimeError: the chosen backend is not available here.
     """
     students, teachers, dtype = _check_stages(students, teachers)
-    _check_positive("temperature", temperature)
-    _check_positive("bandwidth", bandwidth)
+    check_positive("temperature", temperature)
+    check_positive("bandwidth", bandwidth)
     _select_backend(backend, students[0])
     with _autocast_disabled(students[0]):
         return reference.relation_kl(
@@ -172,6 +171,7 @@ def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor | str = "auto",
     """
     _check_features("nodes", nodes)
     dtype = _compute_dtype({"nodes": nodes})
+    check_graph_options(bandwidth, "symmetric", backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
     _select_backend(backend, nodes)
     with torch.no_grad(), _autocast_disabled(nodes):
@@ -182,10 +182,30 @@ def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor | str = "auto",
     return degrees.square() / squares
 
 
-def _select_backend(backend: str, tensor: Tensor) -> str:
-    """The backend that runs, or an error that says what is missing."""
+def check_graph_options(bandwidth: float | Tensor | str, normalization: str, backend: str) -> None:
+    """Raises ValueError or TypeError for options that :func:`graph_conv` does not take."""
+    if isinstance(bandwidth, str):
+        if bandwidth != "auto":
+            raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
+    elif isinstance(bandwidth, Tensor):
+        if bandwidth.dim() != 0:
+            raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
+    else:
+        check_positive("bandwidth", bandwidth)
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    check_backend(backend)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a name that is no backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def _select_backend(backend: str, tensor: Tensor) -> str:
+    """The backend that runs, or an error that says what is missing."""
+    check_backend(backend)
     if backend in ("cpp", "triton"):
         raise RuntimeError(f"backend={backend!r} is not available: this version has the reference backend alone")
     return "reference"
@@ -202,7 +222,8 @@ def _check_features(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
-def _check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
+    """Raises TypeError or ValueError unless ``value`` is a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (value > 0 and math.isfinite(value)):
@@ -211,14 +232,9 @@ def _check_positive(name: str, value: float) -> None:
 
 def _bandwidth(bandwidth: float | Tensor | str, nodes: Tensor, dtype: torch.dtype) -> float | Tensor:
     if isinstance(bandwidth, str):
-        if bandwidth != "auto":
-            raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
         return adaptive_bandwidth(nodes)
     if isinstance(bandwidth, Tensor):
-        if bandwidth.dim() != 0:
-            raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
         return bandwidth.detach().to(device=nodes.device, dtype=dtype)
-    _check_positive("bandwidth", bandwidth)
     return bandwidth
 
 
