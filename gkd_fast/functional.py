@@ -5,6 +5,7 @@ Every function takes raw features, L2-normalises their rows, and is differentiab
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def graph_conv(
     check_graph_options(bandwidth, normalization, backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
     _select_backend(backend, nodes)
-    with _autocast_disabled(nodes):
+    with autocast_disabled(nodes):
         return reference.graph_conv(nodes.to(dtype), messages.to(dtype), sigma, normalization).to(messages.dtype)
 
 
@@ -90,7 +91,7 @@ def node_contrast(
     check_positive("temperature", temperature)
     wanted = _check_pairs(pairs, len(students), len(teachers))
     _select_backend(backend, students[0])
-    with _autocast_disabled(students[0]):
+    with autocast_disabled(students[0]):
         losses = reference.node_contrast([x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature)
         return losses if wanted is None else losses * torch.tensor(wanted, dtype=dtype, device=losses.device)
 
@@ -126,7 +127,7 @@ def relation_kl(
     check_positive("temperature", temperature)
     check_positive("bandwidth", bandwidth)
     _select_backend(backend, students[0])
-    with _autocast_disabled(students[0]):
+    with autocast_disabled(students[0]):
         return reference.relation_kl(
             [x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature, bandwidth
         )
@@ -149,7 +150,7 @@ def adaptive_bandwidth(nodes: Tensor) -> Tensor:
     dtype = _compute_dtype({"nodes": nodes})
     if batch == 1:
         return torch.ones((), dtype=dtype, device=nodes.device)
-    with torch.no_grad(), _autocast_disabled(nodes):
+    with torch.no_grad(), autocast_disabled(nodes):
         e = reference.unit_rows(nodes.to(dtype))
         zero_rows = (e == 0).all(dim=1).sum()
         distances = batch * (e - e.mean(dim=0)).square().sum() + (batch - 1) * zero_rows
@@ -174,7 +175,7 @@ def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor | str = "auto",
     check_graph_options(bandwidth, "symmetric", backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
     _select_backend(backend, nodes)
-    with torch.no_grad(), _autocast_disabled(nodes):
+    with torch.no_grad(), autocast_disabled(nodes):
         degrees, squares = (
             reference.similarities(nodes.to(dtype), width, diagonal=1.0).sum(dim=1)
             for width in (sigma, sigma / math.sqrt(2))
@@ -272,10 +273,18 @@ def _compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     for name, x in others:
         if x.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {x.device}")
-        if x.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        if x.dtype != first.dtype and not autocast_enabled(first):
             raise TypeError(f"{name} must have the type of {first_name} ({first.dtype}), got {x.dtype}")
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
 
 
-def _autocast_disabled(tensor: Tensor):
-    return torch.autocast(tensor.device.type, enabled=False)
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; never on a device that has none ("meta")."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_disabled(tensor: Tensor):
+    """A context in which operations on the tensor's device keep their types."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

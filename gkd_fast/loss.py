@@ -295,7 +295,7 @@ class GraphKDLoss(nn.Module):
             return (DEFAULT_WEIGHT * self.wanted_pairs).to(dtype).expand(shape)
         if isinstance(weights, nn.Module):
             # Not within autocast: its cache would hand the copies made here, without gradient, to a later call with.
-            with torch.no_grad(), torch.autocast(students[0].device.type, enabled=False):
+            with torch.no_grad(), functional.autocast_disabled(students[0]):
                 own = next(weights.parameters()).dtype
                 weights = weights([x.to(own) for x in students], [x.to(own) for x in teachers])
         if not isinstance(weights, Tensor):

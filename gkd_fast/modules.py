@@ -55,7 +55,7 @@ class BatchGCN(nn.Module):
         first = self.linears[0]
         if nodes.dim() != 2 or nodes.shape[1] != first.in_features:
             raise ValueError(f"nodes must have shape [batch, {first.in_features}], got {tuple(nodes.shape)}")
-        if not torch.is_autocast_enabled(nodes.device.type):
+        if not functional.autocast_enabled(nodes):
             nodes = nodes.to(first.weight.dtype)
         bandwidth = functional.adaptive_bandwidth(nodes) if self.bandwidth == "auto" else self.bandwidth
         hidden = nodes
