@@ -12,6 +12,15 @@ from gkd_fast.train.models import available_networks, build_network, load_weight
 RESNETS = ["resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The images are tiny: more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def count(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
