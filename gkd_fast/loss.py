@@ -24,6 +24,9 @@ DEFAULT_WEIGHT = 0.5
 VACUOUS_NEIGHBORS = 0.9
 VACUOUS_COSINE = 0.99
 VACUOUS_MIN_BATCH = 8
+# The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
+# at the last of them.
+CHECKED_CALLS = (1, 100)
 
 
 class GraphKDLoss(nn.Module):
@@ -122,7 +125,8 @@ class GraphKDLoss(nn.Module):
         wanted[tuple(zip(*self.pairs))] = 1
         self.register_buffer("wanted_pairs", wanted, persistent=False)
         self._last: dict = {}
-        self._checked = self._warned = False
+        self._training_calls = 0
+        self._warned = False
 
     @classmethod
     def from_models(
@@ -225,14 +229,17 @@ class GraphKDLoss(nn.Module):
             terms["relation"] = self.relation_weight * self._weighted_mean(losses, pair_weights)
         if self.classifier is not None and target is not None:
             terms["teacher_graph"] = self._teacher_graph_loss(teacher_embeddings, target)
-        if self.training and not self._checked and not torch.compiler.is_compiling():
-            self._checked = True
-            self.diagnostics()
+        if self.training and not torch.compiler.is_compiling():
+            self._training_calls += 1
+            if self._training_calls in CHECKED_CALLS:
+                self.diagnostics()
         return terms
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float | list[float]]:
         """Whether the graphs of the last call say anything; warns, once, when they do not.
+
+        Training-mode calls look at this themselves, at the first (neighbours) and the hundredth (embeddings too).
 
         Returns:
             - ``node_loss_minus_log_batch``: mean node loss of the wanted pairs minus log B; near 0 nothing is told apart.
@@ -348,7 +355,7 @@ class GraphKDLoss(nn.Module):
                 if neighbors > VACUOUS_NEIGHBORS * batch:
                     reasons.append(f"{side} stage {k} has {neighbors:.0f} effective neighbours of {batch}")
             for k, cosine in enumerate(report[f"{side}_cosine"]):
-                if cosine > VACUOUS_COSINE:
+                if cosine > VACUOUS_COSINE and self._training_calls >= CHECKED_CALLS[-1]:
                     reasons.append(f"{side} stage {k} has embeddings of mean cosine {cosine:.4f}")
         if reasons:
             self._warned = True

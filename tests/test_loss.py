@@ -274,6 +274,18 @@ def test_a_vacuous_graph_warns_once():
         _criterion()(student, teacher, target)
 
 
+def test_embeddings_that_coincide_warn_once_training_has_gone_on_for_a_while():
+    criterion, batch = _criterion(), _batch(8)
+    with torch.no_grad():
+        criterion.student_heads[1].linears[0].bias.fill_(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(99):
+            criterion(*batch)
+    with pytest.warns(UserWarning, match=r"student stage 1 has embeddings of mean cosine (0\.99|1\.00)"):
+        criterion(*batch)
+
+
 def _network(width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Dropout(),
