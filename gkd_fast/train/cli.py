@@ -1,6 +1,7 @@
 """The command line: four commands on one set of options, from a YAML file and overrides."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -29,10 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0, 1 for an error, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    errors = Console(stderr=True)
+    # Of several processes the first alone speaks.
+    console, errors = (Console(quiet=os.environ.get("RANK", "0") != "0", stderr=stderr) for stderr in (False, True))
     try:
         command, config, weights = read_arguments(arguments)
-        console = Console()
         if command == "evaluate":
             commands.evaluate(config, weights, console)
         else:

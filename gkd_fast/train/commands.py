@@ -4,7 +4,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gkd_fast.train.compare import compare_methods
 from gkd_fast.train.config import Config
 from gkd_fast.train.progress import Display
 from gkd_fast.train.report import print_result
@@ -23,6 +22,8 @@ def student(config: Config, console: Console) -> None:
 
 def compare(config: Config, console: Console) -> None:
     """Trains all arms and reports."""
+    from gkd_fast.train.compare import compare_methods  # matplotlib and SciPy take seconds to import
+
     compare_methods(config, console)
 
 

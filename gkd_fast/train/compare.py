@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from gkd_fast.train import report
+from gkd_fast.train import pictures, report
 from gkd_fast.train.config import Config, TrainError
 from gkd_fast.train.cost import measure_costs
 from gkd_fast.train.metrics import read_metrics
@@ -61,8 +61,7 @@ def compare_methods(config: Config, console: Console) -> dict:
     if main:
         write_json(folder / "summary.json", summary)
         metrics = {method: [read_metrics(Path(jobs[m, s].output)) for m, s in jobs if m == method] for method, _ in jobs}
-        pictures = report.draw(summary, metrics, folder)
-        report.print_comparison(summary, pictures, console)
+        report.print_comparison(summary, pictures.draw(summary, metrics, folder), console)
     return summary
 
 

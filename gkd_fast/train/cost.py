@@ -1,6 +1,9 @@
 """Time and peak memory of a training step, without and with the graph terms, backend by backend."""
 
+import contextlib
+import os
 import statistics
+import sys
 from dataclasses import replace
 
 import torch
@@ -89,7 +92,7 @@ def peak_bytes(work, device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -97,3 +100,17 @@ def peak_bytes(work, device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _without_stderr():
+    """The profiler's library writes lines of its own to the file descriptor, past Python and every setting."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -106,10 +108,8 @@ def evaluate_weights(config: Config, path: Path, display: Display) -> dict:
     }
 
 
-def make_accelerator(config: Config):
+def make_accelerator(config: Config) -> Accelerator:
     """Hugging Face accelerate's view of the devices and processes of this run."""
-    from accelerate import Accelerator
-
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
@@ -170,7 +170,7 @@ class Run:
         """Starts afresh, or restores the last checkpoint and forgets what was logged after it."""
         if not self.config.resume and (checkpoint.exists(self.checkpoints) or (self.folder / RESULT_FILE).exists()):
             raise TrainError(f"{self.folder} already holds a run: go on with --resume, or choose another --output")
-        torch.manual_seed(stream_seed(self.config.seed, "training", self.accelerator.process_index))
+        set_seed(stream_seed(self.config.seed, "training", self.accelerator.process_index) % 2**32)
         state = checkpoint.load_newest(self.accelerator, self.checkpoints, self.options, self.display.note)
         if state is not None:
             self._restore(state)
