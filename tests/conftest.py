@@ -5,6 +5,10 @@ import pytest
 import torch
 
 
+# Tests run in parallel processes; threads of their own would only be in each other's way.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(params=["case_a", "case_b", "case_c"])
 def published_case(request) -> dict[str, torch.Tensor]:
     """Inputs and expected float64 outputs of the published losses."""
