@@ -90,28 +90,21 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
         DataError: the data set is missing.
         ValueError: a size does not fit the data set.
     """
-    if config.name == "imagefolder":
-        train, validation_from, test, num_classes = _open_folders(config)
-        shape = (3, config.image_size, config.image_size)
-    else:
-        train, test = _open_arrays(config)
-        validation_from, num_classes, shape = train, _DATA_SETS[config.name].num_classes, tuple(train.pixels.shape[1:])
-
+    train, test = _open_folders(config) if config.name == "imagefolder" else _open_arrays(config)
     labels = train.labels
-    rest, held_out = _stratified(
-        np.arange(len(labels)), labels, round(config.validation_share * len(labels)), config.split_seed, "validation set"
-    )
+    held_out_size = round(config.validation_share * len(labels))
+    rest, held_out = _stratified(np.arange(len(labels)), labels, held_out_size, config.split_seed, "validation set")
     if config.train_size is not None and config.train_size != len(rest):
         _, rest = _stratified(rest, labels[rest], config.train_size, config.split_seed, "training set")
     return Splits(
         train=Images(train, rest, seed=seed, noise=config.noise, training=True, augment=config.augment),
-        validation=Images(validation_from, held_out, seed=config.split_seed, noise=config.noise, training=False),
+        validation=Images(train, held_out, seed=config.split_seed, noise=config.noise, training=False),
         # Test images come after the training images in the numbering that the fixed noise follows.
         test=Images(
             test, np.arange(len(test.labels)), config.split_seed, config.noise, training=False, first_number=len(labels)
         ),
-        num_classes=num_classes,
-        sample_shape=shape,
+        num_classes=train.num_classes,
+        sample_shape=train.sample_shape,
     )
 
 
@@ -163,14 +156,14 @@ class Images(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Several samples at once, which is how a DataLoader asks for a batch."""
-        positions = torch.as_tensor(positions)
-        indices = self.indices[positions]
+        at = torch.as_tensor(positions)
+        indices = self.indices[at]
         epoch = int(self._epoch) if self.training else 0
         images = self.source.read(indices, self._augmentation_stream if self.augment else None, epoch)  # [B, C, H, W]
         if self.noise > 0:
             images = images + self.noise * self._draw_noise(indices + self.first_number, images.shape[1:], epoch)
         images = (images - self.source.mean) / self.source.std
-        return list(zip(images.unbind(), self.labels[positions].tolist()))
+        return list(zip(images.unbind(), self.labels[at].tolist()))
 
     def _draw_noise(self, numbers: Tensor, shape: torch.Size, epoch: int) -> Tensor:
         draws = [
@@ -203,6 +196,9 @@ class _Arrays:
     def __init__(self, pixels: Tensor, labels: np.ndarray, about: "_DataSet"):
         self.pixels = pixels
         self.labels = labels
+        self.num_classes = about.num_classes
+        channels, height, width = pixels.shape[1:]
+        self.sample_shape = (channels, height, width)
         self.white, self.pad, self.flip = about.white, about.pad, about.flip
         self.mean = torch.tensor(about.mean).view(-1, 1, 1)
         self.std = torch.tensor(about.std).view(-1, 1, 1)
@@ -249,6 +245,8 @@ class _Folder:
         except FileNotFoundError as error:
             raise DataError(f"imagefolder: {str(error).splitlines()[0]}") from None
         self.labels = np.asarray(self.files.targets)
+        self.num_classes = len(self.files.classes)
+        self.sample_shape = (3, size, size)
         to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         self.fixed = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_float])
         self.random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_float])
@@ -273,18 +271,21 @@ def _stratified(
     """``count`` of the indices in every class's proportion: (the others, these)."""
     classes = len(np.unique(labels))
     if not classes <= count <= len(indices) - classes:
-        raise ValueError(f"{what}: {count} of {len(indices)} images cannot be drawn with all {classes} classes on both sides")
+        raise ValueError(
+            f"{what} of {count} images: {len(indices)} images of {classes} classes are there, "
+            "and at least one of each class must be in it and one left"
+        )
     others, drawn = train_test_split(indices, test_size=count, stratify=labels, random_state=seed)
     return others, drawn
 
 
 def _open_arrays(config: DataConfig) -> tuple[_Arrays, _Arrays]:
     about = _DATA_SETS[config.name]
-    parts = about.read(Path(config.data_dir), config.download)
-    return tuple(_Arrays(pixels, labels.astype(np.int64), about) for pixels, labels in parts)
+    train, test = about.read(Path(config.data_dir), config.download)
+    return _Arrays(*train, about), _Arrays(*test, about)
 
 
-def _open_folders(config: DataConfig) -> tuple[_Folder, _Folder, _Folder, int]:
+def _open_folders(config: DataConfig) -> tuple[_Folder, _Folder]:
     root = Path(config.data_dir)
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if held_out is None or not (root / "train").is_dir():
@@ -292,7 +293,7 @@ def _open_folders(config: DataConfig) -> tuple[_Folder, _Folder, _Folder, int]:
     train, test = (_Folder(folder, config.image_size) for folder in (root / "train", held_out))
     if train.files.classes != test.files.classes:
         raise DataError(f"imagefolder: {root / 'train'} and {held_out} do not have the same classes")
-    return train, train, test, len(train.files.classes)
+    return train, test
 
 
 # The readers return ((training pixels uint8 [N, C, H, W], labels), (test pixels, labels)). torchvision is imported
@@ -316,9 +317,9 @@ def _read_fashion_mnist(root: Path, download: bool) -> _Parts:
 
     def find() -> list[Path] | None:
         for folder in folders:
-            files = [next((f for f in (folder / s, folder / f"{s}.gz") if f.is_file()), None) for s in stems]
-            if all(files):
-                return files
+            found = [[f for f in (folder / s, folder / f"{s}.gz") if f.is_file()] for s in stems]
+            if all(found):
+                return [plain_first[0] for plain_first in found]
         return None
 
     if find() is None and download:
@@ -357,12 +358,14 @@ def _read_cifar(class_name: str, name: str, root: Path, download: bool) -> _Part
     if download:
         _fetch(name, lambda: data_set(root, download=True))
     try:
-        parts = [data_set(root, train=train) for train in (True, False)]
+        train, test = (data_set(root, train=train) for train in (True, False))
     except RuntimeError:
         raise _missing(name, root, f"unpack {data_set.url} there") from None
-    return tuple(
-        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), np.asarray(part.targets)) for part in parts
-    )
+
+    def arrays(part: datasets.CIFAR10) -> tuple[Tensor, np.ndarray]:
+        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), np.asarray(part.targets)
+
+    return arrays(train), arrays(test)
 
 
 def _fetch(name: str, download: Callable[[], object]) -> None:

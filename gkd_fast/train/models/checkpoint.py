@@ -3,6 +3,7 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +16,13 @@ CONTAINERS = ("model", "net", "network", "state_dict")
 # What wrappers put before every name.
 WRAPPERS = ("module.", "_orig_mod.")
 # Harmless types beside the weights: a script's options and accuracies.
-BYSTANDERS = [
+_numpy_scalar = np.float64(0).__reduce__()[0]
+BYSTANDERS: list[Any] = [
     argparse.Namespace,
     np.dtype,
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.float64)),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
+    # NumPy moved it from one name to the other.
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
 

@@ -50,8 +50,9 @@ class TorchvisionNetwork(StagedNetwork):
         self.feature_dims = self._measure(name, sample_shape)
 
     def forward(self, x: Tensor) -> StageOutputs:
-        logits, features = self._collect(x)
-        return StageOutputs(features, [logits])
+        output, features = self._collect(x)
+        assert isinstance(output, Tensor)
+        return StageOutputs(features, [output])
 
     @torch.no_grad()
     def _measure(self, name: str, sample_shape: tuple[int, int, int]) -> list[int]:
