@@ -178,15 +178,14 @@ class _Stream:
     def __init__(self, seed: int, purpose: int):
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        self._bits = np.random.Philox(key=[seed, purpose])
-        self._generator = np.random.Generator(self._bits)
-        self._start = self._bits.state
+        self._generator = np.random.Generator(np.random.Philox(key=[seed, purpose]))
+        self._start = self._generator.bit_generator.state
 
     def at(self, epoch: int, image: int = 0) -> np.random.Generator:
         # Setting the state is six times faster than making a generator. The low half of the counter is the position
         # within one image's numbers.
         self._start["state"]["counter"] = np.array([0, 0, image, epoch], dtype=np.uint64)
-        self._bits.state = self._start
+        self._generator.bit_generator.state = self._start
         return self._generator
 
 
@@ -202,7 +201,7 @@ class _Arrays:
         self.white, self.pad, self.flip = about.white, about.pad, about.flip
         self.mean = torch.tensor(about.mean).view(-1, 1, 1)
         self.std = torch.tensor(about.std).view(-1, 1, 1)
-        self._draws: tuple[int, Tensor] | None = None
+        self._draws: tuple[_Stream, int, Tensor] | None = None
 
     def read(self, indices: Tensor, augmentation: _Stream | None, epoch: int) -> Tensor:
         pixels = self.pixels[indices]
@@ -212,11 +211,11 @@ class _Arrays:
 
     def _draw(self, augmentation: _Stream, epoch: int) -> Tensor:
         """Row offset, column offset and flip of every image ``[N, 3]``, kept for the epoch."""
-        if self._draws is None or self._draws[0] != epoch:
+        if self._draws is None or self._draws[:2] != (augmentation, epoch):
             span = 2 * self.pad + 1
             draws = augmentation.at(epoch).integers(0, [span, span, 2], size=(len(self.pixels), 3))
-            self._draws = epoch, torch.from_numpy(draws)
-        return self._draws[1]
+            self._draws = augmentation, epoch, torch.from_numpy(draws)
+        return self._draws[2]
 
     def _shift_and_flip(self, pixels: Tensor, draws: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]

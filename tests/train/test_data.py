@@ -1,3 +1,4 @@
+import copy
 import gzip
 import hashlib
 import pickle
@@ -12,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-from gkd_fast.train.data import DataConfig, DataError, epoch_order, load_splits
+from gkd_fast.train.data import DataConfig, DataError, Images, epoch_order, load_splits
 
 
 def all_images(images):
@@ -147,6 +148,27 @@ def test_worker_processes_see_the_same_images(persistent):
     expected = all_images(images)[order]
     assert torch.equal(loaded, expected) and torch.equal(labels, images.labels[order])
     assert not torch.equal(before, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda images: pickle.loads(pickle.dumps(images))])
+def test_copies_draw_the_same_independently(copied):
+    images = load_splits(DataConfig(noise=0.2), 3).train
+    images.set_epoch(2)
+    expected = all_images(images)
+    other = copied(images)
+    other.set_epoch(5)
+    assert not torch.equal(all_images(other), expected)
+    assert torch.equal(all_images(images), expected)
+    other.set_epoch(2)
+    assert torch.equal(all_images(other), expected)
+
+
+def test_runs_on_one_source_do_not_share_draws():
+    first = load_splits(DataConfig(), 0).train
+    second = Images(first.source, first.indices.numpy(), seed=1, noise=0.0, training=True, augment=True)
+    expected = all_images(load_splits(DataConfig(), 1).train)
+    all_images(first)
+    assert torch.equal(all_images(second), expected)
 
 
 def test_noise_has_the_asked_deviation_and_is_fixed_on_images_to_judge_by():
