@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OPS = ("relation_kl", "node_contrast", "graph_conv")
+STEP = "graph_kd_loss"  # the whole loss, measured like an op
 NORMALIZATIONS = ("symmetric", "row")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 TEMPERATURE = 0.1
@@ -17,7 +18,9 @@ CLASSES = 100
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size. ``stages`` is S = T (1 for graph_conv), ``order`` 2 times the double backward alone."""
+    """One op at one size. ``stages`` is S = T (1 for graph_conv), ``dim`` the features' width (in a whole step: the
+    embeddings'), and ``order`` 2 times the double backward alone.
+    """
 
     op: str
     batch: int
@@ -30,8 +33,8 @@ class Case:
     precision: str = "highest"
 
     def __post_init__(self):
-        if self.op not in OPS:
-            raise ValueError(f"op must be one of {OPS}, got {self.op!r}")
+        if self.op not in (*OPS, STEP):
+            raise ValueError(f"op must be one of {(*OPS, STEP)}, got {self.op!r}")
         if (self.normalization in NORMALIZATIONS) != (self.op == "graph_conv"):
             raise ValueError(f"normalization must be one of {NORMALIZATIONS} for graph_conv and None for the others")
 
@@ -43,6 +46,10 @@ class Case:
         parts.append(self.device if self.device != "cpu" else None)
         parts.append("second order" if self.order == 2 else None)
         return " ".join(part for part in parts if part)
+
+    def base(self) -> str:
+        """The backend that speed-ups are relative to."""
+        return "reference" if self.op == STEP else "eager"
 
     def at(self, batch: int) -> "Case":
         return replace(self, batch=batch)
@@ -90,6 +97,10 @@ def features(batch: int, dim: int, generator: torch.Generator) -> Tensor:
 
 def problem(case: Case) -> Problem:
     """The case's inputs and random upstream (and cotangents at order 2), the same at every call."""
+    if case.op == STEP:
+        from bench import step
+
+        return step.problem(case)
     generator = torch.Generator().manual_seed(case.batch + case.dim)
 
     def tensor(x: Tensor, requires_grad: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases import Case
+from bench.cases import OPS, Case
 from bench.timing import Clock, Contender
 
 STRIP_ROWS = 1024
@@ -25,6 +25,10 @@ class Products:
 
     def __add__(self, other: "Products") -> "Products":
         return Products(self.similarity + other.similarity, self.gather + other.gather)
+
+
+def has_floor(case: Case) -> bool:
+    return case.op in OPS and case.order == 1
 
 
 def products(case: Case) -> tuple[Products, Products]:

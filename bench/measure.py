@@ -38,8 +38,8 @@ class Row:
 
 
 def measure_case(case: Case, backends: list[str], repeats: int, with_memory: bool = True) -> list[Row]:
-    """A row for each backend and one called "floor"; "eager" is always among them, as the speed-up's base."""
-    backends = list(dict.fromkeys([*backends, "eager"]))
+    """A row for each backend, the base of the speed-ups always among them, and one called "floor" for an op."""
+    backends = list(dict.fromkeys([*backends, case.base()]))
     torch.set_float32_matmul_precision(case.precision)
     torch.compiler.reset()
     if case.device == "cpu":
@@ -50,7 +50,7 @@ def measure_case(case: Case, backends: list[str], repeats: int, with_memory: boo
     functions = {backend: function for backend in backends if (function := _checked(rows[backend], inputs, expected))}
     del expected
     contenders = {backend: timing.contender(inputs, function) for backend, function in functions.items()}
-    floor_contenders = floor.contenders(case) if case.order == 1 else {}
+    floor_contenders = floor.contenders(case) if floor.has_floor(case) else {}
     for run in floor_contenders.values():
         run(timing.Clock(case.device))
     times = timing.interleave(contenders | floor_contenders, repeats, case.device)
@@ -119,8 +119,9 @@ def _floor_row(case: Case, times: dict[str, list[timing.Samples]]) -> Row:
 def _fill_ratios(row: Row, rows: dict[str, Row]) -> None:
     if row.least() is None:
         return
-    if rows["eager"].least() is not None:
-        row.speedup = rows["eager"].least() / row.least()
+    base = rows[row.case.base()].least()
+    if base is not None:
+        row.speedup = base / row.least()
     if "floor" in rows:
         row.floor_ratio = row.least() / rows["floor"].least()
 

@@ -23,7 +23,8 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
         if row.status == "ok":
             panels[replace(row.case, batch=1)][row.backend].append(row)
     panels = {key: lines for key, lines in panels.items() if max(map(len, lines.values())) > 1} or panels
-    figure, axes = pyplot.subplots(len(panels), 2, figsize=(11, 3.6 * len(panels)), squeeze=False)
+    size = (11, 3.4 * len(panels) + 0.6)
+    figure, axes = pyplot.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained")
     for (time_axis, memory_axis), (key, lines) in zip(axes, panels.items()):
         _panel(time_axis, lines, lambda row: row.least() and row.least() * 1000)
         _panel(memory_axis, lines, lambda row: row.peak_bytes and row.peak_bytes / 1e6)
@@ -31,8 +32,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
         time_axis.set(title=_title(key), ylabel=f"{work} [ms]")
         memory_axis.set(title="extra peak memory", ylabel="MB beyond inputs, outputs, gradients")
         time_axis.legend(fontsize="small")
-    figure.suptitle(title, fontsize="small")
-    figure.tight_layout()
+    figure.suptitle(title, fontsize="small", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -6,7 +6,7 @@ from rich.table import Table
 from bench.cases import Case
 from bench.measure import Row
 
-HEADERS = ("backend", "forward", "fwd + bwd", "median", "spread", "× eager", "× floor", "extra MB", "error")
+HEADERS = ("backend", "forward", "fwd + bwd", "median", "spread", "× eager", "/ floor", "extra MB", "error")
 SECOND_ORDER_HEADERS = ("backend", "double backward", "median", "spread", "× eager", "extra MB", "error")
 
 
@@ -27,6 +27,7 @@ def cells(row: Row) -> list[str]:
 
 def case_table(case: Case, rows: list[Row]) -> Table:
     headers = HEADERS if case.order == 1 else SECOND_ORDER_HEADERS
+    headers = [header.replace("eager", case.base()) for header in headers]
     table = Table(title=f"{case.name()} (least of the runs, ms)", title_justify="left", caption_justify="left")
     for index, header in enumerate(headers):
         table.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)

@@ -19,7 +19,6 @@ class Results:
         self.machine = described
         self.repeats = repeats
         self.rows: dict[tuple[Case, str], Row] = {}
-        self.steps: list[dict] = []
 
     def add(self, rows: list[Row]) -> None:
         for row in rows:
@@ -42,7 +41,6 @@ class Results:
             "machine": self.machine,
             "repeats": self.repeats,
             "rows": [asdict(row) for row in self.rows.values()],
-            "steps": self.steps,
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -55,7 +53,6 @@ def load(path: Path) -> Results:
     for row in content["rows"]:
         case = Case(**row.pop("case"))
         results.rows[case, row["backend"]] = Row(case, **row)
-    results.steps = content["steps"]
     return results
 
 
@@ -66,7 +63,8 @@ def load_or_new(path: Path | None, described: dict, repeats: int) -> Results:
     results = load(path)
     for key in SAME_MACHINE:
         if results.machine.get(key) != described.get(key):
-            raise ValueError(f"{path} was measured with {key} {results.machine.get(key)!r}, here it is {described.get(key)!r}")
+            there, here = results.machine.get(key), described.get(key)
+            raise ValueError(f"{path} was measured with {key} {there!r}, here it is {here!r}")
     results.machine = described
     results.repeats = min(repeats, results.repeats)
     return results

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, Problem
+from bench.cases import STEP, Case, Problem
 
 STRIP_ELEMENTS = 2**24  # entries of a float64 strip [rows, B]: 128 MB
 DIFFERENCE_STEP = 1e-5  # relative step of the central difference at order 2
@@ -37,37 +37,42 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
 
 def truth(case: Case, problem: Problem) -> dict[str, Tensor]:
     """What :meth:`Problem.results` should be, in float64."""
+    if case.op == STEP:
+        from bench import step
+
+        return step.truth(problem)
     wanted = [x.detach().double() for x in problem.wanted.values()]
     fixed = [] if case.op == "graph_conv" else [x.double() for x in problem.arguments[1]]
     upstream = problem.upstream.detach().double()
     if case.order == 1:
-        output, gradients = first_order(case, problem.options, wanted, fixed, upstream)
+        output, gradients = first_order(case.op, problem.options, wanted, fixed, upstream)
         return {"output": output} | {f"d {name}": g for name, g in zip(problem.wanted, gradients)}
     cotangents = [v.double() for v in problem.cotangents]
     scale = max(x.norm() for x in wanted) / max(v.norm() for v in cotangents)
     step = float(DIFFERENCE_STEP * scale)
     ahead, behind = (
-        first_order(case, problem.options, [x + sign * v for x, v in zip(wanted, cotangents)], fixed, upstream)
+        first_order(case.op, problem.options, [x + sign * v for x, v in zip(wanted, cotangents)], fixed, upstream)
         for sign in (step, -step)
     )
     second = [(a - b) / (2 * step) for a, b in zip(ahead[1], behind[1])] + [(ahead[0] - behind[0]) / (2 * step)]
     return {f"dd {name}": g for name, g in zip([*problem.wanted, "upstream"], second)}
 
 
+@torch.enable_grad()
 def first_order(
-    case: Case, options: dict, wanted: list[Tensor], fixed: list[Tensor], upstream: Tensor
+    op: str, options: dict, wanted: list[Tensor], fixed: list[Tensor], upstream: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The output and the gradients with respect to ``wanted``, all float64."""
     wanted = [x.clone().requires_grad_(True) for x in wanted]
-    if case.op == "graph_conv":
+    if op == "graph_conv":
         return _graph_conv(*wanted, upstream, **options)
     units = [F.normalize(x, dim=1) for x in wanted]
     leaves = [e.detach().requires_grad_(True) for e in units]
     teachers = [F.normalize(x, dim=1) for x in fixed]
-    strip_losses = {"relation_kl": _relation_strip, "node_contrast": _node_strip}[case.op]
+    strip_losses = {"relation_kl": _relation_strip, "node_contrast": _node_strip}[op]
     output = torch.empty_like(upstream)
     totals = [torch.zeros_like(e) for e in leaves]
-    for rows in strips(case.batch):
+    for rows in strips(len(upstream)):
         losses = strip_losses(rows, leaves, teachers, **options)
         output[rows] = losses.detach()
         for total, gradient in zip(totals, torch.autograd.grad(losses, leaves, upstream[rows])):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import STEP, Case
 
 LIBRARY = ("cpp", "triton", "reference")
 MODULES = {
@@ -25,6 +25,10 @@ class Unavailable(Exception):
 
 def build(backend: str, case: Case) -> Callable[..., Tensor]:
     """The backend's function for the case's op, called as ``function(*problem.arguments, **problem.options)``."""
+    if case.op == STEP:
+        from bench import step
+
+        return step.build(backend)
     if backend in LIBRARY:
         return _library(backend, case)
     if backend not in MODULES:
