@@ -37,8 +37,8 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(_cpuinfo("flags").split())
 
 
-def has_bfloat16_matrix_units() -> bool:
-    return "amx_bf16" in cpu_flags()
+def has_bfloat16_matrix_units(described: dict) -> bool:
+    return described["instruction_sets"]["AMX BF16"]
 
 
 def commit() -> str:

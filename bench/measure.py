@@ -37,7 +37,7 @@ class Row:
         return self.headline()["least"] if self.headline() else None
 
 
-def measure_case(case: Case, backends: list[str], repeats: int, with_memory: bool = True) -> list[Row]:
+def time_case(case: Case, backends: list[str], repeats: int) -> list[Row]:
     """A row for each backend, the base of the speed-ups always among them, and one called "floor" for an op."""
     backends = list(dict.fromkeys([*backends, case.base()]))
     torch.set_float32_matmul_precision(case.precision)
@@ -60,12 +60,20 @@ def measure_case(case: Case, backends: list[str], repeats: int, with_memory: boo
         rows["floor"] = _floor_row(case, times)
     for row in rows.values():
         _fill_ratios(row, rows)
-    del inputs, contenders, floor_contenders, functions
-    gc.collect()
-    if with_memory:
-        for backend in backends:
-            _fill_memory(rows[backend])
     return list(rows.values())
+
+
+def measure_memory(rows: list[Row], again: bool = False) -> None:
+    """Fills in the extra peak memory of the rows whose results were right, one process after the other."""
+    gc.collect()
+    for row in rows:
+        known = row.peak_bytes is not None or row.memory_reason
+        if row.status != "ok" or row.backend == "floor" or (known and not again):
+            continue
+        try:
+            row.peak_bytes = memory.measure(row.case, row.backend, torch.get_num_threads())
+        except memory.MemoryUnknown as error:
+            row.memory_reason = str(error)
 
 
 def _checked(row: Row, inputs: Problem, expected: dict[str, torch.Tensor]):
@@ -125,11 +133,3 @@ def _fill_ratios(row: Row, rows: dict[str, Row]) -> None:
     if "floor" in rows:
         row.floor_ratio = row.least() / rows["floor"].least()
 
-
-def _fill_memory(row: Row) -> None:
-    if row.status != "ok":
-        return
-    try:
-        row.peak_bytes = memory.measure(row.case, row.backend, torch.get_num_threads())
-    except memory.MemoryUnknown as error:
-        row.memory_reason = str(error)

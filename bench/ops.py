@@ -73,7 +73,9 @@ def measure_all(arguments: argparse.Namespace, chosen: list[cases.Case]) -> int:
     backends = arguments.backend or ["triton" if arguments.device == "cuda" else "cpp"]
     measured = []
     for case in chosen:
-        rows = measure.measure_case(case, backends, arguments.repeats, not arguments.no_memory)
+        rows = measure.time_case(case, backends, arguments.repeats)
+        if not arguments.no_memory:
+            measure.measure_memory(rows)
         console.print(report.case_table(case, rows))
         measured += rows
         results.add(rows)
