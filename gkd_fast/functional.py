@@ -5,6 +5,7 @@ Every function takes raw features, L2-normalises their rows, and is differentiab
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -52,11 +53,10 @@ def graph_conv(
     if len(messages) != len(nodes):
         raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")
     dtype = _compute_dtype({"nodes": nodes, "messages": messages})
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    check_graph_options(bandwidth, normalization, backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
     _select_backend(backend, nodes)
-    with _autocast_disabled(nodes):
+    with autocast_disabled(nodes):
         return reference.graph_conv(nodes.to(dtype), messages.to(dtype), sigma, normalization).to(messages.dtype)
 
 
@@ -88,10 +88,10 @@ def node_contrast(
     widths = {x.shape[1] for x in (*students, *teachers)}
     if len(widths) > 1:
         raise ValueError(f"students and teachers must share one width in node_contrast, got {sorted(widths)}")
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     wanted = _check_pairs(pairs, len(students), len(teachers))
     _select_backend(backend, students[0])
-    with _autocast_disabled(students[0]):
+    with autocast_disabled(students[0]):
         losses = reference.node_contrast([x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature)
         return losses if wanted is None else losses * torch.tensor(wanted, dtype=dtype, device=losses.device)
 
@@ -124,10 +124,10 @@ def relation_kl(
         RuntimeError: the chosen backend is not available here.
     """
     students, teachers, dtype = _check_stages(students, teachers)
-    _check_positive("temperature", temperature)
-    _check_positive("bandwidth", bandwidth)
+    check_positive("temperature", temperature)
+    check_positive("bandwidth", bandwidth)
     _select_backend(backend, students[0])
-    with _autocast_disabled(students[0]):
+    with autocast_disabled(students[0]):
         return reference.relation_kl(
             [x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature, bandwidth
         )
@@ -150,7 +150,7 @@ def adaptive_bandwidth(nodes: Tensor) -> Tensor:
     dtype = _compute_dtype({"nodes": nodes})
     if batch == 1:
         return torch.ones((), dtype=dtype, device=nodes.device)
-    with torch.no_grad(), _autocast_disabled(nodes):
+    with torch.no_grad(), autocast_disabled(nodes):
         e = reference.unit_rows(nodes.to(dtype))
         zero_rows = (e == 0).all(dim=1).sum()
         distances = batch * (e - e.mean(dim=0)).square().sum() + (batch - 1) * zero_rows
@@ -172,9 +172,10 @@ def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor | str = "auto",
     """
     _check_features("nodes", nodes)
     dtype = _compute_dtype({"nodes": nodes})
+    check_graph_options(bandwidth, "symmetric", backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
     _select_backend(backend, nodes)
-    with torch.no_grad(), _autocast_disabled(nodes):
+    with torch.no_grad(), autocast_disabled(nodes):
         degrees, squares = (
             reference.similarities(nodes.to(dtype), width, diagonal=1.0).sum(dim=1)
             for width in (sigma, sigma / math.sqrt(2))
@@ -182,10 +183,30 @@ def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor | str = "auto",
     return degrees.square() / squares
 
 
-def _select_backend(backend: str, tensor: Tensor) -> str:
-    """The backend that runs, or an error that says what is missing."""
+def check_graph_options(bandwidth: float | Tensor | str, normalization: str, backend: str) -> None:
+    """Raises ValueError or TypeError for options that :func:`graph_conv` does not take."""
+    if isinstance(bandwidth, str):
+        if bandwidth != "auto":
+            raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
+    elif isinstance(bandwidth, Tensor):
+        if bandwidth.dim() != 0:
+            raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
+    else:
+        check_positive("bandwidth", bandwidth)
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    check_backend(backend)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a name that is no backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def _select_backend(backend: str, tensor: Tensor) -> str:
+    """The backend that runs, or an error that says what is missing."""
+    check_backend(backend)
     if backend in ("cpp", "triton"):
         raise RuntimeError(f"backend={backend!r} is not available: this version has the reference backend alone")
     return "reference"
@@ -202,7 +223,8 @@ def _check_features(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
-def _check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
+    """Raises TypeError or ValueError unless ``value`` is a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (value > 0 and math.isfinite(value)):
@@ -211,14 +233,9 @@ def _check_positive(name: str, value: float) -> None:
 
 def _bandwidth(bandwidth: float | Tensor | str, nodes: Tensor, dtype: torch.dtype) -> float | Tensor:
     if isinstance(bandwidth, str):
-        if bandwidth != "auto":
-            raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
         return adaptive_bandwidth(nodes)
     if isinstance(bandwidth, Tensor):
-        if bandwidth.dim() != 0:
-            raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
         return bandwidth.detach().to(device=nodes.device, dtype=dtype)
-    _check_positive("bandwidth", bandwidth)
     return bandwidth
 
 
@@ -256,10 +273,18 @@ def _compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     for name, x in others:
         if x.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {x.device}")
-        if x.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        if x.dtype != first.dtype and not autocast_enabled(first):
             raise TypeError(f"{name} must have the type of {first_name} ({first.dtype}), got {x.dtype}")
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
 
 
-def _autocast_disabled(tensor: Tensor):
-    return torch.autocast(tensor.device.type, enabled=False)
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; never on a device that has none ("meta")."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_disabled(tensor: Tensor):
+    """A context in which operations on the tensor's device keep their types."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

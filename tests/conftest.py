@@ -10,3 +10,8 @@ def published_case(request) -> dict[str, torch.Tensor]:
     """Inputs and expected float64 outputs of the published losses."""
     with np.load(Path(__file__).parent / "data" / f"{request.param}.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

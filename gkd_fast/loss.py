@@ -1,0 +1,428 @@
+"""The distillation loss: graphs of both networks' stages, compared as nodes and as relations."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkd_fast import functional
+from gkd_fast._snapshot import Snapshot
+from gkd_fast.features import Pool, StageFeatures, check_pool, pool_features
+from gkd_fast.modules import BatchGCN, PairWeightNetwork
+from gkd_fast.reference import unit_rows
+
+Features = Tensor | Sequence[Tensor]
+Weights = Tensor | PairWeightNetwork | None
+
+# What an untrained PairWeightNetwork gives, so that turning meta-learning on or off does not rescale the losses.
+DEFAULT_WEIGHT = 0.5
+
+# A graph says nothing when every node listens to nearly everybody, or when all embeddings point one way.
+VACUOUS_NEIGHBORS = 0.9
+VACUOUS_COSINE = 0.99
+VACUOUS_MIN_BATCH = 8
+# The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
+# at the last of them.
+CHECKED_CALLS = (1, 100)
+
+
+class GraphKDLoss(nn.Module):
+    """Graph-based representation knowledge distillation (Yang et al., 2024, DOI 10.12263/DZXB.20230976).
+
+    Each stage's features become a graph over the batch and, through a :class:`gkd_fast.BatchGCN`, graph embeddings. For
+    every wanted pair of a student stage s and a teacher stage t two losses per sample are weighted by w[b,s,t], averaged
+    over the batch, summed over the pairs and divided by the number of student stages:
+
+    - ``node``: :func:`gkd_fast.functional.node_contrast`,
+    - ``relation``: :func:`gkd_fast.functional.relation_kl`.
+
+    The teacher's embeddings are detached in both; its graph convolutions learn from labels (``teacher_graph``): one
+    classifier shared by its stages, cross-entropy summed over them.
+
+    Args:
+        student_dims: width of each student stage's features, an int or a list of S ints.
+        teacher_dims: the same of the teacher, T of them.
+        num_classes: number of classes; needed for ``teacher_graph="labels"``.
+        embed_dim: width of the graph embeddings; unused with ``teacher_graph="frozen"``.
+        layers: graph convolutions per stage.
+        bandwidth: of the graph convolutions: σ > 0, or ``"auto"``.
+        normalization: ``"symmetric"`` or ``"row"``.
+        node_temperature: τ > 0 of the node loss.
+        relation_temperature: τ > 0 of the relation loss.
+        node_weight: factor of the node loss, ≥ 0; at 0 the term is left out.
+        relation_weight: factor of the relation loss, ≥ 0; at 0 the term is left out.
+        teacher_graph: ``"labels"``: trainable graph convolutions on the teacher's side, which need ``target`` in every
+            training-mode call; ``"frozen"``: the teacher's features as they are, to whose width the student's graph
+            convolutions then lead.
+        pairs: ``"all"``, ``"matched"`` (k ↔ k, S = T) or a list of (student stage, teacher stage).
+        pool: how features become one row per sample, see :func:`gkd_fast.features.pool_features`.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Shapes: features are a tensor or a list of them, ``[B, C]``, ``[B, C, H, W]`` or tokens ``[B, N, C]``; ``target`` is
+    ``[B]`` labels or ``[B, num_classes]`` probabilities; ``weights`` is ``[B, S, T]``, a
+    :class:`gkd_fast.PairWeightNetwork` (evaluated wholly without gradient), or None: 0.5 throughout.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type or value.
+    """
+
+    def __init__(
+        self,
+        student_dims: int | Sequence[int],
+        teacher_dims: int | Sequence[int],
+        *,
+        num_classes: int | None = None,
+        embed_dim: int = 128,
+        layers: int = 1,
+        bandwidth: float | str = "auto",
+        normalization: str = "symmetric",
+        node_temperature: float = 0.1,
+        relation_temperature: float = 0.1,
+        node_weight: float = 1.0,
+        relation_weight: float = 1.0,
+        teacher_graph: str = "labels",
+        pairs: str | Sequence[tuple[int, int]] = "all",
+        pool: Pool = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.student_dims = _dims("student_dims", student_dims)
+        self.teacher_dims = _dims("teacher_dims", teacher_dims)
+        self.pairs = _pairs(pairs, len(self.student_dims), len(self.teacher_dims))
+        functional.check_positive("node_temperature", node_temperature)
+        functional.check_positive("relation_temperature", relation_temperature)
+        for name, value in (("node_weight", node_weight), ("relation_weight", relation_weight)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if teacher_graph not in ("labels", "frozen"):
+            raise ValueError(f"teacher_graph must be 'labels' or 'frozen', got {teacher_graph!r}")
+        if node_weight == 0 and relation_weight == 0:
+            raise ValueError("node_weight and relation_weight must not both be 0")
+        check_pool(pool)
+        self.node_temperature = node_temperature
+        self.relation_temperature = relation_temperature
+        self.node_weight = node_weight
+        self.relation_weight = relation_weight
+        self.teacher_graph = teacher_graph
+        self.pool = pool
+        self.backend = backend
+
+        options = {"layers": layers, "bandwidth": bandwidth, "normalization": normalization, "backend": backend}
+        if teacher_graph == "labels":
+            if num_classes is None:
+                raise ValueError("num_classes is needed for teacher_graph='labels', got None")
+            self.teacher_heads = nn.ModuleList(BatchGCN(d, embed_dim, **options) for d in self.teacher_dims)
+            self.classifier = nn.Linear(embed_dim, num_classes)
+            widths = [embed_dim] * len(self.student_dims)
+        else:
+            self.teacher_heads = self.classifier = None
+            widths = _frozen_widths(self.teacher_dims, self.pairs, len(self.student_dims))
+        self.student_heads = nn.ModuleList(BatchGCN(d, w, **options) for d, w in zip(self.student_dims, widths))
+        wanted = torch.zeros(len(self.student_dims), len(self.teacher_dims))
+        wanted[tuple(zip(*self.pairs))] = 1
+        self.register_buffer("wanted_pairs", wanted, persistent=False)
+        self._last: dict = {}
+        self._training_calls = 0
+        self._warned = False
+
+    @classmethod
+    def from_models(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module,
+        sample: Tensor,
+        *,
+        student_stages: Sequence[str],
+        teacher_stages: Sequence[str],
+        **options,
+    ) -> "GraphKDLoss":
+        """The loss for two models, with the stages' widths read off a forward pass of each on ``sample``.
+
+        The models' modes, buffers and hooks and the random state are left as they were. The features that the loss is
+        then called with are those of :class:`gkd_fast.StageFeatures` with the same stages.
+
+        Args:
+            student: any module.
+            teacher: any module.
+            sample: an input batch that both take.
+            student_stages: module names, as in ``student.named_modules()``.
+            teacher_stages: the same of the teacher.
+            **options: as in the constructor.
+
+        Raises:
+            ValueError: a stage is no module of its model, or its output is not features.
+        """
+        pool = options.get("pool", "mean")
+        dims = (_stage_dims(m, stages, sample, pool) for m, stages in ((student, student_stages), (teacher, teacher_stages)))
+        return cls(*dims, **options)
+
+    def forward(
+        self, student_feats: Features, teacher_feats: Features, target: Tensor | None = None, *, weights: Weights = None
+    ) -> Tensor:
+        """The scalar loss: the sum of :meth:`terms`."""
+        return torch.stack(list(self.terms(student_feats, teacher_feats, target, weights=weights).values())).sum()
+
+    def terms(
+        self, student_feats: Features, teacher_feats: Features, target: Tensor | None = None, *, weights: Weights = None
+    ) -> dict[str, Tensor]:
+        """The terms of the loss: ``node``, ``relation`` and, where there is a target, ``teacher_graph``; scalars.
+
+        Raises:
+            ValueError, TypeError: see the class; also when ``target`` is missing in training mode.
+        """
+        if self.training and self.classifier is not None and target is None:
+            raise ValueError(
+                "target is needed in training mode with teacher_graph='labels': without labels the teacher's graph "
+                "convolutions learn nothing; use teacher_graph='frozen' if there are none"
+            )
+        return self.terms_from_embeddings(*self.embed(student_feats, teacher_feats), target, weights=weights)
+
+    def embed(self, student_feats: Features, teacher_feats: Features) -> tuple[list[Tensor], list[Tensor]]:
+        """Graph embeddings of the student's and of the teacher's stages, lists of ``[B, embed_dim]``.
+
+        No gradient reaches the teacher's features; its graph convolutions have theirs.
+        """
+        students = self._nodes("student_feats", student_feats, self.student_dims)
+        teachers = [x.detach() for x in self._nodes("teacher_feats", teacher_feats, self.teacher_dims)]
+        if len(students[0]) != len(teachers[0]):
+            raise ValueError(f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}")
+        self._last = {"student_nodes": [x.detach() for x in students], "teacher_nodes": teachers}
+        student_embeddings = [head(x) for head, x in zip(self.student_heads, students)]
+        if self.teacher_heads is None:
+            return student_embeddings, [x.to(student_embeddings[0].dtype) for x in teachers]
+        return student_embeddings, [head(x) for head, x in zip(self.teacher_heads, teachers)]
+
+    def terms_from_embeddings(
+        self,
+        student_embeddings: Sequence[Tensor],
+        teacher_embeddings: Sequence[Tensor],
+        target: Tensor | None = None,
+        *,
+        weights: Weights = None,
+    ) -> dict[str, Tensor]:
+        """:meth:`terms` of the embeddings that :meth:`embed` gave; without a target, ``teacher_graph`` is left out."""
+        for side, stages, dims in (
+            ("student", student_embeddings, self.student_dims),
+            ("teacher", teacher_embeddings, self.teacher_dims),
+        ):
+            if len(stages) != len(dims):
+                raise ValueError(f"{side}_embeddings must hold {len(dims)} stages, got {len(stages)}")
+        detached = [t.detach() for t in teacher_embeddings]
+        pair_weights = self._pair_weights(weights, student_embeddings, detached)
+        self._last |= {
+            "student_embeddings": [s.detach() for s in student_embeddings],
+            "teacher_embeddings": detached,
+            "weights": pair_weights.detach(),
+        }
+        terms = {}
+        if self.node_weight:
+            losses = self._node_losses(student_embeddings, detached)
+            self._last["node_losses"] = losses.detach()
+            terms["node"] = self.node_weight * self._weighted_mean(losses, pair_weights)
+        if self.relation_weight:
+            losses = functional.relation_kl(
+                student_embeddings, detached, temperature=self.relation_temperature, backend=self.backend
+            )
+            terms["relation"] = self.relation_weight * self._weighted_mean(losses, pair_weights)
+        if self.classifier is not None and target is not None:
+            terms["teacher_graph"] = self._teacher_graph_loss(teacher_embeddings, target)
+        if self.training and not torch.compiler.is_compiling():
+            self._training_calls += 1
+            if self._training_calls in CHECKED_CALLS:
+                self.diagnostics()
+        return terms
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float | list[float]]:
+        """Whether the graphs of the last call say anything; warns, once, when they do not.
+
+        Training-mode calls look at this themselves, at the first (neighbours) and the hundredth (embeddings too).
+
+        Returns:
+            - ``node_loss_minus_log_batch``: mean node loss of the wanted pairs minus log B; near 0 nothing is told apart.
+            - ``student_neighbors``, ``teacher_neighbors``: effective neighbours per graph convolution, mean over the batch,
+              1 to B (:func:`gkd_fast.functional.effective_neighbors`).
+            - ``student_cosine``, ``teacher_cosine``: mean cosine of two different embeddings per stage; near 1 all coincide.
+            - ``weight_mean``, ``weight_std``: of the wanted pairs' weights.
+
+        Raises:
+            RuntimeError: there was no call yet.
+        """
+        if "weights" not in self._last:
+            raise RuntimeError("diagnostics needs a call of the loss first")
+        last = self._last
+        batch = len(last["weights"])
+        weights = last["weights"][:, self.wanted_pairs.bool()]
+        report = {"weight_mean": weights.mean().item(), "weight_std": weights.std(correction=0).item()}
+        if "node_losses" in last:
+            node_loss = last["node_losses"][:, self.wanted_pairs.bool()].mean().item()
+            report["node_loss_minus_log_batch"] = node_loss - math.log(batch)
+        for side, heads in (("student", self.student_heads), ("teacher", self.teacher_heads)):
+            report[f"{side}_cosine"] = [_mean_cosine(e) for e in last[f"{side}_embeddings"]]
+            if heads is not None and f"{side}_nodes" in last:
+                report[f"{side}_neighbors"] = [
+                    functional.effective_neighbors(x, head.bandwidth, backend=self.backend).mean().item()
+                    for head, x in zip(heads, last[f"{side}_nodes"])
+                ]
+        self._warn_if_vacuous(report, batch)
+        return report
+
+    def param_groups(self) -> list[dict]:
+        """Named parameter groups: ``student_graph``, ``teacher_graph`` and ``classifier`` (where they exist)."""
+        modules = {
+            "student_graph": self.student_heads,
+            "teacher_graph": self.teacher_heads,
+            "classifier": self.classifier,
+        }
+        return [{"name": name, "params": list(m.parameters())} for name, m in modules.items() if m is not None]
+
+    def _nodes(self, name: str, features: Features, dims: Sequence[int]) -> list[Tensor]:
+        stages = [features] if isinstance(features, Tensor) else list(features)
+        if len(stages) != len(dims):
+            raise ValueError(f"{name} must hold {len(dims)} stages, got {len(stages)}")
+        nodes = []
+        for k, (x, dim) in enumerate(zip(stages, dims)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}[{k}] must be a Tensor, got {type(x).__name__}")
+            nodes.append(pool_features(x, self.pool))
+            if nodes[k].shape[1] != dim:
+                raise ValueError(f"{name}[{k}] must have width {dim}, got shape {tuple(x.shape)}")
+            if len(nodes[k]) != len(nodes[0]):
+                raise ValueError(f"{name}[{k}] must have the batch size of {name}[0] ({len(nodes[0])}), got {len(nodes[k])}")
+        return nodes
+
+    def _pair_weights(self, weights: Weights, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """Weights ``[B, S, T]``, 0 where a pair is not wanted."""
+        shape = (len(students[0]), *self.wanted_pairs.shape)
+        dtype = torch.promote_types(students[0].dtype, torch.float32)
+        if weights is None:
+            return (DEFAULT_WEIGHT * self.wanted_pairs).to(dtype).expand(shape)
+        if isinstance(weights, nn.Module):
+            # Not within autocast: its cache would hand the copies made here, without gradient, to a later call with.
+            with torch.no_grad(), functional.autocast_disabled(students[0]):
+                own = next(weights.parameters()).dtype
+                weights = weights([x.to(own) for x in students], [x.to(own) for x in teachers])
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights must be a Tensor, a PairWeightNetwork or None, got {type(weights).__name__}")
+        if weights.shape != shape:
+            raise ValueError(f"weights must have shape {shape}, got {tuple(weights.shape)}")
+        return weights.to(dtype) * self.wanted_pairs.to(dtype)
+
+    def _node_losses(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """Node losses ``[B, S, T]``, 0 where a pair is not wanted; stages of one width go together."""
+        options = {"temperature": self.node_temperature, "backend": self.backend}
+        if len({x.shape[1] for x in (*students, *teachers)}) == 1:
+            return functional.node_contrast(students, teachers, pairs=self.pairs, **options)
+        losses = 0
+        for width in {students[s].shape[1] for s, _ in self.pairs}:
+            pairs = [(s, t) for s, t in self.pairs if students[s].shape[1] == width]
+            rows, columns = sorted({s for s, _ in pairs}), sorted({t for _, t in pairs})
+            group = functional.node_contrast(
+                [students[s] for s in rows],
+                [teachers[t] for t in columns],
+                pairs=[(rows.index(s), columns.index(t)) for s, t in pairs],
+                **options,
+            )
+            placed = group.new_zeros(len(group), len(students), len(teachers))
+            placed[:, torch.tensor(rows)[:, None], torch.tensor(columns)] = group
+            losses = losses + placed
+        return losses
+
+    def _weighted_mean(self, losses: Tensor, weights: Tensor) -> Tensor:
+        """Mean over the batch, sum over the pairs, divided by the number of student stages."""
+        return (losses * weights).sum() / (len(losses) * len(self.student_dims))
+
+    def _teacher_graph_loss(self, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:
+        batch, classes = len(embeddings[0]), self.classifier.out_features
+        if target.shape != ((batch, classes) if target.is_floating_point() else (batch,)):
+            raise ValueError(
+                f"target must be {batch} integer labels or probabilities [{batch}, {classes}], "
+                f"got {target.dtype} of shape {tuple(target.shape)}"
+            )
+        logits = [self.classifier(e) for e in embeddings]
+        logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+        return torch.stack([F.cross_entropy(x, target) for x in logits]).sum()
+
+    def _warn_if_vacuous(self, report: dict, batch: int) -> None:
+        if self._warned or batch < VACUOUS_MIN_BATCH:
+            return
+        reasons = []
+        for side in ("student", "teacher"):
+            for k, neighbors in enumerate(report.get(f"{side}_neighbors", [])):
+                if neighbors > VACUOUS_NEIGHBORS * batch:
+                    reasons.append(f"{side} stage {k} has {neighbors:.0f} effective neighbours of {batch}")
+            for k, cosine in enumerate(report[f"{side}_cosine"]):
+                if cosine > VACUOUS_COSINE and self._training_calls >= CHECKED_CALLS[-1]:
+                    reasons.append(f"{side} stage {k} has embeddings of mean cosine {cosine:.4f}")
+        if reasons:
+            self._warned = True
+            warnings.warn(
+                "the batch's graph says next to nothing: " + "; ".join(reasons) + "; try bandwidth='auto' or a smaller one",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict:
+        # The last call's tensors are for diagnostics alone; copies and pickles start afresh.
+        return self.__dict__ | {"_last": {}}
+
+
+def _dims(name: str, dims: int | Sequence[int]) -> list[int]:
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
+        raise ValueError(f"{name} must be a positive int or a list of them, got {dims}")
+    return dims
+
+
+def _pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_teachers: int) -> list[tuple[int, int]]:
+    if pairs == "all":
+        return [(s, t) for s in range(num_students) for t in range(num_teachers)]
+    if pairs == "matched":
+        if num_students != num_teachers:
+            raise ValueError(f"pairs='matched' needs as many student as teacher stages, got {num_students}, {num_teachers}")
+        return [(k, k) for k in range(num_students)]
+    if isinstance(pairs, str) or not pairs:
+        raise ValueError(f"pairs must be 'all', 'matched' or a list of (student stage, teacher stage), got {pairs!r}")
+    pairs = sorted({(int(s), int(t)) for s, t in pairs})
+    for s, t in pairs:
+        if not (0 <= s < num_students and 0 <= t < num_teachers):
+            raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
+    return pairs
+
+
+def _frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]], num_students: int) -> list[int]:
+    """The width to which each student stage's graph convolutions lead: that of the teacher stages it is paired with."""
+    widths = []
+    for stage in range(num_students):
+        paired = {teacher_dims[t] for s, t in pairs if s == stage}
+        if len(paired) > 1:
+            raise ValueError(
+                f"teacher_graph='frozen' needs teacher stages of one width for each student stage; student stage {stage} "
+                f"is paired with widths {sorted(paired)}: choose pairs='matched' or a list"
+            )
+        widths.append(paired.pop() if paired else teacher_dims[0])
+    return widths
+
+
+def _mean_cosine(x: Tensor) -> float:
+    """Mean of c_ij over i ≠ j, from (‖Σ e‖² − Σ ‖e‖²) / (B (B − 1)); 0 for one row."""
+    e = unit_rows(x.to(torch.promote_types(x.dtype, torch.float32)))
+    batch = len(e)
+    return ((e.sum(dim=0).square().sum() - e.square().sum()) / max(batch * (batch - 1), 1)).item()
+
+
+def _stage_dims(model: nn.Module, stages: Sequence[str], sample: Tensor, pool: Pool) -> list[int]:
+    modes = {m: m.training for m in model.modules()}
+    snapshot = Snapshot([model])
+    collector = StageFeatures(model, stages, pool)
+    try:
+        model.eval()
+        with torch.no_grad():
+            return [x.shape[1] for x in collector(sample)[1]]
+    finally:
+        collector.remove()
+        snapshot.restore()
+        for module, mode in modes.items():
+            module.training = mode

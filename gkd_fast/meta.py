@@ -1,0 +1,213 @@
+"""Differentiating through unrolled SGD steps, with the activations of one step at a time."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gkd_fast._snapshot import Snapshot
+
+Objective = Callable[[], Tensor]
+
+
+class UnrolledSGD:
+    """Takes SGD steps on ``params``, then carries an outer gradient back through them to other parameters.
+
+    A step is that of :class:`torch.optim.SGD` with momentum starting at zero: g = ∇L + wd·θ, m' = μ m + g,
+    θ' = θ − η m' (Nesterov: θ' = θ − η (g + μ m')). The way back is the adjoint of the steps: each is replayed from its
+    saved state and differentiated a second time, so the memory for activations is that of one step; parameters and
+    momenta are kept for every step. An objective must be a function of the parameters, buffers and PyTorch's random
+    state alone, so that the replay sees what the step saw. A parameter without gradient in a step is left alone in it.
+
+    The scheme is that of Jang et al., *Learning What and Where to Transfer*, 2019. ::
+
+        with UnrolledSGD(student.parameters(), [student], lr=0.05) as unrolled:
+            unrolled.step(inner_objective)
+            gradients = unrolled.hypergradient(outer_objective, meta_network.parameters())
+
+    Leaving the block, by an exception too, puts parameters, buffers and random state back exactly; so does
+    :meth:`hypergradient`. Without a block, call :meth:`rollback` if :meth:`hypergradient` is never reached.
+
+    Args:
+        params: parameters, or groups ``{"params": …}`` with their own ``lr``, ``momentum``, ``weight_decay``,
+            ``nesterov``. They are changed in place while unrolled; their ``.grad`` is not touched.
+        modules: the modules that the objectives run: their buffers are put back.
+        lr: learning rate η ≥ 0.
+        momentum: μ ≥ 0.
+        weight_decay: wd ≥ 0.
+        nesterov: Nesterov momentum; needs μ > 0.
+
+    Raises:
+        ValueError: no parameter, one given twice, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        modules: nn.Module | Iterable[nn.Module],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        self._params: list[Tensor] = []
+        self._settings: list[dict] = []
+        for group in _groups(params):
+            settings = defaults | {name: value for name, value in group.items() if name in defaults}
+            _check_settings(settings)
+            members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+            self._params += members
+            self._settings += [settings] * len(members)
+        if not self._params:
+            raise ValueError("params must hold at least one parameter, got none")
+        if len({id(p) for p in self._params}) < len(self._params):
+            raise ValueError("params must not hold the same parameter twice")
+        self._modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+        self._trajectory: list[tuple[Objective, _State]] = []
+        self._start: _State | None = None
+        self._momenta = [torch.zeros_like(p) for p in self._params]
+
+    def __enter__(self) -> "UnrolledSGD":
+        self._begin()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.rollback()
+
+    def step(self, objective: Objective) -> Tensor:
+        """One SGD step on a scalar objective, which is called once now and once in :meth:`hypergradient`.
+
+        Returns:
+            The objective's value before the step, detached.
+
+        Raises:
+            TypeError, ValueError: the objective does not return a scalar that depends on a parameter.
+        """
+        self._begin()
+        state = _State(self._params, self._momenta, self._modules)
+        value, gradients = self._differentiate(objective, self._params, create_graph=False)
+        self._momenta = list(self._momenta)
+        with torch.no_grad():
+            for i, (p, g, s) in enumerate(zip(self._params, gradients, self._settings)):
+                if g is None:
+                    continue
+                g = g + s["weight_decay"] * p
+                m = self._momenta[i] = s["momentum"] * self._momenta[i] + g
+                p.sub_(s["lr"] * (g + s["momentum"] * m if s["nesterov"] else m))
+        torch.clear_autocast_cache()
+        self._trajectory.append((objective, state))
+        return value
+
+    def hypergradient(self, outer_objective: Objective, wrt: Iterable[Tensor]) -> list[Tensor]:
+        """Gradient of the outer objective at the parameters reached, through all steps, at ``wrt``; then rolls back.
+
+        Args:
+            outer_objective: returns a scalar; it may also depend on ``wrt`` directly.
+            wrt: the meta-parameters, none of them among ``params``.
+
+        Returns:
+            One gradient for each of ``wrt``, zero where nothing depends on it.
+
+        Raises:
+            TypeError, ValueError: the objective does not return a scalar that depends on a parameter.
+        """
+        wrt = list(wrt)
+        self._begin()
+        try:
+            _, gradients = self._differentiate(outer_objective, [*self._params, *wrt], create_graph=False)
+            gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, [*self._params, *wrt])]
+            # a = ∂J/∂θ and b = ∂J/∂m after the step that is undone next.
+            a, meta = gradients[: len(self._params)], gradients[len(self._params) :]
+            b = [torch.zeros_like(p) for p in self._params]
+            for objective, state in reversed(self._trajectory):
+                state.restore(self._params)
+                a, b, meta = self._undo(objective, a, b, meta, wrt)
+        finally:
+            self.rollback()
+        return meta
+
+    def rollback(self) -> None:
+        """Puts parameters, buffers and random state back to where they were before the first step."""
+        if self._start is None:
+            return
+        self._start.restore(self._params)
+        self._momenta = self._start.momenta
+        self._start = None
+        self._trajectory = []
+
+    def _begin(self) -> None:
+        if self._start is None:
+            self._start = _State(self._params, self._momenta, self._modules)
+
+    def _undo(self, objective: Objective, a, b, meta, wrt: Sequence[Tensor]):
+        """One step of the adjoint: (a, b) before the step, and the meta-gradient with the step's part in it."""
+        _, gradients = self._differentiate(objective, self._params, create_graph=True)
+        a, b = list(a), list(b)
+        outputs, cotangents = [], []
+        for i, (g, s) in enumerate(zip(gradients, self._settings)):
+            if g is None:
+                continue
+            # n = ∂J/∂m' = b − η a (Nesterov: b − η μ a); v = ∂J/∂g = n (Nesterov: n − η a).
+            n = b[i] - s["lr"] * (s["momentum"] * a[i] if s["nesterov"] else a[i])
+            v = n - s["lr"] * a[i] if s["nesterov"] else n
+            a[i] = a[i] + s["weight_decay"] * v
+            b[i] = s["momentum"] * n
+            if g.requires_grad:
+                outputs.append(g)
+                cotangents.append(v)
+        if outputs:
+            # h = (∂²L/∂θ²) v and (∂²L/∂φ∂θ)ᵀ v in one double backward.
+            second = torch.autograd.grad(outputs, [*self._params, *wrt], cotangents, allow_unused=True)
+            a = [_add(x, h) for x, h in zip(a, second)]
+            meta = [_add(x, h) for x, h in zip(meta, second[len(a) :])]
+        return a, b, meta
+
+    @staticmethod
+    def _differentiate(objective: Objective, inputs: Sequence[Tensor], create_graph: bool):
+        with torch.enable_grad():
+            value = objective()
+            if not isinstance(value, Tensor):
+                raise TypeError(f"objective must return a Tensor, got {type(value).__name__}")
+            if value.numel() != 1:
+                raise ValueError(f"objective must return a scalar, got shape {tuple(value.shape)}")
+            if not value.requires_grad:
+                raise ValueError("objective must return a value that depends on a parameter, got one without gradient")
+            gradients = torch.autograd.grad(value.sum(), inputs, create_graph=create_graph, allow_unused=True)
+        return value.detach(), gradients
+
+
+class _State:
+    """Parameters, momenta, buffers and random state before a step."""
+
+    def __init__(self, params: Sequence[Tensor], momenta: Sequence[Tensor], modules: Sequence[nn.Module]):
+        self.values = [p.detach().clone() for p in params]
+        self.momenta = list(momenta)
+        self.surroundings = Snapshot(modules)
+
+    @torch.no_grad()
+    def restore(self, params: Sequence[Tensor]) -> None:
+        for p, value in zip(params, self.values):
+            p.copy_(value)
+        self.surroundings.restore()
+        # Autocast would go on using its low-precision copies of the parameters.
+        torch.clear_autocast_cache()
+
+
+def _add(x: Tensor, y: Tensor | None) -> Tensor:
+    return x if y is None else x + y
+
+
+def _groups(params: Iterable[Tensor] | Iterable[dict]) -> list[dict]:
+    if isinstance(params, Tensor):
+        raise TypeError("params must be an iterable of parameters or groups, got a Tensor")
+    params = list(params)
+    return params if params and isinstance(params[0], dict) else [{"params": params}]
+
+
+def _check_settings(settings: dict) -> None:
+    for name in ("lr", "momentum", "weight_decay"):
+        if not settings[name] >= 0:
+            raise ValueError(f"{name} must not be negative, got {settings[name]}")
+    if settings["nesterov"] and settings["momentum"] == 0:
+        raise ValueError("nesterov needs a momentum above 0, got 0")

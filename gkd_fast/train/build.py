@@ -1,0 +1,138 @@
+"""From options to what is trained: networks, criterion, meta-network, optimizers."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from gkd_fast import GraphKDLoss, PairWeightNetwork
+from gkd_fast.train.config import Config, NetworkConfig, TrainError, TrainingConfig
+from gkd_fast.train.data import Splits
+from gkd_fast.train.engine import Distiller
+from gkd_fast.train.methods import METHODS, remove_graphs, stream_seed
+from gkd_fast.train.models import StagedNetwork, build_network, load_weights
+
+
+@contextlib.contextmanager
+def random_stream(seed: int, purpose: str):
+    """PyTorch's CPU generator draws from the run's stream for this purpose inside, and is as before after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream_seed(seed, purpose))
+        yield
+
+
+def build_network_for(config: NetworkConfig, splits: Splits, seed: int, auxiliary: bool | None = None) -> StagedNetwork:
+    """A network with the run's initial weights; ``auxiliary`` overrides the configuration's."""
+    with random_stream(seed, "initialisation"):
+        return build_network(
+            config.name,
+            splits.num_classes,
+            splits.sample_shape,
+            stages=config.stages,
+            auxiliary=config.auxiliary if auxiliary is None else auxiliary,
+        )
+
+
+def load_network(config: NetworkConfig, splits: Splits, file: Path, note) -> StagedNetwork:
+    """A network with trained weights.
+
+    Args:
+        config: what the weights belong to.
+        splits: the data it classifies.
+        file: the weights.
+        note: called with a line when the weights have no auxiliary branches, so that the network goes without.
+    """
+    network = build_network_for(config, splits, seed=0)
+    unmatched = load_weights(network, file)
+    if network.auxiliary and set(unmatched) & network.state_dict().keys():
+        note(f"{file} has no auxiliary branches: the network's pooled stages are its features")
+        network = build_network_for(config, splits, seed=0, auxiliary=False)
+        load_weights(network, file)
+    return network
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file of weights that a path names: itself, or the one in a run's folder."""
+    path = Path(path)
+    file = path / "weights.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise TrainError(f"there are no weights in {path}: no such file{'' if file == path else f' as {file}'}")
+    return file
+
+
+def build_distiller(
+    config: Config,
+    splits: Splits,
+    method_name: str,
+    network: NetworkConfig,
+    training: TrainingConfig,
+    teacher: StagedNetwork | None,
+    accelerator=None,
+) -> Distiller:
+    """What trains ``network`` with a method; equal seeds start equal networks and heads, whatever the method."""
+    method = METHODS[method_name]
+    if method.teacher and teacher is None:
+        raise TrainError(f"method {method_name} needs a teacher: name its weights with --teacher")
+    student = build_network_for(network, splits, config.seed)
+    if network.weights is not None:
+        load_weights(student, weights_file(network.weights))
+    criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution) if method.graph else None
+    pair_weights = meta_optimizer = None
+    if method.meta:
+        meta = config.meta
+        with random_stream(config.seed, "meta-network"):
+            pair_weights = PairWeightNetwork(
+                config.graph.embed_dim, len(student.feature_dims), len(teacher.feature_dims), meta.width
+            )
+        meta_optimizer = torch.optim.SGD(
+            pair_weights.parameters(),
+            lr=meta.lr,
+            momentum=meta.momentum,
+            nesterov=meta.nesterov,
+            weight_decay=meta.weight_decay,
+        )
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *(criterion.parameters() if criterion else [])],
+        lr=training.lr,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+        weight_decay=training.weight_decay,
+    )
+    return Distiller(
+        student,
+        teacher if method.teacher else None,
+        criterion,
+        pair_weights,
+        optimizer,
+        meta_optimizer,
+        method=method,
+        distillation=config.distillation,
+        meta=config.meta,
+        seed=config.seed,
+        accelerator=accelerator,
+    )
+
+
+def build_criterion(
+    config: Config, student: StagedNetwork, teacher: StagedNetwork, num_classes: int, convolution: bool = True
+) -> GraphKDLoss:
+    graph = config.graph
+    with random_stream(config.seed, "heads"):
+        criterion = GraphKDLoss(
+            student.feature_dims,
+            teacher.feature_dims,
+            num_classes=num_classes,
+            embed_dim=graph.embed_dim,
+            layers=graph.layers,
+            bandwidth=graph.bandwidth,
+            normalization=graph.normalization,
+            node_temperature=graph.node_temperature,
+            relation_temperature=graph.relation_temperature,
+            node_weight=graph.node_weight,
+            relation_weight=graph.relation_weight,
+            pairs=graph.pairs,
+            backend=graph.backend,
+        )
+    if not convolution:
+        remove_graphs(criterion, graph.embed_dim)
+    return criterion

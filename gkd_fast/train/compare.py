@@ -1,0 +1,200 @@
+"""Several methods on paired seeds: the same initial student, data order and augmentation in every arm."""
+
+import math
+import multiprocessing
+import platform
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import scipy.stats
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from gkd_fast.train import pictures, report
+from gkd_fast.train.config import Config, TrainError
+from gkd_fast.train.cost import measure_costs
+from gkd_fast.train.metrics import read_metrics
+from gkd_fast.train.progress import Display
+from gkd_fast.train.run import evaluate_weights, train, write_json
+
+CONFIDENCE = 0.95
+
+
+def compare_methods(config: Config, console: Console) -> dict:
+    """Trains every method on every seed, with one teacher for all, and writes and prints the report.
+
+    Args:
+        config: all options; those of ``compare`` say what to run.
+        console: where progress and tables are shown.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        TrainError, DataError, ValueError: something the user can put right.
+    """
+    folder = Path(config.output)
+    if config.compare.workers > 1 and config.device == "auto" and torch.cuda.is_available():
+        raise TrainError("compare.workers above 1 is for CPUs: choose --compare.workers 1 or --device cpu")
+    teacher = _teacher(config, folder / "teacher", console)
+    jobs = {
+        (method, seed): replace(
+            config,
+            method=method,
+            seed=seed,
+            teacher=teacher["weights"],
+            output=str(folder / method / f"seed-{seed}"),
+            threads=1 if config.compare.workers > 1 else config.threads,
+        )
+        for seed in range(config.seed, config.seed + config.compare.seeds)
+        for method in config.compare.methods
+    }
+    results = _run(jobs, config.compare.workers, console)
+    summary = summarize(config, teacher, results)
+    main = PartialState().is_main_process
+    if config.compare.cost_batch_sizes and main:
+        console.print("measuring time and memory of a step")
+        summary["costs"] = measure_costs(config)
+    if main:
+        write_json(folder / "summary.json", summary)
+        metrics = {method: [read_metrics(Path(jobs[m, s].output)) for m, s in jobs if m == method] for method, _ in jobs}
+        report.print_comparison(summary, pictures.draw(summary, metrics, folder), console)
+    return summary
+
+
+def summarize(config: Config, teacher: dict, results: dict[tuple[str, int], dict]) -> dict:
+    """Means, paired differences with intervals, costs and what was shown.
+
+    Args:
+        config: all options.
+        teacher: its accuracies.
+        results: of every (method, seed).
+    """
+    methods = config.compare.methods
+    seeds = sorted({seed for _, seed in results})
+    by_method = {method: [results[method, seed] for seed in seeds] for method in methods}
+    baseline = "kd" if "kd" in methods else methods[0]
+    arms = {}
+    for method, runs in by_method.items():
+        accuracies = [run["test_accuracy"] for run in runs]
+        arms[method] = {
+            "test_accuracy": describe(accuracies),
+            "best_epoch_test_accuracy": describe([run["best"]["test_accuracy"] for run in runs]),
+            "validation_accuracy": describe([run["validation_accuracy"] for run in runs]),
+            "train_step_seconds": statistics.median(run["train_step_seconds"] for run in runs),
+            "meta_step_over_train_step": _median(run["meta_step_over_train_step"] for run in runs),
+            "pair_weights": _mean_pair_weights([run["pair_weights"] for run in runs]),
+        }
+        if method != baseline:
+            others = [run["test_accuracy"] for run in by_method[baseline]]
+            arms[method]["difference"] = describe([a - b for a, b in zip(accuracies, others)])
+    summary = {
+        "seeds": seeds,
+        "baseline": baseline,
+        "teacher": teacher,
+        "arms": arms,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}",
+        "options": asdict(config),
+    }
+    summary["conclusions"] = conclude(summary)
+    return summary
+
+
+def describe(values: list[float]) -> dict:
+    """Mean, standard deviation and the half-width of Student's 95 % interval of the mean; None for a single value."""
+    spread = half_width = None
+    if len(values) > 1:
+        spread = statistics.stdev(values)
+        half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "std": spread, "half_width": half_width, "values": values}
+
+
+def conclude(summary: dict) -> list[str]:
+    """What the paired differences show, one sentence each; "inconclusive" where an interval holds 0."""
+    arms, baseline = summary["arms"], summary["baseline"]
+    sentences = []
+    if "ce" in arms:
+        margin = summary["teacher"]["test_accuracy"] - arms["ce"]["test_accuracy"]["mean"]
+        sentences.append(f"The teacher is {margin:+.2f} points from the student trained by cross-entropy alone.")
+    for method, arm in arms.items():
+        if method == baseline:
+            continue
+        difference = arm["difference"]
+        named = f"{method} − {baseline} = {difference['mean']:+.2f}"
+        if difference["half_width"] is None:
+            sentences.append(f"{named} points on a single seed: nothing can be concluded.")
+            continue
+        found = f"{named} ± {difference['half_width']:.2f} points (95 % interval, {len(summary['seeds'])} paired seeds)"
+        if abs(difference["mean"]) <= difference["half_width"]:
+            sentences.append(f"{found}: inconclusive, the interval holds 0.")
+        else:
+            sentences.append(f"{found}: {method} is {'better' if difference['mean'] > 0 else 'worse'} here.")
+    return sentences
+
+
+def _teacher(config: Config, folder: Path, console: Console) -> dict:
+    """The teacher's weights and accuracies: the given one's, or those of one trained now."""
+    if not any(method != "ce" for method in config.compare.methods):
+        raise TrainError("compare.methods needs a method that has a teacher beside ce")
+    display = Display(console)
+    if config.teacher is not None:
+        result = evaluate_weights(
+            replace(config, student_network=config.teacher_network), Path(config.teacher), display
+        )
+        return result | {"weights": config.teacher}
+    result = train(replace(config, output=str(folder)), "teacher", display)
+    console.print(f"teacher {result['network']}: test {result['test_accuracy']:.2f} %", highlight=False)
+    return {k: result[k] for k in ("network", "validation_accuracy", "test_accuracy")} | {"weights": str(folder)}
+
+
+def _run(jobs: dict[tuple[str, int], Config], workers: int, console: Console) -> dict[tuple[str, int], dict]:
+    """The results of all jobs, each shown when it is there."""
+    results = {}
+    for (method, seed), result in _finished(jobs, workers):
+        results[method, seed] = result
+        console.print(
+            f"[{len(results)}/{len(jobs)}] {method} seed {seed}: test {result['test_accuracy']:.2f} %",
+            markup=False,
+            highlight=False,
+        )
+    return results
+
+
+def _finished(jobs: dict[tuple[str, int], Config], workers: int):
+    if workers == 1:
+        for key, config in jobs.items():
+            yield key, _job(config)
+        return
+    # Fresh processes: a copy of this one could inherit locked threads.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_job, config): key for key, config in jobs.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _job(config: Config) -> dict:
+    return train(config, "student", Display(Console(), brief=True))
+
+
+def _median(values) -> float | None:
+    values = [v for v in values if v is not None]
+    return statistics.median(values) if values else None
+
+
+def _mean_pair_weights(changes: list[dict | None]) -> dict | None:
+    """Over the seeds: mean weights [S, T] before and after, mean and largest change."""
+    if None in changes:
+        return None
+    return {
+        "untrained": torch.tensor([c["untrained"] for c in changes]).mean(dim=0).tolist(),
+        "trained": torch.tensor([c["trained"] for c in changes]).mean(dim=0).tolist(),
+        "mean_absolute_change": statistics.fmean(c["mean_absolute_change"] for c in changes),
+        "largest_absolute_change": max(c["largest_absolute_change"] for c in changes),
+    }

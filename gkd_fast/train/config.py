@@ -1,0 +1,279 @@
+"""What a run can be told, with the published recipe as default; every field is an option of the command line."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from gkd_fast.train.data import DataConfig
+
+METHOD_NAMES = ("ce", "kd", "gkd", "gkd-constant", "gkd-permuted", "gkd-nograph", "gkd-nokd")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+class TrainError(Exception):
+    """Something the user can put right; the message says in one line what."""
+
+
+@dataclass
+class NetworkConfig:
+    """A network and the stages whose features are distilled.
+
+    Args:
+        name: wrn_DEPTH_WIDTH, resnetDEPTH, small_WIDTH (for small images) or torchvision/CLASSIFIER.
+        stages: module names of the stages, for torchvision classifiers.
+        auxiliary: a branch with a classifier of its own at every stage but the last.
+        weights: file to start from: weights of a run, or a plain state_dict (maybe under "model" or "net").
+    """
+
+    name: str = "wrn_16_2"
+    stages: list[str] | None = None
+    auxiliary: bool = True
+    weights: str | None = None
+
+
+@dataclass
+class TrainingConfig:
+    """Length and optimizer (SGD) of a training.
+
+    Args:
+        epochs: how often each image is seen.
+        batch_size: images per step, over all processes; it is also the size of the graphs of one process.
+        drop_last: leave out the last batch of an epoch where it is short.
+        lr: learning rate at the start.
+        milestones: epochs at which the learning rate is multiplied by gamma.
+        gamma: see milestones.
+        momentum: of SGD.
+        nesterov: Nesterov momentum.
+        weight_decay: of SGD.
+    """
+
+    epochs: int = 240
+    batch_size: int = 64
+    drop_last: bool = False
+    lr: float = 0.05
+    milestones: list[int] = field(default_factory=lambda: [150, 180, 210])
+    gamma: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "epochs", "batch_size")
+        _at_least(self, 0, "lr", "gamma", "momentum", "weight_decay")
+
+
+@dataclass
+class DistillationConfig:
+    """Distillation of the logits.
+
+    Args:
+        temperature: of the softened class probabilities.
+        kd_weight: factor of the divergence; temperature² keeps its gradient's size.
+    """
+
+    temperature: float = 3.0
+    kd_weight: float = 9.0
+
+    def __post_init__(self) -> None:
+        _above(self, 0, "temperature")
+        _at_least(self, 0, "kd_weight")
+
+
+@dataclass
+class GraphConfig:
+    """The graph terms, as in gkd_fast.GraphKDLoss.
+
+    Args:
+        embed_dim: width of the graph embeddings.
+        layers: graph convolutions per stage.
+        bandwidth: of the adjacency: a positive number, or auto.
+        normalization: of the adjacency: symmetric or row.
+        node_temperature: of the node loss.
+        relation_temperature: of the relation loss.
+        node_weight: factor of the node loss.
+        relation_weight: factor of the relation loss.
+        pairs: all, matched, or a list of [student stage, teacher stage].
+        backend: auto, reference, cpp or triton.
+    """
+
+    embed_dim: int = 128
+    layers: int = 1
+    bandwidth: float | str = "auto"
+    normalization: str = "symmetric"
+    node_temperature: float = 0.1
+    relation_temperature: float = 0.1
+    node_weight: float = 1.0
+    relation_weight: float = 1.0
+    pairs: str | list[list[int]] = "all"
+    backend: str = "auto"
+
+
+@dataclass
+class MetaConfig:
+    """The meta-network that weighs stage pairs, and its optimisation.
+
+    Args:
+        width: of its projections.
+        interval: a meta-step follows each training step whose batch index within the epoch is a multiple of it.
+        graph_steps: unrolled steps on the node and relation terms.
+        label_steps: unrolled steps on cross-entropy and logit distillation that follow.
+        inner_lr: learning rate of the unrolled steps.
+        inner_momentum: of the unrolled steps, starting at zero.
+        inner_nesterov: Nesterov momentum in the unrolled steps.
+        inner_weight_decay: of the unrolled steps.
+        lr: learning rate of the meta-network, never scheduled.
+        momentum: of the meta-network's SGD.
+        nesterov: Nesterov momentum of the meta-network's SGD.
+        weight_decay: of the meta-network's SGD.
+    """
+
+    width: int = 128
+    interval: int = 50
+    graph_steps: int = 2
+    label_steps: int = 1
+    inner_lr: float = 0.05
+    inner_momentum: float = 0.9
+    inner_nesterov: bool = False
+    inner_weight_decay: float = 5e-4
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "width", "interval", "graph_steps")
+        _at_least(self, 0, "label_steps", "inner_lr", "inner_momentum", "inner_weight_decay")
+        _at_least(self, 0, "lr", "momentum", "weight_decay")
+
+
+@dataclass
+class CompareConfig:
+    """What compare runs and measures.
+
+    Args:
+        methods: the arms: ce, kd, gkd and the controls gkd-constant, gkd-permuted, gkd-nograph, gkd-nokd.
+        seeds: number of paired seeds: seed, seed + 1, …
+        workers: student trainings that run at once, one thread each; above 1 on CPUs alone.
+        cost_batch_sizes: batch sizes at which time and memory of a step are measured; [] measures nothing.
+        cost_repeats: timed steps per case.
+    """
+
+    methods: list[str] | str = field(default_factory=lambda: ["ce", "kd", "gkd"])
+    seeds: int = 3
+    workers: int = 1
+    cost_batch_sizes: list[int] = field(default_factory=lambda: [64])
+    cost_repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.methods, str):
+            self.methods = [name for name in self.methods.replace(",", " ").split()]
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must be a list of different methods, got {self.methods}")
+        for method in self.methods:
+            check_method(method)
+        _at_least(self, 1, "seeds", "workers", "cost_repeats")
+
+
+@dataclass
+class Config:
+    """All options.
+
+    Args:
+        output: folder of the run: configuration, checkpoints, metrics, weights and results.
+        seed: of initialisation, data order, augmentation and training noise, each with a stream of its own.
+        method: what student trains with: ce, kd, gkd, gkd-constant, gkd-permuted, gkd-nograph or gkd-nokd.
+        teacher: the teacher's weights for student and compare; compare trains one where there is none.
+        resume: go on from the last good checkpoint in output.
+        precision: fp32, bf16 or fp16 (autocast; the meta-step is always in fp32).
+        device: auto or cpu.
+        threads: of PyTorch, where not its own choice.
+        save_every: steps between two checkpoints within an epoch; the end of an epoch has one always.
+        diagnostics_every: epochs between two looks at the graphs and at each term's share of the gradient.
+        tensorboard: write TensorBoard logs too; needs the package tensorboard.
+        data: the images.
+        teacher_network: the teacher.
+        teacher_training: how the teacher is trained.
+        student_network: the student.
+        student_training: how the student is trained.
+        distillation: logit distillation.
+        graph: graph terms.
+        meta: meta-network.
+        compare: of the command compare.
+    """
+
+    output: str = "runs/default"
+    seed: int = 0
+    method: str = "gkd"
+    teacher: str | None = None
+    resume: bool = False
+    precision: str = "fp32"
+    device: str = "auto"
+    threads: int | None = None
+    save_every: int = 500
+    diagnostics_every: int = 1
+    tensorboard: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher_network: NetworkConfig = field(default_factory=lambda: NetworkConfig("wrn_40_2"))
+    teacher_training: TrainingConfig = field(default_factory=TrainingConfig)
+    student_network: NetworkConfig = field(default_factory=NetworkConfig)
+    student_training: TrainingConfig = field(default_factory=TrainingConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.device not in ("auto", "cpu"):
+            raise ValueError(f"device must be auto or cpu, got {self.device!r}")
+        _at_least(self, 0, "seed")
+        _at_least(self, 1, "save_every", "diagnostics_every")
+
+
+# Options that say where and how, and do not change what is computed.
+FREE_OPTIONS = (
+    "output",
+    "resume",
+    "save_every",
+    "diagnostics_every",
+    "tensorboard",
+    "compare",
+    "data.data_dir",
+    "data.download",
+    "data.workers",
+)
+# Options that a teacher's training does not look at, and a student's.
+TEACHER_FREE = ("method", "teacher", "student_network", "student_training", "distillation", "graph", "meta")
+STUDENT_FREE = ("teacher_training",)
+
+
+def relevant_options(config: Config, role: str) -> dict:
+    """What decides the outcome of a training, by dotted name: a run can only be resumed with the same.
+
+    Args:
+        config: all options.
+        role: "teacher" or "student".
+    """
+    free = FREE_OPTIONS + (TEACHER_FREE if role == "teacher" else STUDENT_FREE)
+    options = {"role": role}
+    for name, value in dataclasses.asdict(config).items():
+        options |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: v for name, v in options.items() if name not in free and name.split(".")[0] not in free}
+
+
+def check_method(name: str) -> None:
+    if name not in METHOD_NAMES:
+        raise ValueError(f"method must be one of {', '.join(METHOD_NAMES)}, got {name!r}")
+
+
+def _at_least(config, least: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+
+
+def _above(config, bound: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > bound:
+            raise ValueError(f"{name} must be above {bound}, got {getattr(config, name)}")

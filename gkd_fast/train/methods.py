@@ -1,0 +1,97 @@
+"""The arms of a comparison: what each trains on, and what the control arms replace."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gkd_fast import BatchGCN, GraphKDLoss, PairWeightNetwork
+
+
+@dataclass(frozen=True)
+class Method:
+    """An arm.
+
+    Attributes:
+        teacher: whether it looks at the teacher at all.
+        kd: logit distillation.
+        graph: the node and relation terms are there.
+        convolution: they look at graph embeddings; else at the plain features.
+        weights: of the stage pairs: "meta", "permuted" (meta weights of another sample of the batch) or "constant".
+    """
+
+    teacher: bool = True
+    kd: bool = True
+    graph: bool = True
+    convolution: bool = True
+    weights: str = "meta"
+
+    @property
+    def meta(self) -> bool:
+        """Whether there is a meta-network to train."""
+        return self.graph and self.weights != "constant"
+
+
+METHODS = {
+    "ce": Method(teacher=False, kd=False, graph=False),
+    "kd": Method(graph=False),
+    "gkd": Method(),
+    "gkd-constant": Method(weights="constant"),
+    "gkd-permuted": Method(weights="permuted"),
+    "gkd-nograph": Method(convolution=False),
+    "gkd-nokd": Method(kd=False),
+}
+
+
+class PlainHead(nn.Module):
+    """Stands for a graph convolution with no graph: the features as they are, projected where their width differs.
+
+    The projection is the graph convolution's own first one, so both arms start from the same numbers.
+    """
+
+    def __init__(self, convolution: BatchGCN, embed_dim: int):
+        super().__init__()
+        linear = convolution.linears[0]
+        self.projection = nn.Identity() if linear.in_features == embed_dim else linear
+        self.bandwidth = convolution.bandwidth
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        return self.projection(nodes)
+
+
+def remove_graphs(criterion: GraphKDLoss, embed_dim: int) -> None:
+    """Puts a :class:`PlainHead` in the place of every graph convolution."""
+    for heads in (criterion.student_heads, criterion.teacher_heads):
+        for k, convolution in enumerate(heads):
+            heads[k] = PlainHead(convolution, embed_dim)
+
+
+class PermutedWeights(nn.Module):
+    """Pair weights of a meta-network, dealt out to the batch's samples in another order.
+
+    What is left of the weights is their distribution; what a sample's own embeddings say about its weights is lost.
+    """
+
+    def __init__(self, network: PairWeightNetwork, permutation: Tensor):
+        super().__init__()
+        self.network = network
+        self.permutation = permutation
+
+    def forward(self, student_embeddings: list[Tensor], teacher_embeddings: list[Tensor]) -> Tensor:
+        return self.network(student_embeddings, teacher_embeddings)[self.permutation]
+
+
+def batch_permutation(size: int, seed: int, step: int, device: torch.device) -> Tensor:
+    """A permutation that depends on nothing but its arguments, so that a resumed run draws it again."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, "permutation", step))
+    return torch.randperm(size, generator=generator).to(device)
+
+
+def stream_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """The seed of one of a run's independent random streams.
+
+    Each purpose has its own, so that an arm which draws more for one thing draws the same for all others.
+    """
+    digest = hashlib.sha256(f"{purpose}/{seed}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
