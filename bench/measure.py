@@ -70,6 +70,7 @@ def measure_memory(rows: list[Row], again: bool = False) -> None:
         known = row.peak_bytes is not None or row.memory_reason
         if row.status != "ok" or row.backend == "floor" or (known and not again):
             continue
+        row.memory_reason = ""
         try:
             row.peak_bytes = memory.measure(row.case, row.backend, torch.get_num_threads())
         except memory.MemoryUnknown as error:
