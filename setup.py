@@ -1,6 +1,53 @@
+"""Builds the package, with the C++ extension where PyTorch and a compiler are at hand.
+
+The extension is built against the installed PyTorch (``pip install --no-build-isolation``) and is optional: without
+PyTorch, without a compiler or with ``GKD_FAST_NO_EXTENSION=1`` the package installs without it.
+``GKD_FAST_SANITIZE=1`` builds it with the address and undefined-behaviour sanitizers.
+"""
+
+import os
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+HEADERS = sorted(str(path) for suffix in ("*.h", "*.inc") for path in Path("csrc").rglob(suffix))
+
+
+def extension_options() -> dict:
+    if os.environ.get("GKD_FAST_NO_EXTENSION") == "1":
+        return {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("gkd_fast: PyTorch is not installed here, so the C++ extension is left out")
+        return {}
+    sanitize = os.environ.get("GKD_FAST_SANITIZE") == "1"
+    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    link = ["-Wl,--exclude-libs,ALL"] if os.name == "posix" else []
+    if sanitize:
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        flags = ["-O1", "-g", "-fno-omit-frame-pointer", *flags[1:], *checks]
+        link = checks
+
+    class Build(BuildExtension):
+        """Records the PyTorch version beside the extension, to be compared before it is loaded."""
+
+        def run(self):
+            super().run()
+            for folder in {Path(self.build_lib) / "gkd_fast", Path("gkd_fast")}:
+                if any(folder.glob("_C.*")):
+                    (folder / "_C.torch-version.txt").write_text(torch.__version__ + "\n")
+
+    extension = CppExtension(
+        "gkd_fast._C", SOURCES, depends=HEADERS, extra_compile_args=flags, extra_link_args=link, optional=True
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=False)}}
+
 
 setup(
     packages=find_packages(include=["gkd_fast", "gkd_fast.*"]) + ["gkd_fast.kernels"],
     package_dir={"gkd_fast": "gkd_fast", "gkd_fast.kernels": "kernels"},
+    **extension_options(),
 )

@@ -1,16 +1,18 @@
 """The public functions: check the arguments, choose the backend and the precision, and call it.
 
-Every function takes raw features, L2-normalises their rows, and is differentiable twice.
+Every function takes raw features, L2-normalises their rows and is differentiable; backend="reference" any number of
+times, the fused backends once (a second derivative or forward mode is an error there, never a silent zero).
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from gkd_fast import reference
+from gkd_fast import ops, reference
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 NORMALIZATIONS = ("symmetric", "row")
@@ -55,9 +57,14 @@ def graph_conv(
     dtype = _compute_dtype({"nodes": nodes, "messages": messages})
     check_graph_options(bandwidth, normalization, backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
-    _select_backend(backend, nodes)
+    fused = _select_backend(backend, nodes) != "reference"
+    precision = _product_precision(nodes)
     with autocast_disabled(nodes):
-        return reference.graph_conv(nodes.to(dtype), messages.to(dtype), sigma, normalization).to(messages.dtype)
+        if not fused:
+            return reference.graph_conv(nodes.to(dtype), messages.to(dtype), sigma, normalization).to(messages.dtype)
+        (unit,) = ops.unit_rows([nodes], dtype)
+        output = ops.graph_conv(unit, messages.to(dtype), _inverse_variance(sigma, unit), normalization, precision)
+        return output.to(messages.dtype)
 
 
 def node_contrast(
@@ -90,8 +97,13 @@ def node_contrast(
         raise ValueError(f"students and teachers must share one width in node_contrast, got {sorted(widths)}")
     check_positive("temperature", temperature)
     wanted = _check_pairs(pairs, len(students), len(teachers))
-    _select_backend(backend, students[0])
+    fused = _select_backend(backend, students[0]) != "reference"
+    precision = _product_precision(students[0])
     with autocast_disabled(students[0]):
+        if fused:
+            unit = ops.unit_rows([*students, *teachers], dtype)
+            flat = [True] * (len(students) * len(teachers)) if wanted is None else sum(wanted, [])
+            return ops.node_contrast(unit[: len(students)], unit[len(students) :], flat, temperature, precision)
         losses = reference.node_contrast([x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature)
         return losses if wanted is None else losses * torch.tensor(wanted, dtype=dtype, device=losses.device)
 
@@ -126,8 +138,12 @@ def relation_kl(
     students, teachers, dtype = _check_stages(students, teachers)
     check_positive("temperature", temperature)
     check_positive("bandwidth", bandwidth)
-    _select_backend(backend, students[0])
+    fused = _select_backend(backend, students[0]) != "reference"
+    precision = _product_precision(students[0])
     with autocast_disabled(students[0]):
+        if fused:
+            unit = ops.unit_rows([*students, *teachers], dtype)
+            return ops.relation_kl(unit[: len(students)], unit[len(students) :], temperature, bandwidth, precision)
         return reference.relation_kl(
             [x.to(dtype) for x in students], [x.to(dtype) for x in teachers], temperature, bandwidth
         )
@@ -174,13 +190,16 @@ def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor | str = "auto",
     dtype = _compute_dtype({"nodes": nodes})
     check_graph_options(bandwidth, "symmetric", backend)
     sigma = _bandwidth(bandwidth, nodes, dtype)
-    _select_backend(backend, nodes)
+    fused = _select_backend(backend, nodes) != "reference"
+    precision = _product_precision(nodes)
+    widths = (sigma, sigma / math.sqrt(2))
     with torch.no_grad(), autocast_disabled(nodes):
-        degrees, squares = (
-            reference.similarities(nodes.to(dtype), width, diagonal=1.0).sum(dim=1)
-            for width in (sigma, sigma / math.sqrt(2))
-        )
-    return degrees.square() / squares
+        if fused:
+            (unit,) = ops.unit_rows([nodes], dtype)
+            sums = [ops.graph_degrees(unit, _inverse_variance(width, unit), precision) for width in widths]
+        else:
+            sums = [reference.similarities(nodes.to(dtype), width, diagonal=1.0).sum(dim=1) for width in widths]
+    return sums[0].square() / sums[1]
 
 
 def check_graph_options(bandwidth: float | Tensor | str, normalization: str, backend: str) -> None:
@@ -207,9 +226,48 @@ def check_backend(backend: str) -> None:
 def _select_backend(backend: str, tensor: Tensor) -> str:
     """The backend that runs, or an error that says what is missing."""
     check_backend(backend)
-    if backend in ("cpp", "triton"):
-        raise RuntimeError(f"backend={backend!r} is not available: this version has the reference backend alone")
-    return "reference"
+    device = tensor.device
+    if backend == "auto":
+        backend = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
+        reason = None if backend == "reference" else ops.missing(backend, device)
+        if reason is None:
+            return backend
+        _warn_once(f"gkd_fast computes on {device.type} with the slow reference: {reason}")
+        return "reference"
+    if backend != "reference" and (reason := ops.missing(backend, device)) is not None:
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}")
+    return backend
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _product_precision(x: Tensor) -> str:
+    """The type in which tiles are multiplied: the inputs' own, autocast's, or PyTorch's choice for float32."""
+    dtype = x.dtype
+    if autocast_enabled(x) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    try:
+        setting = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # The newer per-backend settings are in use, which this one cannot express.
+        setting = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    return {"highest": "float32", "high": "tf32", "medium": "bfloat16"}[setting]
+
+
+def _inverse_variance(sigma: float | Tensor, like: Tensor) -> Tensor:
+    """1/σ², a 0-dim tensor, so that an adaptive bandwidth needs no host synchronisation."""
+    if isinstance(sigma, Tensor):
+        return sigma.square().reciprocal()
+    return torch.full((), sigma**-2, dtype=like.dtype, device=like.device)
 
 
 def _check_features(name: str, x: Tensor) -> None:

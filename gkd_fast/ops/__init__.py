@@ -1,0 +1,20 @@
+"""The fused ops ``torch.ops.gkd_fast.*``: schemas, fakes and autograd, one file per op.
+
+An op takes unit rows in float32 or float64 and ``product_precision``, the type in which tiles of similarities are
+multiplied: "float64" for float64 rows, else "float32", "tf32" (float32 products may be rounded as PyTorch's "high"
+matmul precision allows), "bfloat16" or "float16". Sums, exponentials and results stay in the rows' type; a backend
+without units for a type multiplies in a wider one. Every backward is an op of its own. The row set and the
+column set of an op are the same unless a column set is given; then gradients are the row set's, and the caller
+brings the columns' statistics and upstream.
+"""
+
+from gkd_fast.ops.backends import HOW_TO_BUILD, missing
+from gkd_fast.ops.graph_conv import graph_conv, graph_degrees, node_terms
+from gkd_fast.ops.node_contrast import node_contrast
+from gkd_fast.ops.relation_kl import relation_kl
+from gkd_fast.ops.unit_rows import unit_rows
+
+__all__ = [
+    "HOW_TO_BUILD", "graph_conv", "graph_degrees", "missing", "node_contrast", "node_terms", "relation_kl",
+    "unit_rows",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Benchmarks of the fused ops beside their peers: ``python -m bench --help``."""

@@ -1,0 +1,31 @@
+"""``python -m bench SUBCOMMAND``; each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``."""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+
+SUBCOMMANDS = {
+    "ops": ("bench.ops", "the ops at chosen sizes, every backend side by side"),
+    "step": ("bench.step", "a whole GraphKDLoss step, fused against the reference backend"),
+    "targets": ("bench.targets", "the standard table, and which of its targets hold"),
+    "gpu-static": ("bench.gpu_static", "the Triton kernels' resources and predicted times, without a GPU"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    choices = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for name, (module_name, description) in SUBCOMMANDS.items():
+        if importlib.util.find_spec(module_name) is None:
+            continue
+        module = importlib.import_module(module_name)
+        subparser = choices.add_parser(name, help=description, description=description)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    return arguments.run(arguments) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

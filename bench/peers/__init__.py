@@ -1,0 +1,57 @@
+"""The backends by name. A peer's module defines those of the three ops that it has, under the ops' own names."""
+
+import importlib
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bench.cases import STEP, Case
+
+LIBRARY = ("cpp", "triton", "reference")
+MODULES = {
+    "eager": "bench.peers.eager",
+    "published": "bench.peers.published",
+    "compile": "bench.peers.compiled",
+    "attention": "bench.peers.attention",
+    "keops": "bench.peers.keops",
+    "geometric": "bench.peers.geometric",
+}
+BACKENDS = (*LIBRARY, *MODULES)
+
+
+class Unavailable(Exception):
+    """This backend does not offer this case, or is not installed; the message says which."""
+
+
+def build(backend: str, case: Case) -> Callable[..., Tensor]:
+    """The backend's function for the case's op, called as ``function(*problem.arguments, **problem.options)``."""
+    if case.op == STEP:
+        from bench import step
+
+        return step.build(backend)
+    if backend in LIBRARY:
+        return _library(backend, case)
+    if backend not in MODULES:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        raise Unavailable(f"not installed here ({error})") from error
+    function = getattr(module, case.op, None)
+    if function is None:
+        raise Unavailable(f"has no {case.op}")
+    limitation = getattr(module, "limitation", lambda case: None)(case)
+    if limitation:
+        raise Unavailable(limitation)
+    return function
+
+
+def _library(backend: str, case: Case) -> Callable[..., Tensor]:
+    from gkd_fast import functional
+
+    op = getattr(functional, case.op)
+
+    def function(*arguments, **options) -> Tensor:
+        return op(*arguments, **options, backend=backend)
+
+    return function

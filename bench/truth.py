@@ -1,0 +1,146 @@
+"""The float64 truth at any size: plain autograd on strips of rows, so that no B×B matrix is held."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import STEP, Case, Problem
+
+STRIP_ELEMENTS = 2**24  # entries of a float64 strip [rows, B]: 128 MB
+DIFFERENCE_STEP = 1e-5  # relative step of the central difference at order 2
+
+# Largest error that a result may have, relative to the largest entry of the truth.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+PRECISION_TOLERANCES = {"highest": 1e-4, "high": 1e-3, "medium": 5e-2}
+SECOND_ORDER_FLOAT64 = 1e-5  # the truth itself is a central difference there
+
+
+def tolerance(case: Case) -> float:
+    if case.dtype == "float32":
+        return PRECISION_TOLERANCES[case.precision]
+    if case.dtype == "float64" and case.order == 2:
+        return SECOND_ORDER_FLOAT64
+    return TOLERANCES[case.dtype]
+
+
+def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """max |result − truth| / max |truth| of each tensor; a NaN or a wrong shape counts as infinite."""
+    found = {}
+    for name, expected in truth.items():
+        result = results[name]
+        if result.shape != expected.shape or not bool(result.isfinite().all()):
+            found[name] = float("inf")
+        else:
+            found[name] = float((result.double() - expected).abs().max() / expected.abs().max())
+    return found
+
+
+def truth(case: Case, problem: Problem) -> dict[str, Tensor]:
+    """What :meth:`Problem.results` should be, in float64."""
+    if case.op == STEP:
+        from bench import step
+
+        return step.truth(problem)
+    wanted = [x.detach().double() for x in problem.wanted.values()]
+    fixed = [] if case.op == "graph_conv" else [x.double() for x in problem.arguments[1]]
+    upstream = problem.upstream.detach().double()
+    if case.order == 1:
+        output, gradients = first_order(case.op, problem.options, wanted, fixed, upstream)
+        return {"output": output} | {f"d {name}": g for name, g in zip(problem.wanted, gradients)}
+    cotangents = [v.double() for v in problem.cotangents]
+    scale = max(x.norm() for x in wanted) / max(v.norm() for v in cotangents)
+    step = float(DIFFERENCE_STEP * scale)
+    ahead, behind = (
+        first_order(case.op, problem.options, [x + sign * v for x, v in zip(wanted, cotangents)], fixed, upstream)
+        for sign in (step, -step)
+    )
+    second = [(a - b) / (2 * step) for a, b in zip(ahead[1], behind[1])] + [(ahead[0] - behind[0]) / (2 * step)]
+    return {f"dd {name}": g for name, g in zip([*problem.wanted, "upstream"], second)}
+
+
+@torch.enable_grad()
+def first_order(
+    op: str, options: dict, wanted: list[Tensor], fixed: list[Tensor], upstream: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The output and the gradients with respect to ``wanted``, all float64."""
+    wanted = [x.clone().requires_grad_(True) for x in wanted]
+    if op == "graph_conv":
+        return _graph_conv(*wanted, upstream, **options)
+    units = [F.normalize(x, dim=1) for x in wanted]
+    leaves = [e.detach().requires_grad_(True) for e in units]
+    teachers = [F.normalize(x, dim=1) for x in fixed]
+    strip_losses = {"relation_kl": _relation_strip, "node_contrast": _node_strip}[op]
+    output = torch.empty_like(upstream)
+    totals = [torch.zeros_like(e) for e in leaves]
+    for rows in strips(len(upstream)):
+        losses = strip_losses(rows, leaves, teachers, **options)
+        output[rows] = losses.detach()
+        for total, gradient in zip(totals, torch.autograd.grad(losses, leaves, upstream[rows])):
+            total += gradient
+    return output, list(torch.autograd.grad(units, wanted, totals))
+
+
+def strips(batch: int) -> list[slice]:
+    size = max(1, min(batch, STRIP_ELEMENTS // batch))
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
+def _off_diagonal(strip: Tensor, rows: slice) -> Tensor:
+    columns = torch.arange(strip.shape[1], device=strip.device)
+    return columns[rows, None] != columns[None, :]
+
+
+def _relation_strip(
+    rows: slice, students: list[Tensor], teachers: list[Tensor], temperature: float, bandwidth: float
+) -> Tensor:
+    def log_relations(e: Tensor) -> Tensor:
+        similarity = e[rows] @ e.T
+        relation = ((similarity - 1) / bandwidth**2).exp() * _off_diagonal(similarity, rows)
+        return (relation / temperature).log_softmax(dim=1)
+
+    log_students = [log_relations(e) for e in students]
+    log_teachers = [log_relations(e) for e in teachers]
+    columns = [
+        torch.stack([(log_t.exp() * (log_t - log_s)).sum(dim=1) for log_t in log_teachers], dim=1)
+        for log_s in log_students
+    ]
+    return torch.stack(columns, dim=1)  # [rows, S, T]
+
+
+def _node_strip(rows: slice, students: list[Tensor], teachers: list[Tensor], temperature: float) -> Tensor:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        logits = student[rows] @ teacher.T / temperature
+        return logits.logsumexp(dim=1) - (student[rows] * teacher[rows]).sum(dim=1) / temperature
+
+    return torch.stack([torch.stack([loss(s, t) for t in teachers], dim=1) for s in students], dim=1)
+
+
+def _graph_conv(
+    nodes: Tensor, messages: Tensor, upstream: Tensor, bandwidth: float, normalization: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Degrees first, strip by strip; then the output as a function of rows, degrees and messages; then back."""
+    unit = F.normalize(nodes, dim=1)
+    e = unit.detach().requires_grad_(True)
+    h = messages.detach().requires_grad_(True)
+
+    def adjacency(rows: slice) -> Tensor:
+        similarity = e[rows] @ e.T
+        return torch.where(_off_diagonal(similarity, rows), ((similarity - 1) / bandwidth**2).exp(), 1.0)
+
+    with torch.no_grad():
+        degrees = torch.cat([adjacency(rows).sum(dim=1) for rows in strips(len(e))])
+    degrees.requires_grad_(True)
+    output = torch.empty_like(upstream)
+    totals = [torch.zeros_like(x) for x in (e, h, degrees)]
+    for rows in strips(len(e)):
+        if normalization == "row":
+            part = (adjacency(rows) / degrees[rows, None]) @ h
+        else:
+            part = (adjacency(rows) * (degrees[rows, None] * degrees[None, :]).rsqrt()) @ h
+        output[rows] = part.detach()
+        for total, gradient in zip(totals, torch.autograd.grad(part, (e, h, degrees), upstream[rows])):
+            total += gradient
+    d_e, d_h, d_degrees = totals
+    for rows in strips(len(e)):
+        d_e += torch.autograd.grad(adjacency(rows).sum(dim=1), e, d_degrees[rows])[0]
+    return output, [torch.autograd.grad(unit, nodes, d_e)[0], d_h]

@@ -1,0 +1,94 @@
+// The border between tensors and kernels: argument checks, threads, memory, and the choice of the instruction set.
+#pragma once
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace gkd {
+
+// Elements that vectors may read beyond the end of a per-row array.
+constexpr int64_t kPadding = 16;
+
+// The kernels that run in this process.
+const InstructionSet& instruction_set();
+// Names of the instruction sets that this processor has, best first.
+std::vector<std::string> instruction_sets();
+// For tests: choose one of them by name; false if there is none of that name.
+bool set_instruction_set(const std::string& name);
+// For tests: rows per tile, a multiple of 32; 0 lets the kernels choose.
+void set_block(int64_t rows);
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (std::is_same_v<T, double>) {
+    return instruction_set().float64;
+  } else {
+    return instruction_set().float32;
+  }
+}
+
+// Threads and memory of one call; the memory lives as long as this object.
+class Call {
+ public:
+  Call();
+  const Host& host() const { return host_; }
+
+  // Cleared memory with room for vectors that read beyond the end.
+  template <class T>
+  T* zeros(int64_t count) {
+    T* p = static_cast<T*>(allocate((count + kPadding) * int64_t(sizeof(T))));
+    std::fill(p, p + count + kPadding, T(0));
+    return p;
+  }
+
+  template <class T, class U>
+  T* copy(const U* values, int64_t count) {
+    T* p = zeros<T>(count);
+    std::copy(values, values + count, p);
+    return p;
+  }
+
+ private:
+  void* allocate(int64_t bytes);
+
+  std::vector<at::Tensor> memory_;
+  Host host_;
+};
+
+// Checks rank and type and makes contiguous; the tensor that the pointers point into.
+at::Tensor matrix(const char* name, const at::Tensor& x, at::ScalarType type, int64_t rows = -1, int64_t width = -1);
+at::Tensor vector(const char* name, const at::Tensor& x, at::ScalarType type, std::vector<int64_t> shape);
+std::vector<at::Tensor> matrices(const char* name, at::TensorList list, at::ScalarType type, int64_t rows = -1);
+
+at::ScalarType row_type(const at::Tensor& x);
+// This backend multiplies in the rows' own type, whatever is allowed: the name is only checked.
+void check_precision(c10::string_view product_precision);
+
+template <class T>
+Sides<T> sides_of(const at::Tensor& rows, const at::Tensor* columns, int64_t offset) {
+  const at::Tensor& other = columns ? *columns : rows;
+  return {rows.const_data_ptr<T>(), other.const_data_ptr<T>(), rows.size(0), other.size(0), rows.size(1),
+          columns ? offset : 0,     columns == nullptr};
+}
+
+}  // namespace gkd
+
+#define GKD_DISPATCH(TYPE, ...)            \
+  [&] {                                    \
+    if ((TYPE) == at::kDouble) {           \
+      using scalar_t = double;             \
+      return __VA_ARGS__();                \
+    }                                      \
+    using scalar_t = float;                \
+    return __VA_ARGS__();                  \
+  }()

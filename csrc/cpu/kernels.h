@@ -1,0 +1,133 @@
+// What the kernels of one instruction set offer, and what they need from their host. Raw pointers alone: this header
+// and those of the kernels define no function that another instruction set's copy could replace at link time.
+#pragma once
+#include <cstdint>
+
+namespace gkd {
+
+// Threads and memory, lent by the caller for the time of one call.
+struct Host {
+  using Body = void (*)(void* context, int64_t begin, int64_t end, int64_t worker);
+  void* self;
+  int64_t workers;  // worker < workers in every Body
+  int64_t block;    // rows per tile, a multiple of 32; 0: chosen by the kernel
+  void (*run)(int64_t count, Body body, void* context);
+  void* (*allocate)(void* self, int64_t bytes);  // aligned to 64 bytes, not cleared
+};
+
+// A matrix of unit rows, row-major and contiguous, and as columns of the tiles: the same matrix in the symmetric case.
+template <class T>
+struct Sides {
+  const T* rows;     // [row_count, dim]
+  const T* columns;  // [column_count, dim]
+  int64_t row_count;
+  int64_t column_count;
+  int64_t dim;
+  int64_t offset;   // row i's own column is i + offset
+  bool symmetric;   // columns are the rows: upper tiles serve both sides
+};
+
+// A per-row quantity [count] on both sides; the same pointer twice in the symmetric case.
+template <class T>
+struct Terms {
+  const T* row;
+  const T* column;
+};
+
+constexpr int kMaxStages = 64;
+
+template <class T>
+struct RelationKl {
+  int64_t students, teachers;
+  Sides<T> stages[kMaxStages];  // students, then teachers
+  T inner;                      // log2(e)/σ²
+  T outer;                      // log2(e)/τ
+  // Base-2 shifts of the rows' sums, [students + teachers][count], or null: the shift is `outer` everywhere.
+  Terms<double> shifts[kMaxStages];
+  // Forward: Z per stage and Q (in units of ln 2) per pair, each [row_count], cleared by the caller.
+  double* sums;  // [students + teachers][row_count]
+  double* pair_sums;  // [students · teachers][row_count]
+  // Backward: factors of U, see relation_kl.h, and gradients [row_count, dim] or null, cleared by the caller.
+  Terms<T> alpha[kMaxStages];                 // per student
+  const Terms<T>* beta;                       // per pair
+  Terms<T> eta[kMaxStages];                   // per teacher
+  T scale;                                    // 1/(σ²τ)
+  T* gradients[kMaxStages];
+};
+
+template <class T>
+struct SoftmaxSums {
+  Sides<T> sides;      // never symmetric
+  T scale;             // log2(e)/τ
+  const T* row_shift;  // base 2, [row_count], or null
+  const T* column_shift;   // base 2, [column_count], or null
+  const T* column_factor;  // [column_count], or null
+  const T* values;         // [column_count, dim] or null
+  double* sums;            // [row_count] or null, cleared by the caller
+  T* weighted;             // [row_count, dim], cleared by the caller; with values
+  T* maxima;               // [row_count]: only the largest c of each row is wanted, or null
+};
+
+template <class T>
+struct KernelSums {
+  Sides<T> sides;
+  T scale;          // log2(e)/σ²
+  Terms<T> values;  // [count, width] or null
+  int64_t width;
+  double* degrees;  // [row_count] or null, cleared by the caller
+  T* output;        // [row_count, width], cleared by the caller; with values
+};
+
+template <class T>
+struct NodeGradient {
+  Sides<T> sides;
+  T scale;               // log2(e)/σ²
+  T inverse_variance;
+  Terms<T> left, right;  // G' and H', [count, width]
+  int64_t width;
+  Terms<T> terms;        // d, [count]
+  T* gradient;           // [row_count, dim], cleared by the caller
+};
+
+template <class T>
+struct UnitRows {
+  const T* rows;
+  int64_t count, dim;
+  T* unit;
+  T* inverse_norms;
+};
+
+template <class T>
+struct UnitRowsBackward {
+  const T* upstream;
+  const T* unit;
+  const T* inverse_norms;
+  int64_t count, dim;
+  T* gradient;
+};
+
+template <class T>
+struct Kernels {
+  void (*relation_kl_maxima)(const Host&, const RelationKl<T>&, T* const* maxima);
+  void (*relation_kl)(const Host&, const RelationKl<T>&);
+  void (*relation_kl_backward)(const Host&, const RelationKl<T>&);
+  void (*softmax_sums)(const Host&, const SoftmaxSums<T>&);
+  void (*kernel_sums)(const Host&, const KernelSums<T>&);
+  void (*node_gradient)(const Host&, const NodeGradient<T>&);
+  void (*unit_rows)(const Host&, const UnitRows<T>&);
+  void (*unit_rows_backward)(const Host&, const UnitRowsBackward<T>&);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> float32;
+  Kernels<double> float64;
+};
+
+extern const InstructionSet baseline;
+#if defined(__x86_64__)
+extern const InstructionSet avx2;
+extern const InstructionSet avx512;
+#endif
+
+}  // namespace gkd

@@ -1,0 +1,136 @@
+// Matrix products of a tile: packing, the register-blocked micro-kernel, and the two products that the ops are made of.
+#pragma once
+#include "vec.h"
+
+namespace gkd::GKD_ISA {
+
+#if GKD_VECTOR_BYTES == 64
+constexpr int kMicroRows = 12;
+#else
+constexpr int kMicroRows = 6;
+#endif
+
+// Columns per panel: two vectors.
+template <class T>
+constexpr int kPanel = 2 * Lanes<T>::count;
+
+constexpr int64_t kDepth = 256;  // of one micro-kernel call: its panel of 16 floats a row then stays in a small cache
+
+GKD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+GKD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+GKD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// c[r][n] (+)= Σ_k a[r][k·step] · b[k][n] for kMicroRows × kPanel.
+template <class T>
+GKD_INLINE void micro_kernel(const T* const* a, int64_t step, const T* b, int64_t depth, T* c, int64_t stride,
+                             bool accumulate) {
+  constexpr int N = Lanes<T>::count;
+  Vec<T> sums[kMicroRows][2];
+  const T* rows[kMicroRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kMicroRows; ++r) {
+    sums[r][0] = sums[r][1] = Vec<T>{};
+    rows[r] = a[r];
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec<T> b0 = load(b + k * 2 * N), b1 = load(b + k * 2 * N + N);
+#pragma GCC unroll 16
+    for (int r = 0; r < kMicroRows; ++r) {
+      const Vec<T> x = broadcast(rows[r][k * step]);
+      sums[r][0] += x * b0;
+      sums[r][1] += x * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kMicroRows; ++r) {
+    T* out = c + r * stride;
+    if (accumulate) {
+      sums[r][0] += load(out);
+      sums[r][1] += load(out + N);
+    }
+    store(out, sums[r][0]);
+    store(out + N, sums[r][1]);
+  }
+}
+
+// A left operand of a product: element (r, k) at data[r·row + k·step].
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, step;
+};
+
+// c[m][n] (+)= Σ_k left(m, k) · panel(n)[k], n running through panels `panel_stride` apart. Writes m < count, n < width;
+// a c whose rows are padded to whole panels may be given with its padded width.
+template <class T>
+void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T* panels, int64_t panel_stride, T* c,
+              int64_t stride, bool accumulate) {
+  constexpr int P = kPanel<T>;
+  alignas(64) T edge[kMicroRows * P];
+  for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+    const int64_t part = smaller(kDepth, depth - k0);
+    const bool add = accumulate || k0 > 0;
+    for (int64_t n = 0; n < width; n += P) {
+      const T* b = panels + (n / P) * panel_stride + k0 * P;
+      for (int64_t m = 0; m < count; m += kMicroRows) {
+        const T* a[kMicroRows];
+#pragma GCC unroll 16
+        for (int r = 0; r < kMicroRows; ++r) {
+          a[r] = left.data + smaller(m + r, count - 1) * left.row + k0 * left.step;
+        }
+        T* out = c + m * stride + n;
+        if (m + kMicroRows <= count && n + P <= width) {
+          if (left.step == 1) {
+            micro_kernel<T>(a, 1, b, part, out, stride, add);
+          } else {
+            micro_kernel<T>(a, left.step, b, part, out, stride, add);
+          }
+          continue;
+        }
+        micro_kernel<T>(a, left.step, b, part, edge, P, false);
+        for (int64_t r = 0; r < smaller(kMicroRows, count - m); ++r) {
+          for (int64_t x = 0; x < smaller(P, width - n); ++x) {
+            out[r * stride + x] = add ? out[r * stride + x] + edge[r * P + x] : edge[r * P + x];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+int64_t packed_columns(int64_t count, int64_t dim) {
+  return ceil_div(count, kPanel<T>) * kPanel<T> * dim;
+}
+
+template <class T>
+int64_t packed_values(int64_t count, int64_t dim) {
+  return ceil_div(dim, kPanel<T>) * kPanel<T> * count;
+}
+
+// Rows as columns of a product c = A·rowsᵀ: [panel of rows][dim][kPanel], zeros beyond the last row.
+template <class T>
+void pack_columns(const T* rows, int64_t count, int64_t dim, int64_t panel, T* packed) {
+  constexpr int P = kPanel<T>;
+  T* out = packed + panel * P * dim;
+  const int64_t first = panel * P, valid = smaller(P, count - first);
+  for (int64_t k = 0; k < dim; ++k) {
+    for (int64_t n = 0; n < P; ++n) out[k * P + n] = n < valid ? rows[(first + n) * dim + k] : T(0);
+  }
+}
+
+// Rows as the right operand of weights·rows: [panel of dimensions][row][kPanel], zeros beyond the last dimension.
+template <class T>
+void pack_values(const T* rows, int64_t count, int64_t dim, int64_t begin, int64_t end, T* packed) {
+  constexpr int P = kPanel<T>;
+  for (int64_t panel = 0; panel * P < dim; ++panel) {
+    const int64_t valid = smaller(P, dim - panel * P);
+    for (int64_t j = begin; j < end; ++j) {
+      T* out = packed + (panel * count + j) * P;
+      const T* in = rows + j * dim + panel * P;
+      for (int64_t n = 0; n < P; ++n) out[n] = n < valid ? in[n] : T(0);
+    }
+  }
+}
+
+}  // namespace gkd::GKD_ISA

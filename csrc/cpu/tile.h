@@ -1,0 +1,126 @@
+// The tile engine: the one loop over tiles. An op brings its epilogue, `tile(Tile, worker)`, which multiplies the
+// tile's similarities, turns them into weights and adds what they give to its rows (and, mirrored, to its columns).
+#pragma once
+#include "kernels.h"
+#include "product.h"
+
+namespace gkd::GKD_ISA {
+
+constexpr int64_t kBlock = 96;       // rows and columns of a tile: its similarities and panels fit a core's own cache
+constexpr int64_t kSmallBlock = 32;  // for batches of a few blocks, so that all threads have work
+
+struct Tile {
+  int64_t i, rows;     // first row, number of rows
+  int64_t j, columns;  // first column, number of columns
+  int64_t diagonal;    // row i + r has its own column at j + r + diagonal
+  bool mirror;         // also serves its columns: the tile below the diagonal is not visited
+};
+
+template <class F>
+void parallel(const Host& host, int64_t count, const F& body) {
+  host.run(
+      count,
+      [](void* context, int64_t begin, int64_t end, int64_t worker) {
+        const F& f = *static_cast<const F*>(context);
+        for (int64_t k = begin; k < end; ++k) f(k, worker);
+      },
+      const_cast<F*>(&body));
+}
+
+template <class T>
+T* allocate(const Host& host, int64_t count) {
+  return static_cast<T*>(host.allocate(host.self, (count + 16) * int64_t(sizeof(T))));
+}
+
+GKD_INLINE int64_t block_rows(const Host& host, int64_t count) {
+  if (host.block > 0) return host.block;
+  return count < 8 * kBlock ? kSmallBlock : kBlock;
+}
+
+// Tiles are `stride` columns wide in memory: a block, in whole panels.
+GKD_INLINE int64_t tile_elements(int64_t block) { return block * block; }
+
+// Symmetric: upper tiles only. In round r the blocks with i + j ≡ r (mod blocks) meet: no two of these tiles share a
+// block, so workers never write the same rows, and every block is served in the order of the rounds, whoever serves it.
+// Otherwise: a worker owns a block of rows and walks the columns.
+template <class T, class Op>
+void walk(const Host& host, const Sides<T>& sides, Op& op) {
+  const int64_t block = block_rows(host, sides.row_count);
+  const int64_t row_blocks = ceil_div(sides.row_count, block);
+  if (!sides.symmetric) {
+    parallel(host, row_blocks, [&](int64_t p, int64_t worker) {
+      const int64_t i = p * block, rows = smaller(block, sides.row_count - i);
+      for (int64_t j = 0; j < sides.column_count; j += block) {
+        op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false}, worker);
+      }
+    });
+    return;
+  }
+  for (int64_t round = 0; round < row_blocks; ++round) {
+    const bool even = round % 2 == 0;
+    const int64_t meetings = even ? row_blocks / 2 + 1 : (row_blocks + 1) / 2;
+    parallel(host, meetings, [&](int64_t p, int64_t worker) {
+      int64_t a = (round / 2 - p + row_blocks) % row_blocks;
+      int64_t b = (round / 2 + p + (even ? 0 : 1)) % row_blocks;
+      if (a > b) {
+        const int64_t swap = a;
+        a = b;
+        b = swap;
+      }
+      const int64_t i = a * block, j = b * block;
+      op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.row_count - j), i - j, a != b},
+              worker);
+    });
+  }
+}
+
+// A matrix packed once per call as columns of products.
+template <class T>
+const T* columns_of(const Host& host, const T* rows, int64_t count, int64_t dim) {
+  T* packed = allocate<T>(host, packed_columns<T>(count, dim));
+  parallel(host, ceil_div(count, kPanel<T>), [&](int64_t p, int64_t) { pack_columns(rows, count, dim, p, packed); });
+  return packed;
+}
+
+// A matrix packed once per call as the right operand of weights·rows.
+template <class T>
+const T* values_of(const Host& host, const T* rows, int64_t count, int64_t dim) {
+  T* packed = allocate<T>(host, packed_values<T>(count, dim));
+  parallel(host, ceil_div(count, kBlock), [&](int64_t p, int64_t) {
+    pack_values(rows, count, dim, p * kBlock, smaller(count, (p + 1) * kBlock), packed);
+  });
+  return packed;
+}
+
+// c[r][x] = rows[i + r] · columns[j + x] for the whole tile, padded to whole panels.
+template <class T>
+GKD_INLINE void similarities(const Tile& tile, const T* rows, const T* columns, int64_t dim, T* c, int64_t stride,
+                             bool accumulate = false) {
+  const int64_t padded = ceil_div(tile.columns, kPanel<T>) * kPanel<T>;
+  multiply<T>(tile.rows, padded, dim, Left<T>{rows + tile.i * dim, dim, 1}, columns + tile.j * dim, kPanel<T> * dim, c,
+              stride, accumulate);
+}
+
+// out[i + r] += Σ_x w[r][x] values[j + x]; `count`: rows of the matrix that was packed as values.
+template <class T>
+GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t stride, const T* values, int64_t count, int64_t dim,
+                            T* out) {
+  multiply<T>(tile.rows, dim, tile.columns, Left<T>{w, stride, 1}, values + tile.j * kPanel<T>, count * kPanel<T>,
+              out + tile.i * dim, dim, true);
+}
+
+// out[j + x] += Σ_r w[r][x] values[i + r].
+template <class T>
+GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t stride, const T* values, int64_t count,
+                               int64_t dim, T* out) {
+  multiply<T>(tile.columns, dim, tile.rows, Left<T>{w, 1, stride}, values + tile.i * kPanel<T>, count * kPanel<T>,
+              out + tile.j * dim, dim, true);
+}
+
+// The tile's element on the diagonal in row r, or -1.
+GKD_INLINE int64_t own_column(const Tile& tile, int64_t r) {
+  const int64_t x = r + tile.diagonal;
+  return x >= 0 && x < tile.columns ? x : -1;
+}
+
+}  // namespace gkd::GKD_ISA

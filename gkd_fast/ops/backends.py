@@ -1,0 +1,71 @@
+"""Which library implements the ops on which device, decided once, when this module is imported.
+
+PyTorch's dispatcher is the registry: an op's CUDA kernels are the Triton launchers, its CPU kernels those of the C++
+extension. Under ``TRITON_INTERPRET=1`` the Triton launchers take the CPU key instead, for the whole process, so that
+forward and backward never come from two libraries.
+"""
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+BUILT_FOR = PACKAGE / "_C.torch-version.txt"
+HOW_TO_BUILD = (
+    "build the C++ extension with `make install`, or `python setup.py build_ext --inplace` in the source folder "
+    "(a C++17 compiler and ninja are needed)"
+)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load_extension() -> str | None:
+    """Load the C++ kernels; the reason if they cannot be used.
+
+    The PyTorch version they were built for is compared before they are opened, because a library built for
+    another version may crash instead of failing.
+    """
+    if not any(PACKAGE.glob("_C.*so")) and not any(PACKAGE.glob("_C.*pyd")):
+        return f"the C++ extension is not built: {HOW_TO_BUILD}"
+    built_for = BUILT_FOR.read_text().strip() if BUILT_FOR.exists() else "an unknown version"
+    if built_for != torch.__version__:
+        return (
+            f"the C++ extension was built for PyTorch {built_for}, but {torch.__version__} is installed: "
+            f"{HOW_TO_BUILD.replace('build', 'rebuild', 1)}"
+        )
+    try:
+        import_module("gkd_fast._C")
+    except ImportError as error:
+        return f"the C++ extension does not load ({error}): {HOW_TO_BUILD.replace('build', 'rebuild', 1)}"
+    return None
+
+
+def _load_triton(key: str) -> str | None:
+    """Give the Triton launchers the dispatch key ``key``; the reason if they cannot be used."""
+    try:
+        kernels = import_module("gkd_fast.kernels")
+    except ImportError as error:
+        return f"Triton is missing ({error}): install the triton package"
+    if not hasattr(kernels, "register"):
+        return "this version has no Triton kernels"
+    return kernels.register(key)
+
+
+# The reason why a backend cannot run in this process, or None where it can.
+if INTERPRETED:
+    CPP_MISSING = "TRITON_INTERPRET=1 gives the CPU to the interpreted Triton kernels"
+    TRITON_MISSING = _load_triton("CPU")
+else:
+    CPP_MISSING = _load_extension()
+    TRITON_MISSING = _load_triton("CUDA")
+
+
+def missing(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` ("cpp" or "triton") cannot compute on ``device``, or None if it can."""
+    if backend == "cpp":
+        return CPP_MISSING if device.type == "cpu" else f"it computes on the CPU, the tensors are on {device}"
+    served = "cpu" if INTERPRETED else "cuda"
+    if device.type != served:
+        return f"it computes on {served.upper()} devices here, the tensors are on {device}"
+    return TRITON_MISSING

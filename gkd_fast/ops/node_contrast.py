@@ -1,0 +1,99 @@
+"""node_contrast: −log softmax_j(s_i·t_j/τ) at the own column, for the wanted stage pairs.
+
+    node_contrast(students, teachers, wanted, temperature, product_precision, keep_weighted, teacher_columns=None,
+                  offset=0) -> (losses, log_sums, weighted)
+        students: S unit-row tensors [I, D].  teachers: T of them, [I, D].  float32 or float64, contiguous.
+        wanted: S·T bools, pair (s, t) at s·T + t; the P wanted pairs keep that order below.
+        product_precision: type of the tile products (``gkd_fast.ops``).
+        keep_weighted: also return the weighted sums, which spare the students' gradient its product.
+        teacher_columns: the column set, T tensors [J, D]; None: columns = the teachers' rows.
+        offset: row i's own column is i + offset, which must be one of the columns.  0 without a column set.
+        losses: [I, S, T], 0 for pairs not wanted.  log_sums: log Σ_j exp(s_i·t_j/τ), [P, I].
+        weighted: W_i = Σ_j P_ij t_j, [P, I, D], or [0] if not kept.
+    node_contrast_backward(upstream, students, teachers, log_sums, weighted, wanted, temperature, product_precision,
+                  needs, teacher_columns=None, student_columns=None, offset=0, column_upstream=None,
+                  column_log_sums=None) -> gradients
+        upstream: gradient of the losses, [I, S, T].
+        needs: S + T bools, students first: which gradients are wanted; only those come back, in that order.
+        A student's gradient reads the teachers' column set and the rows' own upstream and log_sums:
+            dS_i = (g_i/τ)(W_i − t_own).
+        A teacher's gradient reads the students of all columns, student_columns [J, D], column_upstream [J, S, T]
+        (None: zero) and column_log_sums [P, J]:  dT_i = (1/τ)(Σ_j g_j P_ji s_j − g_own s_own).
+        gradients: of the ROW set, complete, [I, D] in the unit rows' type.
+"""
+
+import torch
+from torch import Tensor
+
+from gkd_fast.ops.autograd import PT2, flags, refuse_column_gradient, refuse_forward_mode, refuse_second_order, scatter
+
+# Weighted sums up to this size are kept for the backward pass; beyond it they are recomputed there.
+KEEP_WEIGHTED_BYTES = 256 * 2**20
+
+torch.library.define(
+    "gkd_fast::node_contrast",
+    "(Tensor[] students, Tensor[] teachers, bool[] wanted, float temperature, str product_precision, "
+    "bool keep_weighted, Tensor[]? teacher_columns=None, int offset=0) -> (Tensor, Tensor, Tensor)",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::node_contrast_backward",
+    "(Tensor upstream, Tensor[] students, Tensor[] teachers, Tensor log_sums, Tensor weighted, bool[] wanted, "
+    "float temperature, str product_precision, bool[] needs, Tensor[]? teacher_columns=None, "
+    "Tensor[]? student_columns=None, int offset=0, Tensor? column_upstream=None, Tensor? column_log_sums=None) "
+    "-> Tensor[]",
+    tags=PT2,
+)
+
+
+@torch.library.register_fake("gkd_fast::node_contrast")
+def _(students, teachers, wanted, temperature, product_precision, keep_weighted, teacher_columns=None, offset=0):
+    x, pairs = students[0], sum(wanted)
+    losses = x.new_empty(x.shape[0], len(students), len(teachers))
+    weighted = x.new_empty(pairs, *x.shape) if keep_weighted else x.new_empty(0)
+    return losses, x.new_empty(pairs, x.shape[0]), weighted
+
+
+@torch.library.register_fake("gkd_fast::node_contrast_backward")
+def _(upstream, students, teachers, log_sums, weighted, wanted, temperature, product_precision, needs,
+      *columns, **named_columns):  # fmt: skip
+    stages = [*students, *teachers]
+    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+
+
+def _setup_context(ctx, inputs, output):
+    students, teachers, ctx.wanted, ctx.temperature, ctx.product_precision, _, teacher_columns, _ = inputs
+    refuse_column_gradient("gkd_fast::node_contrast", teacher_columns is not None)
+    ctx.num_students = len(students)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*students, *teachers, *output[1:])
+
+
+def _backward(ctx, upstream, *_):
+    *stages, log_sums, weighted = ctx.saved_tensors
+    students, teachers = stages[: ctx.num_students], stages[ctx.num_students :]
+    needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
+    gradients = torch.ops.gkd_fast.node_contrast_backward(
+        upstream.contiguous(), students, teachers, log_sums, weighted, ctx.wanted, ctx.temperature,
+        ctx.product_precision, needs,
+    )  # fmt: skip
+    gradients = scatter(gradients, needs)
+    return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
+
+
+torch.library.register_autograd("gkd_fast::node_contrast", _backward, setup_context=_setup_context)
+refuse_second_order("gkd_fast::node_contrast_backward")
+
+
+def node_contrast(
+    students: list[Tensor], teachers: list[Tensor], wanted: list[bool], temperature: float, product_precision: str
+) -> Tensor:
+    """Losses ``[B, S, T]`` of unit rows; see the head of this file."""
+    refuse_forward_mode("node_contrast", (*students, *teachers))
+    x = students[0]
+    keep = (
+        torch.is_grad_enabled()
+        and any(s.requires_grad for s in students)
+        and sum(wanted) * x.numel() * x.element_size() <= KEEP_WEIGHTED_BYTES
+    )
+    return torch.ops.gkd_fast.node_contrast(students, teachers, wanted, temperature, product_precision, keep)[0]

@@ -1,0 +1,85 @@
+"""relation_kl: divergence of the teachers' relations from the students', all stage pairs from S + T similarities.
+
+    relation_kl(students, teachers, temperature, bandwidth, product_precision, student_columns=None,
+                teacher_columns=None, offset=0) -> (losses, student_log_sums, teacher_log_sums)
+        students: S unit-row tensors [I, D_s].  teachers: T of them, [I, D_t].  float32 or float64, contiguous.
+        product_precision: type of the tile products (``gkd_fast.ops``).
+        student_columns, teacher_columns: the column set, [J, D_s] and [J, D_t]; None: columns = rows.
+        offset: row i's own column is i + offset; there the logit is the constant 0.  Ignored without a column set.
+        losses: [I, S, T].  *_log_sums: log Σ_j exp(R_ij/τ), [S, I] and [T, I]; the row statistics of the backward.
+    relation_kl_backward(upstream, students, teachers, losses, student_log_sums, teacher_log_sums, temperature,
+                bandwidth, product_precision, needs, student_columns=None, teacher_columns=None, offset=0,
+                column_upstream=None, column_losses=None, column_student_log_sums=None,
+                column_teacher_log_sums=None) -> gradients
+        upstream: gradient of the losses, [I, S, T].
+        needs: S + T bools, students first: which gradients are wanted; only those come back, in that order.
+        column_upstream: [J, S, T] gradient of the columns' own losses; None: zero (columns without gradient),
+        and then the other column_* are not read.  With it column_student_log_sums [S, J] and
+        column_teacher_log_sums [T, J] are needed, and column_losses [J, S, T] where a teacher's gradient is wanted.
+        gradients: of the ROW set, complete (M is symmetric), [I, D] in the unit rows' type.
+    The row set's upstream must be part of column_upstream where the rows are among the columns.
+"""
+
+import torch
+
+from gkd_fast.ops.autograd import PT2, flags, refuse_column_gradient, refuse_forward_mode, refuse_second_order, scatter
+
+torch.library.define(
+    "gkd_fast::relation_kl",
+    "(Tensor[] students, Tensor[] teachers, float temperature, float bandwidth, str product_precision, "
+    "Tensor[]? student_columns=None, Tensor[]? teacher_columns=None, int offset=0) -> (Tensor, Tensor, Tensor)",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::relation_kl_backward",
+    "(Tensor upstream, Tensor[] students, Tensor[] teachers, Tensor losses, Tensor student_log_sums, "
+    "Tensor teacher_log_sums, float temperature, float bandwidth, str product_precision, bool[] needs, "
+    "Tensor[]? student_columns=None, Tensor[]? teacher_columns=None, int offset=0, Tensor? column_upstream=None, "
+    "Tensor? column_losses=None, Tensor? column_student_log_sums=None, Tensor? column_teacher_log_sums=None) "
+    "-> Tensor[]",
+    tags=PT2,
+)
+
+
+@torch.library.register_fake("gkd_fast::relation_kl")
+def _(students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0):
+    x = students[0]
+    rows, s, t = x.shape[0], len(students), len(teachers)
+    return x.new_empty(rows, s, t), x.new_empty(s, rows), x.new_empty(t, rows)
+
+
+@torch.library.register_fake("gkd_fast::relation_kl_backward")
+def _(upstream, students, teachers, losses, student_log_sums, teacher_log_sums, temperature, bandwidth,
+      product_precision, needs, *columns, **named_columns):  # fmt: skip
+    stages = [*students, *teachers]
+    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+
+
+def _setup_context(ctx, inputs, output):
+    students, teachers, ctx.temperature, ctx.bandwidth, ctx.product_precision, student_columns, _, _ = inputs
+    refuse_column_gradient("gkd_fast::relation_kl", student_columns is not None)
+    ctx.num_students = len(students)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*students, *teachers, *output)
+
+
+def _backward(ctx, upstream, *_):
+    *stages, losses, student_log_sums, teacher_log_sums = ctx.saved_tensors
+    students, teachers = stages[: ctx.num_students], stages[ctx.num_students :]
+    needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
+    gradients = torch.ops.gkd_fast.relation_kl_backward(
+        upstream.contiguous(), students, teachers, losses, student_log_sums, teacher_log_sums,
+        ctx.temperature, ctx.bandwidth, ctx.product_precision, needs,
+    )  # fmt: skip
+    gradients = scatter(gradients, needs)
+    return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
+
+
+torch.library.register_autograd("gkd_fast::relation_kl", _backward, setup_context=_setup_context)
+refuse_second_order("gkd_fast::relation_kl_backward")
+
+
+def relation_kl(students, teachers, temperature: float, bandwidth: float, product_precision: str) -> torch.Tensor:
+    """Losses ``[B, S, T]`` of unit rows; see the head of this file."""
+    refuse_forward_mode("relation_kl", (*students, *teachers))
+    return torch.ops.gkd_fast.relation_kl(students, teachers, temperature, bandwidth, product_precision)[0]
