@@ -124,6 +124,7 @@ class MetaConfig:
         momentum: of the meta-network's SGD.
         nesterov: Nesterov momentum of the meta-network's SGD.
         weight_decay: of the meta-network's SGD.
+        backend: of the graph terms in the meta-step, which needs their second derivatives: reference has them.
     """
 
     width: int = 128
@@ -138,6 +139,7 @@ class MetaConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    backend: str = "reference"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "width", "interval", "graph_steps")

@@ -159,7 +159,7 @@ class Distiller:
         self.objective.train()
         teacher_outputs = self.teacher_outputs(images)
         meta_parameters = list(self.pair_weights.parameters())
-        with UnrolledSGD(
+        with graph_backend(self.criterion, self.meta.backend), UnrolledSGD(
             self.unrolled_parameters(),
             [self.student, self.criterion],
             lr=self.meta.inner_lr,
@@ -227,6 +227,19 @@ class Distiller:
 
     def _autocast(self):
         return contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
+
+
+@contextlib.contextmanager
+def graph_backend(criterion: GraphKDLoss, backend: str):
+    """The criterion's graph terms are computed by this backend inside."""
+    owners = {module: module.backend for module in criterion.modules() if hasattr(module, "backend")}
+    try:
+        for module in owners:
+            module.backend = backend
+        yield
+    finally:
+        for module, own in owners.items():
+            module.backend = own
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
