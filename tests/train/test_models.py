@@ -12,15 +12,6 @@ from gkd_fast.train.models import available_networks, build_network, load_weight
 RESNETS = [f"resnet{size}" for size in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The images are tiny: more threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def count(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
