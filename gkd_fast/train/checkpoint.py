@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -100,8 +101,12 @@ def load_newest(accelerator, folder: Path, options: dict, warn) -> dict | None:
         for problem in problems:
             warn(f"{problem}; going on from {path.name}")
         _check_options(path, manifest, options, accelerator.num_processes)
-        accelerator.load_state(str(path))
-        state = torch.load(path / STATE, weights_only=True, map_location="cpu")
+        try:
+            state = torch.load(path / STATE, weights_only=True, map_location="cpu")
+            accelerator.load_state(str(path))
+        except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} is refused, it holds more than tensors and plain values: {reason}") from None
         # accelerate only logs that random states could not be restored.
         if accelerator.is_main_process and not torch.equal(state.pop("random_state"), torch.get_rng_state()):
             raise CheckpointError(f"{path}: the random state could not be restored")

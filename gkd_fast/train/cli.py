@@ -68,7 +68,7 @@ def make_parser() -> ArgumentParser:
         prog="gkd-train",
         description="Graph knowledge distillation, from a data set to a report. Options come from a YAML file "
         "(--config) and from the command line, which wins; the defaults are the published CIFAR-100 recipe. "
-        "For several processes: accelerate launch -m gkd_fast.train COMMAND ...",
+        "For several processes: accelerate launch -m gkd_fast.train COMMAND ... (on CPUs torchrun).",
     )
     subparsers = parser.add_subcommands(dest="command")
     for command, description in COMMANDS.items():

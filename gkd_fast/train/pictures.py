@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 TERMS = ("cross_entropy", "kd", "node", "relation", "teacher_graph")
 
@@ -52,14 +53,16 @@ def _draw_values(axes, row: int, numbers: dict) -> None:
 def _draw_losses(metrics: dict[str, list[list[dict]]]) -> Figure:
     terms = [t for t in TERMS if any(t in runs[0][0] for runs in metrics.values())]
     figure = Figure(figsize=(3.2 * len(terms), 3), layout="constrained")
-    panels = figure.subplots(1, len(terms), squeeze=False)
-    for axes, term in zip(panels[0], terms):
+    lines = {}
+    for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms):
         for number, (method, runs) in enumerate(metrics.items()):
             if term in runs[0][0]:
                 curves = torch.tensor([[record[term] for record in run] for run in runs])
-                axes.plot(range(1, curves.shape[1] + 1), curves.mean(dim=0), color=f"C{number}", label=method)
+                epochs = range(1, curves.shape[1] + 1)
+                (lines[method],) = axes.plot(epochs, curves.mean(dim=0).numpy(), color=f"C{number}", marker=".")
         axes.set(title=term, xlabel="epoch")
-        axes.legend(frameon=False, fontsize="small")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False)
     figure.suptitle("Terms of the training objective, mean over seeds")
     return figure
 
@@ -68,7 +71,8 @@ def _draw_pair_weights(method: str, weights: dict) -> Figure:
     untrained, trained = torch.tensor(weights["untrained"]), torch.tensor(weights["trained"])
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
-    low, high = min(untrained.min(), trained.min()), max(untrained.max(), trained.max())
+    both = torch.stack([untrained, trained])
+    low, high = both.min().item(), both.max().item()
     change = trained - untrained
     span = max(change.abs().max().item(), 1e-9)
     for axes, title, matrix, colors in (
@@ -76,7 +80,7 @@ def _draw_pair_weights(method: str, weights: dict) -> Figure:
         (panels[1], "after", trained, {"cmap": "viridis", "vmin": low, "vmax": high}),
         (panels[2], "change", change, {"cmap": "RdBu", "vmin": -span, "vmax": span}),
     ):
-        image = axes.imshow(matrix, **colors)
+        image = axes.imshow(matrix.numpy(), **colors)
         figure.colorbar(image, ax=axes, shrink=0.8)
         axes.set(title=title, xlabel="teacher stage", ylabel="student stage")
         axes.set(xticks=range(matrix.shape[1]), yticks=range(matrix.shape[0]))
