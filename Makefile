@@ -15,6 +15,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp
 	touch $@
 
 demo: install
+	rm -rf runs/demo
 	$(BIN)/gkd-train compare --config configs/demo.yaml
 
 test: install

@@ -168,6 +168,7 @@ def _finished(jobs: dict[tuple[str, int], Config], workers: int):
         for key, config in jobs.items():
             yield key, _job(config)
         return
+    others = set(multiprocessing.active_children())
     # Fresh processes: a copy of this one could inherit locked threads.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_job, config): key for key, config in jobs.items()}
@@ -175,7 +176,10 @@ def _finished(jobs: dict[tuple[str, int], Config], workers: int):
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            # A training that is asked to end saves first.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
             raise
 
 
