@@ -1,6 +1,7 @@
 """What is measured epoch by epoch: JSON lines and, if wanted, TensorBoard."""
 
 import json
+import os
 from pathlib import Path
 
 from gkd_fast.train.config import TrainError
@@ -21,7 +22,9 @@ class MetricsLog:
         self.writer = None
         if active:
             kept = [line for line in read_lines(self.path) if json.loads(line)["epoch"] < first_epoch]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, self.path)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
