@@ -15,16 +15,15 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from gkd_fast.train import checkpoint
 from gkd_fast.train.build import build_distiller, load_network, weights_file
 from gkd_fast.train.config import Config, TrainError, relevant_options
 from gkd_fast.train.data import Images, Splits, epoch_order, load_splits
 from gkd_fast.train.engine import Distiller
+from gkd_fast.train.evaluation import accuracy, load_batches
 from gkd_fast.train.methods import stream_seed
 from gkd_fast.train.metrics import MetricsLog
-from gkd_fast.train.models import StagedNetwork
 from gkd_fast.train.progress import Display
 
 CONFIG_FILE = "config.yaml"
@@ -258,7 +257,9 @@ class Run:
                     f"the {name} term is {column[~column.isfinite()][0].item()} in epoch {self.position.epoch}, around "
                     f"step {self.position.step}: a smaller learning rate may help; the checkpoints are from before"
                 )
-            self.position.term_sums[name] = self.position.term_sums.get(name, 0.0) + column.sum().item()
+            # One by one: the sum's rounding must not depend on where a checkpoint cut the epoch.
+            for value in column.tolist():
+                self.position.term_sums[name] = self.position.term_sums.get(name, 0.0) + value
         self.position.term_steps += len(values)
         self.display.step(self.position, dict(zip(names, values[-1].tolist())))
 
@@ -358,27 +359,6 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def load_batches(images: Images, batches: list[list[int]], workers: int, device: torch.device):
-    """Images and labels, batch by batch, on the device."""
-    # A generator of its own: otherwise every loader would draw a number from the training's random state.
-    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
-    for x, labels in loader:
-        yield x.to(device), labels.to(device)
-
-
-@torch.no_grad()
-def accuracy(network: StagedNetwork, images: Images, batch_size: int, accelerator, workers: int = 0) -> float:
-    """Share of images, in percent, whose class the network's own logits name."""
-    network.eval()
-    mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    correct = torch.zeros((), device=accelerator.device)
-    for x, labels in load_batches(images, batches, workers, accelerator.device):
-        with accelerator.autocast():
-            correct += (network(x).logits[-1].argmax(dim=1) == labels).sum()
-    return 100 * accelerator.reduce(correct, "sum").item() / len(images)
 
 
 class Clock:
