@@ -76,8 +76,9 @@ def build_distiller(
     student = build_network_for(network, splits, config.seed)
     if network.weights is not None:
         load_weights(student, weights_file(network.weights))
-    criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution) if method.graph else None
-    pair_weights = meta_optimizer = None
+    criterion = pair_weights = meta_optimizer = None
+    if method.graph:
+        criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution)
     if method.meta:
         meta = config.meta
         with random_stream(config.seed, "meta-network"):

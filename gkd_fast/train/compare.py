@@ -60,7 +60,10 @@ def compare_methods(config: Config, console: Console) -> dict:
         summary["costs"] = measure_costs(config)
     if main:
         write_json(folder / "summary.json", summary)
-        metrics = {method: [read_metrics(Path(jobs[m, s].output)) for m, s in jobs if m == method] for method, _ in jobs}
+        metrics = {
+            method: [read_metrics(Path(jobs[method, seed].output)) for seed in summary["seeds"]]
+            for method in config.compare.methods
+        }
         report.print_comparison(summary, pictures.draw(summary, metrics, folder), console)
     return summary
 

@@ -18,7 +18,9 @@ class Objective(nn.Module):
     One module, so that a wrapper for several processes sees every parameter that gets a gradient.
     """
 
-    def __init__(self, student: nn.Module, criterion: GraphKDLoss | None, method: Method, distillation: DistillationConfig):
+    def __init__(
+        self, student: nn.Module, criterion: GraphKDLoss | None, method: Method, distillation: DistillationConfig
+    ):
         super().__init__()
         self.student = student
         self.criterion = criterion

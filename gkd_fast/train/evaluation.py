@@ -10,7 +10,9 @@ from gkd_fast.train.data import Images
 from gkd_fast.train.models import StagedNetwork
 
 
-def load_batches(images: Images, batches: list[list[int]], workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def load_batches(
+    images: Images, batches: list[list[int]], workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels, batch by batch, on the device."""
     # A generator of its own: otherwise every loader would draw a number from the training's random state.
     loader = DataLoader(images, batch_sampler=batches, num_workers=workers, generator=torch.Generator())

@@ -53,7 +53,8 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def read_lines(path: Path) -> list[str]:
     """The whole lines of a file; one that a killed process left unfinished is not among them."""
-    return [line[:-1] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [line[:-1] for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _scalars(prefix: str, value):

@@ -7,20 +7,21 @@ from rich.table import Table
 
 def print_result(result: dict, console: Console) -> None:
     """The outcome of one training or evaluation."""
-    line = f"{result['network']}: test {result['test_accuracy']:.2f} %, validation {result['validation_accuracy']:.2f} %"
+    test, validation = result["test_accuracy"], result["validation_accuracy"]
+    line = f"{result['network']}: test {test:.2f} %, validation {validation:.2f} %"
     if "best" in result:
         best = result["best"]
         line += (
-            f" after the last epoch (best epoch on validation {best['epoch'] + 1}: test {best['test_accuracy']:.2f} %); "
-            f"{result['images_per_second']:.0f} images/s"
+            f" after the last epoch (best epoch on validation {best['epoch'] + 1}: test {best['test_accuracy']:.2f} "
+            f"%); {result['images_per_second']:.0f} images/s"
         )
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     if result.get("pair_weights"):
         change, ratio = result["pair_weights"], result["meta_step_over_train_step"]
         console.print(
             f"a meta-step takes {ratio:.1f} training steps; meta-learning changed the weights by "
-            f"{change['mean_absolute_change']:.4f} in the mean and {change['largest_absolute_change']:.4f} at most, on the "
-            f"embeddings of {change['images']} validation images",
+            f"{change['mean_absolute_change']:.4f} in the mean and {change['largest_absolute_change']:.4f} at most, on "
+            f"the embeddings of {change['images']} validation images",
             highlight=False,
             markup=False,
             soft_wrap=True,

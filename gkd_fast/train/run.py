@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gkd_fast.train import checkpoint
 from gkd_fast.train.build import build_distiller, load_network, weights_file
-from gkd_fast.train.config import Config, TrainError, relevant_options
+from gkd_fast.train.config import Config, TrainError, TrainingConfig, relevant_options
 from gkd_fast.train.data import Images, Splits, epoch_order, load_splits
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.evaluation import accuracy, load_batches
@@ -122,7 +122,16 @@ def make_accelerator(config: Config) -> Accelerator:
 class Run:
     """One training in one folder."""
 
-    def __init__(self, config: Config, role: str, training, splits: Splits, distiller: Distiller, accelerator, display: Display):
+    def __init__(
+        self,
+        config: Config,
+        role: str,
+        training: TrainingConfig,
+        splits: Splits,
+        distiller: Distiller,
+        accelerator: Accelerator,
+        display: Display,
+    ):
         self.config = config
         self.training = training
         self.splits = splits
@@ -142,7 +151,8 @@ class Run:
     def fit(self, method: str, network: str) -> dict:
         """Trains to the last epoch, from the start or from the last checkpoint, and writes the result."""
         if not self._epoch_batches(0):
-            raise TrainError(f"an epoch has no batch: {len(self.splits.train)} images, batch size {self.training.batch_size}")
+            size = self.training.batch_size
+            raise TrainError(f"an epoch has no batch: {len(self.splits.train)} images, batch size {size}")
         self._open()
         epochs = self.training.epochs
         with self._stoppable(), self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0))):
@@ -293,7 +303,8 @@ class Run:
         size, processes = self.training.batch_size, self.accelerator.num_processes
         order = epoch_order(len(self.splits.train), self.config.seed, epoch)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        shares = [batch[: len(batch) // processes * processes][self.accelerator.process_index :: processes] for batch in batches]
+        mine = self.accelerator.process_index
+        shares = [batch[: len(batch) // processes * processes][mine::processes] for batch in batches]
         return [s for s, b in zip(shares, batches) if len(s) >= 2 and (len(b) == size or not self.training.drop_last)]
 
     def _load(self, images: Images, batches: list[list[int]]):

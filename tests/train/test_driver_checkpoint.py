@@ -54,7 +54,7 @@ DAMAGES = {
     "missing random state": ("random_states_0.pkl", Path.unlink, "random_states_0.pkl is missing"),
     "truncated manifest": ("manifest.json", _truncate, "manifest.json cannot be read"),
     "no manifest": ("manifest.json", Path.unlink, "is not a gkd_fast checkpoint"),
-    "foreign manifest": ("manifest.json", lambda f: f.write_text('{"format": "other"}'), "is not a gkd_fast checkpoint"),
+    "foreign manifest": ("manifest.json", lambda f: f.write_text('{"format": 1}'), "is not a gkd_fast checkpoint"),
 }
 
 
@@ -92,7 +92,8 @@ def test_checkpoint_of_other_options_is_refused(run):
 
 def test_options_that_change_nothing_may_differ(run):
     config = tiny_config(run)
-    train(replace(config, resume=True, save_every=1, data=replace(config.data, data_dir="elsewhere")), "teacher", quiet())
+    other = replace(config, resume=True, save_every=1, data=replace(config.data, data_dir="elsewhere"))
+    train(other, "teacher", quiet())
 
 
 def test_checkpoint_of_another_role_is_refused(run, tiny_teacher):
