@@ -22,6 +22,14 @@ COMMANDS = {
     "taken from there; other weights are taken for those of student_network.",
 }
 
+# Short names for options that many runs set.
+SHORT_NAMES = {
+    "--data-dir": "--data.data_dir",
+    "--download": "--data.download",
+    "--methods": "--compare.methods",
+    "--seeds": "--compare.seeds",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; what the user can put right is told in one line.
@@ -51,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 def read_arguments(arguments: list[str]) -> tuple[str, Config, Path | None]:
     """The command, its options and, for evaluate, the weights."""
     parser = make_parser()
+    arguments = _spelt_out(arguments)
     options = parser.parse_args(arguments)
     weights = None
     if options.command == "evaluate":
@@ -80,3 +89,22 @@ def make_parser() -> ArgumentParser:
         subparser.add_class_arguments(Config, skip={"resume"})
         subparsers.add_subcommand(command, subparser, help=description)
     return parser
+
+
+def _spelt_out(arguments: list[str]) -> list[str]:
+    """The arguments with short names replaced; ``--download`` needs no value, ``--methods`` takes several words."""
+    full: list[str] = []
+    taking_words = False
+    for argument in arguments:
+        if taking_words and not argument.startswith("-"):
+            full[-1] += argument if full[-1].endswith("=") else f",{argument}"
+            continue
+        name, equals, value = argument.partition("=")
+        taking_words = name == "--methods" and not equals
+        if name not in SHORT_NAMES:
+            full.append(argument)
+        elif name == "--download" and not equals:
+            full.append(f"{SHORT_NAMES[name]}=true")
+        else:
+            full.append(SHORT_NAMES[name] + ("=" if taking_words else equals) + value)
+    return full

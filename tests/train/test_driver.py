@@ -80,7 +80,8 @@ def test_arms_start_alike(tiny):
         if other.pair_weights is not None:
             pairs = zip(first.pair_weights.parameters(), other.pair_weights.parameters(), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs), method
-    assert not torch.equal(next(first.student.parameters()), next(distiller_for(replace(tiny, seed=1), "gkd").student.parameters()))
+    other_seed = distiller_for(replace(tiny, seed=1), "gkd").student
+    assert not torch.equal(next(first.student.parameters()), next(other_seed.parameters()))
 
 
 def test_plain_arm_leaves_features_of_the_right_width_alone(tiny, batch):
@@ -245,7 +246,7 @@ def test_user_mistakes_get_one_line(tiny, tmp_path, capsys):
         (["--method", "ce", "--data.name", "cifar10", "--data.data_dir", str(tmp_path)], "--data.download true"),
         (["--method", "ce", "--student_network.name", "tiny"], "there is no network 'tiny'"),
         (["--method", "ce", "--precision", "fp16"], "precision fp16 cannot be had here"),
-        (["--method", "ce", "--student_training.batch_size", "500", "--student_training.drop_last", "true"], "no batch"),
+        (["--method", "ce", "--student_training", '{"batch_size": 500, "drop_last": true}'], "no batch"),
     ):
         assert run_cli(*student, *arguments) == 1, message
         error = capsys.readouterr().err
@@ -277,7 +278,8 @@ def test_help_explains(command, capsys):
         run_cli(command, "--help")
     assert stop.value.code == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "--student_training.milestones" in told and "epochs at which the learning rate is multiplied by gamma" in told
+    assert "--student_training.milestones" in told
+    assert "epochs at which the learning rate is multiplied by gamma" in told
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -379,3 +381,11 @@ def test_two_processes_share_a_training(tiny):
     manifest = json.loads((Path(tiny.output) / "checkpoints/step-000000008/manifest.json").read_text())
     assert manifest["processes"] == 2
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= manifest["files"].keys()
+
+
+@pytest.mark.parametrize("methods", [["--methods", "kd", "gkd"], ["--methods", "kd,gkd"], ["--methods=kd,gkd"]])
+def test_short_names(methods):
+    command, config, _ = cli.read_arguments(["compare", "--data-dir", "here", *methods, "--seeds", "4", "--download"])
+    assert command == "compare"
+    assert (config.data.data_dir, config.data.download) == ("here", True)
+    assert (config.compare.methods, config.compare.seeds) == (["kd", "gkd"], 4)
