@@ -30,8 +30,8 @@ MOMENTS = {
     "meta-step": (Distiller, "meta_step", 2),
     "hypergradient": (UnrolledSGD, "hypergradient", 3),
     "save, before the driver's state": (checkpoint.torch, "save", 9),
-    "save, before the manifest": (checkpoint, "_describe", 4),
-    "save, before the rename": (checkpoint.os, "replace", 2),
+    "save, before the manifest": (checkpoint, "_describe", 6),
+    "save, before the rename": (checkpoint.os, "replace", 3),
     "save, after the rename": (checkpoint, "_checkpoints", 4),
     "end of the epoch, after the metrics": (Run, "_save", 2),
     "writing the weights": (Run, "_pair_weight_change", 1),
@@ -98,6 +98,8 @@ def _assert_same(run: Path, other: Path) -> None:
 def test_killed_and_resumed_equals_uninterrupted(student, uninterrupted, moment):
     assert _in_process(student, moment) == -signal.SIGKILL
     assert not (Path(student.output) / "weights.pt").exists()
+    unfinished = (Path(student.output) / "checkpoints" / checkpoint.PARTIAL).exists()
+    assert unfinished == moment.startswith("save, before")
     assert _in_process(replace(student, resume=True)) == 0
     _assert_same(Path(student.output), uninterrupted)
     resumed = "going on at" in Path(student.output + ".notes").read_text()
