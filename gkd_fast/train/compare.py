@@ -121,7 +121,7 @@ def conclude(summary: dict) -> list[str]:
     sentences = []
     if "ce" in arms:
         margin = summary["teacher"]["test_accuracy"] - arms["ce"]["test_accuracy"]["mean"]
-        sentences.append(f"The teacher is {margin:+.2f} points from the student trained by cross-entropy alone.")
+        sentences.append(f"teacher − ce = {margin:+.2f} points.")
     for method, arm in arms.items():
         if method == baseline:
             continue

@@ -87,7 +87,7 @@ def _cost_table(summary: dict) -> Table:
             table.add_section()
         last = row["batch_size"]
         table.add_row(str(last), row["case"], f"{1000 * row['seconds']:.1f}", f"{row['peak_bytes'] / 2**20:.1f}")
-    table.caption = f"{summary['machine']}. both networks included"
+    table.caption = f"{summary['machine']}; both networks included"
     return table
 
 
