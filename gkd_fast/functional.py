@@ -253,8 +253,12 @@ def _product_precision(x: Tensor) -> str:
     dtype = x.dtype
     if autocast_enabled(x) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    if dtype != torch.float32:
-        return str(dtype).removeprefix("torch.")
+    return _float32_products() if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+
+
+@torch.compiler.assume_constant_result
+def _float32_products() -> str:
+    """PyTorch's setting for float32 products; a compiled function keeps the one that it was compiled under."""
     try:
         setting = torch.get_float32_matmul_precision()
     except RuntimeError:
