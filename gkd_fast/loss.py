@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd_fast import functional
-from gkd_fast._snapshot import Snapshot
-from gkd_fast.features import Pool, StageFeatures, check_pool, pool_features
+from gkd_fast._stages import check_dims, check_pairs, frozen_widths, widths_of_stages
+from gkd_fast.features import Pool, check_pool, pool_features
 from gkd_fast.modules import BatchGCN, PairWeightNetwork
 from gkd_fast.reference import unit_rows
 
@@ -92,9 +92,9 @@ class GraphKDLoss(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.student_dims = _dims("student_dims", student_dims)
-        self.teacher_dims = _dims("teacher_dims", teacher_dims)
-        self.pairs = _pairs(pairs, len(self.student_dims), len(self.teacher_dims))
+        self.student_dims = check_dims("student_dims", student_dims)
+        self.teacher_dims = check_dims("teacher_dims", teacher_dims)
+        self.pairs = check_pairs(pairs, len(self.student_dims), len(self.teacher_dims))
         functional.check_positive("node_temperature", node_temperature)
         functional.check_positive("relation_temperature", relation_temperature)
         for name, value in (("node_weight", node_weight), ("relation_weight", relation_weight)):
@@ -129,7 +129,7 @@ class GraphKDLoss(nn.Module):
             self.classifier = nn.Linear(embed_dim, num_classes)
             widths = [embed_dim] * len(self.student_dims)
         else:
-            widths = _frozen_widths(self.teacher_dims, self.pairs, len(self.student_dims))
+            widths = frozen_widths(self.teacher_dims, self.pairs, len(self.student_dims))
         self.student_heads = nn.ModuleList(BatchGCN(d, w, **options) for d, w in zip(self.student_dims, widths))
         wanted = torch.zeros(len(self.student_dims), len(self.teacher_dims))
         wanted[tuple(zip(*self.pairs))] = 1
@@ -166,10 +166,9 @@ class GraphKDLoss(nn.Module):
             ValueError: a stage is no module of its model, or its output is not features.
         """
         pool = options.get("pool", "mean")
-        dims = (
-            _stage_dims(m, stages, sample, pool) for m, stages in ((student, student_stages), (teacher, teacher_stages))
-        )
-        return cls(*dims, **options)
+        student_dims = widths_of_stages(student, student_stages, sample, pool)
+        teacher_dims = widths_of_stages(teacher, teacher_stages, sample, pool)
+        return cls(student_dims, teacher_dims, **options)
 
     def forward(
         self, student_feats: Features, teacher_feats: Features, target: Tensor | None = None, *, weights: Weights = None
@@ -328,6 +327,10 @@ class GraphKDLoss(nn.Module):
             raise TypeError(f"weights must be a Tensor, a PairWeightNetwork or None, got {type(weights).__name__}")
         if weights.shape != shape:
             raise ValueError(f"weights must have shape {shape}, got {tuple(weights.shape)}")
+        if weights.device != students[0].device:
+            raise ValueError(
+                f"weights must be on the device of the features ({students[0].device}), got {weights.device}"
+            )
         return weights.to(dtype) * self.wanted_pairs.to(dtype)
 
     def _node_losses(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
@@ -379,45 +382,6 @@ class GraphKDLoss(nn.Module):
         return self.__dict__ | {"_last": {}}
 
 
-def _dims(name: str, dims: int | Sequence[int]) -> list[int]:
-    dims = [dims] if isinstance(dims, int) else list(dims)
-    if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
-        raise ValueError(f"{name} must be a positive int or a list of them, got {dims}")
-    return dims
-
-
-def _pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_teachers: int) -> list[tuple[int, int]]:
-    if pairs == "all":
-        return [(s, t) for s in range(num_students) for t in range(num_teachers)]
-    if pairs == "matched":
-        if num_students != num_teachers:
-            raise ValueError(
-                f"pairs='matched' needs as many student as teacher stages, got {num_students}, {num_teachers}"
-            )
-        return [(k, k) for k in range(num_students)]
-    if isinstance(pairs, str) or not pairs:
-        raise ValueError(f"pairs must be 'all', 'matched' or a list of (student stage, teacher stage), got {pairs!r}")
-    pairs = sorted({(int(s), int(t)) for s, t in pairs})
-    for s, t in pairs:
-        if not (0 <= s < num_students and 0 <= t < num_teachers):
-            raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
-    return pairs
-
-
-def _frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]], num_students: int) -> list[int]:
-    """The width to which each student stage's graph convolutions lead: that of the teacher stages it is paired with."""
-    widths = []
-    for stage in range(num_students):
-        paired = {teacher_dims[t] for s, t in pairs if s == stage}
-        if len(paired) > 1:
-            raise ValueError(
-                f"teacher_graph='frozen' needs teacher stages of one width for each student stage; student stage "
-                f"{stage} is paired with widths {sorted(paired)}: choose pairs='matched' or a list"
-            )
-        widths.append(paired.pop() if paired else teacher_dims[0])
-    return widths
-
-
 def _teacher_graph_loss(classifier: nn.Linear, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:
     batch, classes = len(embeddings[0]), classifier.out_features
     if target.shape != ((batch, classes) if target.is_floating_point() else (batch,)):
@@ -425,6 +389,8 @@ def _teacher_graph_loss(classifier: nn.Linear, embeddings: Sequence[Tensor], tar
             f"target must be {batch} integer labels or probabilities [{batch}, {classes}], "
             f"got {target.dtype} of shape {tuple(target.shape)}"
         )
+    if target.device != embeddings[0].device:
+        raise ValueError(f"target must be on the device of the features ({embeddings[0].device}), got {target.device}")
     logits = [classifier(e) for e in embeddings]
     logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
     return torch.stack([F.cross_entropy(x, target) for x in logits]).sum()
@@ -435,18 +401,3 @@ def _mean_cosine(x: Tensor) -> float:
     e = unit_rows(x.to(torch.promote_types(x.dtype, torch.float32)))
     batch = len(e)
     return ((e.sum(dim=0).square().sum() - e.square().sum()) / max(batch * (batch - 1), 1)).item()
-
-
-def _stage_dims(model: nn.Module, stages: Sequence[str], sample: Tensor, pool: Pool) -> list[int]:
-    modes = {m: m.training for m in model.modules()}
-    snapshot = Snapshot([model])
-    collector = StageFeatures(model, stages, pool)
-    try:
-        model.eval()
-        with torch.no_grad():
-            return [x.shape[1] for x in collector(sample)[1]]
-    finally:
-        collector.remove()
-        snapshot.restore()
-        for module, mode in modes.items():
-            module.training = mode

@@ -367,6 +367,7 @@ def test_bad_widths_say_what_is_wrong():
         (lambda s, t, y: ([s[0][0], s[1]], t, y), ValueError, "features must be .* got shape"),
         (lambda s, t, y: (s, t, y[:3]), ValueError, "target must be 11 integer labels"),
         (lambda s, t, y: (s, t, y.float()), ValueError, "target must be 11 integer labels"),
+        (lambda s, t, y: (s, t, y.to("meta")), ValueError, r"target must be on the device of the features \(cpu\)"),
         (lambda s, t, y: (s, t, torch.rand(11, 4)), ValueError, r"probabilities \[11, 5\], got torch.float32"),
     ],
 )
@@ -379,5 +380,7 @@ def test_bad_weights_say_what_is_wrong():
     criterion, batch = _criterion(), _batch()
     with pytest.raises(ValueError, match=r"weights must have shape \(11, 2, 3\), got \(11, 2\)"):
         criterion(*batch, weights=torch.ones(11, 2))
+    with pytest.raises(ValueError, match=r"weights must be on the device of the features \(cpu\), got meta"):
+        criterion(*batch, weights=torch.ones(11, 2, 3, device="meta"))
     with pytest.raises(TypeError, match="weights must be a Tensor, a PairWeightNetwork or None, got float"):
         criterion(*batch, weights=0.5)
