@@ -32,8 +32,8 @@ lint: install
 	$(BIN)/mypy
 
 format: install
-	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --fix --quiet .
 
 clean:
 	rm -rf build runs *.egg-info $(VENV)
