@@ -348,5 +348,4 @@ def autocast_enabled(tensor: Tensor) -> bool:
 
 def autocast_disabled(tensor: Tensor):
     """A context in which operations on the tensor's device keep their types."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else nullcontext()
