@@ -201,8 +201,11 @@ def _add(x: Tensor, y: Tensor | None) -> Tensor:
 def _groups(params: Iterable[Tensor] | Iterable[dict]) -> list[dict]:
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of parameters or groups, got a Tensor")
-    params = list(params)
-    return params if params and isinstance(params[0], dict) else [{"params": params}]
+    members = list(params)
+    groups = [member for member in members if isinstance(member, dict)]
+    if groups and len(groups) < len(members):
+        raise TypeError("params must be parameters or groups, got both")
+    return groups or [{"params": members}]
 
 
 def _check_settings(settings: dict) -> None:

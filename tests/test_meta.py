@@ -99,7 +99,7 @@ def _same_bits(before, after) -> bool:
     return all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+@pytest.mark.parametrize("steps", range(1, 7))
 @pytest.mark.parametrize(
     ("momentum", "nesterov", "weight_decay"),
     [(0.0, False, 0.0), (0.9, False, 0.0), (0.9, False, 5e-2), (0.9, True, 5e-2), (0.0, False, 5e-2), (0.7, True, 0.0)],
@@ -219,9 +219,7 @@ def test_it_can_be_used_again_and_leaves_grad_alone():
     results = []
     for _ in range(2):
         unrolled.step(lambda: problem.graph_objective(problem.parameters, meta))
-        results.append(
-            unrolled.hypergradient(lambda: problem.task_objective(problem.parameters, meta), meta.values())
-        )
+        results.append(unrolled.hypergradient(lambda: problem.task_objective(problem.parameters, meta), meta.values()))
     assert _same_bits(*results)
     assert all((p.grad == 7).all() for p in problem.parameters.values())
 
@@ -282,6 +280,7 @@ def test_activation_memory_does_not_grow_with_the_steps():
         (lambda p: UnrolledSGD([], nn.Linear(1, 1), 0.1), ValueError, "params must hold at least one parameter"),
         (lambda p: UnrolledSGD(p[0], nn.Linear(1, 1), 0.1), TypeError, "params must be an iterable"),
         (lambda p: UnrolledSGD([p[0], p[0]], nn.Linear(1, 1), 0.1), ValueError, "the same parameter twice"),
+        (lambda p: UnrolledSGD([{"params": p}, p[0]], [], 0.1), TypeError, "parameters or groups, got both"),
         (lambda p: UnrolledSGD(p, nn.Linear(1, 1), -0.1), ValueError, "lr must not be negative, got -0.1"),
         (lambda p: UnrolledSGD(p, nn.Linear(1, 1), 0.1, 0.0, nesterov=True), ValueError, "nesterov needs a momentum"),
         (lambda p: UnrolledSGD(p, [], 0.1).step(lambda: 1.0), TypeError, "objective must return a Tensor, got float"),

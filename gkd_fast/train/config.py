@@ -167,7 +167,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, str):
-            self.methods = [name for name in self.methods.replace(",", " ").split()]
+            self.methods = self.methods.replace(",", " ").split()
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be a list of different methods, got {self.methods}")
         for method in self.methods:

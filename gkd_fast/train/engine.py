@@ -161,14 +161,17 @@ class Distiller:
         self.objective.train()
         teacher_outputs = self.teacher_outputs(images)
         meta_parameters = list(self.pair_weights.parameters())
-        with graph_backend(self.criterion, self.meta.backend), UnrolledSGD(
-            self.unrolled_parameters(),
-            [self.student, self.criterion],
-            lr=self.meta.inner_lr,
-            momentum=self.meta.inner_momentum,
-            weight_decay=self.meta.inner_weight_decay,
-            nesterov=self.meta.inner_nesterov,
-        ) as unrolled:
+        with (
+            graph_backend(self.criterion, self.meta.backend),
+            UnrolledSGD(
+                self.unrolled_parameters(),
+                [self.student, self.criterion],
+                lr=self.meta.inner_lr,
+                momentum=self.meta.inner_momentum,
+                weight_decay=self.meta.inner_weight_decay,
+                nesterov=self.meta.inner_nesterov,
+            ) as unrolled,
+        ):
             for _ in range(self.meta.graph_steps):
                 unrolled.step(lambda: self._graph_objective(images, labels, teacher_outputs))
             for _ in range(self.meta.label_steps):

@@ -54,7 +54,6 @@ class PlainHead(nn.Module):
         super().__init__()
         linear = convolution.linears[0]
         self.projection = nn.Identity() if linear.in_features == embed_dim else linear
-        self.bandwidth = convolution.bandwidth
 
     def forward(self, nodes: Tensor) -> Tensor:
         return self.projection(nodes)
