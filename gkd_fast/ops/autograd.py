@@ -21,14 +21,13 @@ def refuse_derivative(op: str) -> None:
     torch.library.register_autograd(op, backward)
 
 
-def refuse_forward_mode(name: str, tensors: Iterable[Tensor]) -> None:
+def refuse_forward_mode(tensors: Iterable[Tensor]) -> None:
     """Raise if a tensor carries a forward-mode tangent, which ``register_autograd`` would turn into zero."""
     if forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            f"{name} has no forward-mode derivative on the fused backends; "
-            'use reverse mode, or backend="reference"'
+            'the fused backends have no forward-mode derivative; use reverse mode, or backend="reference"'
         )
 
 

@@ -246,7 +246,7 @@ def graph_conv(
     nodes: Tensor, messages: Tensor, inverse_variance: Tensor, normalization: str, product_precision: str
 ) -> Tensor:
     """The convolution ``[B, K]`` of unit rows; see the head of this file."""
-    refuse_forward_mode("graph_conv", (nodes, messages))
+    refuse_forward_mode((nodes, messages))
     return torch.ops.gkd_fast.graph_conv(nodes, messages, inverse_variance, normalization, product_precision)[0]
 
 

@@ -178,7 +178,7 @@ def node_contrast(
     students: list[Tensor], teachers: list[Tensor], wanted: list[bool], temperature: float, product_precision: str
 ) -> Tensor:
     """Losses ``[B, S, T]`` of unit rows; see the head of this file."""
-    refuse_forward_mode("node_contrast", (*students, *teachers))
+    refuse_forward_mode((*students, *teachers))
     x = students[0]
     keep = (
         torch.is_grad_enabled()

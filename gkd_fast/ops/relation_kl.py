@@ -171,5 +171,5 @@ refuse_derivative("gkd_fast::relation_kl_double_backward")
 
 def relation_kl(students, teachers, temperature: float, bandwidth: float, product_precision: str) -> torch.Tensor:
     """Losses ``[B, S, T]`` of unit rows; see the head of this file."""
-    refuse_forward_mode("relation_kl", (*students, *teachers))
+    refuse_forward_mode((*students, *teachers))
     return torch.ops.gkd_fast.relation_kl(students, teachers, temperature, bandwidth, product_precision)[0]
