@@ -35,6 +35,7 @@ struct Terms {
 };
 
 constexpr int kMaxStages = 64;
+constexpr int kMaxPairs = kMaxStages * kMaxStages / 4;  // S·T where S + T = kMaxStages
 
 template <class T>
 struct RelationKl {
@@ -43,15 +44,15 @@ struct RelationKl {
   T inner;                      // log2(e)/σ²
   T outer;                      // log2(e)/τ
   // Base-2 shifts of the rows' sums, [students + teachers][count], or null: the shift is `outer` everywhere.
-  Terms<double> shifts[kMaxStages];
-  // Forward: Z per stage and Q (in units of ln 2) per pair, each [row_count], cleared by the caller.
-  double* sums;  // [students + teachers][row_count]
+  Terms<T> shifts[kMaxStages];
+  // Forward: Z per stage and Q per pair, each [row_count], cleared by the caller.
+  double* sums;       // [students + teachers][row_count]
   double* pair_sums;  // [students · teachers][row_count]
   // Backward: factors of U, see relation_kl.h, and gradients [row_count, dim] or null, cleared by the caller.
-  Terms<T> alpha[kMaxStages];                 // per student
-  const Terms<T>* beta;                       // per pair
-  Terms<T> eta[kMaxStages];                   // per teacher
-  T scale;                                    // 1/(σ²τ)
+  Terms<T> alpha[kMaxStages];  // per student
+  const Terms<T>* beta;        // per pair
+  Terms<T> eta[kMaxStages];    // per teacher
+  T inverse_temperature;
   T* gradients[kMaxStages];
 };
 

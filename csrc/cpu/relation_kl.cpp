@@ -55,7 +55,7 @@ RelationKl<T> arguments(const Stages& stages, double temperature, double bandwid
   args.teachers = stages.teachers;
   args.inner = T(kLog2E / (bandwidth * bandwidth));
   args.outer = T(kLog2E / temperature);
-  args.scale = T(1 / (bandwidth * bandwidth * temperature));
+  args.inverse_temperature = T(1 / temperature);
   for (int64_t q = 0; q < stages.count(); ++q) {
     args.stages[q] = sides_of<T>(stages.rows[q], stages.symmetric ? nullptr : &stages.columns[q], offset);
   }
@@ -75,8 +75,8 @@ void set_own_shifts(Call& call, RelationKl<T>& args, int64_t rows) {
   }
   kernels<T>().relation_kl_maxima(call.host(), args, maxima);
   for (int64_t q = 0; q < stages; ++q) {
-    double* shift = call.zeros<double>(rows);
-    for (int64_t i = 0; i < rows; ++i) shift[i] = T(std::exp2((maxima[q][i] - T(1)) * args.inner) * args.outer);
+    T* shift = maxima[q];
+    for (int64_t i = 0; i < rows; ++i) shift[i] = std::exp2((maxima[q][i] - T(1)) * args.inner) * args.outer;
     args.shifts[q] = {shift, shift};
   }
 }
@@ -107,7 +107,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
     for (int64_t p = 0; p < S * stages.teachers; ++p) {
       const int64_t s = p / stages.teachers, q = S + p % stages.teachers;
       loss[i * S * stages.teachers + p] =
-          T(args.pair_sums[p * rows + i] * kLn2 / args.sums[q * rows + i] - log_z[q] + log_z[s]);
+          T(args.pair_sums[p * rows + i] / (temperature * args.sums[q * rows + i]) - log_z[q] + log_z[s]);
     }
   }
   return {losses, log_sums.slice(0, 0, S).clone(), log_sums.slice(0, S, count).clone()};
@@ -122,22 +122,22 @@ struct Statistics {
   int64_t count;
 };
 
-// The factors of U on one side: α, β, η of relation_kl.h, or with each row's own shift the same without 1/Z.
+// The factors of U on one side: α, β, η of relation_kl.h with 1/(σ²τ); with each row's own shift they hold no 1/Z.
 template <class T>
 struct Factors {
   T *alpha[kMaxStages], *eta[kMaxStages];
   std::vector<T*> beta;
-  double* shifts[kMaxStages];
+  T* shifts[kMaxStages];
 
-  Factors(Call& call, const RelationKl<T>& args, const Statistics<T>& side, bool shared) {
+  Factors(Call& call, const RelationKl<T>& args, const Statistics<T>& side, double scale, bool shared) {
     const int64_t S = args.students, R = args.teachers, count = side.count;
     for (int64_t s = 0; s < S; ++s) alpha[s] = call.zeros<T>(count);
     for (int64_t t = 0; t < R; ++t) eta[t] = call.zeros<T>(count);
     for (int64_t p = 0; p < S * R; ++p) beta.push_back(call.zeros<T>(count));
     for (int64_t q = 0; q < S + R; ++q) {
-      shifts[q] = shared ? nullptr : call.zeros<double>(count);
-      // l ≤ log2(e)/τ: without an upstream any shift will do that keeps U finite.
-      if (!shared) std::fill(shifts[q], shifts[q] + count, double(args.outer));
+      shifts[q] = shared ? nullptr : call.zeros<T>(count);
+      // R/τ ≤ 1/τ: without an upstream any shift will do that keeps U finite.
+      if (!shared) std::fill(shifts[q], shifts[q] + count, args.outer);
     }
     if (!side.upstream) return;
     for (int64_t i = 0; i < count; ++i) {
@@ -145,11 +145,11 @@ struct Factors {
       for (int64_t q = 0; q < S + R; ++q) {
         log_z[q] = q < S ? side.student_log_sums[q * count + i] : side.teacher_log_sums[(q - S) * count + i];
         inverse[q] = shared ? std::exp(double(args.outer) * kLn2 - log_z[q]) : 1;
-        if (!shared) shifts[q][i] = log_z[q] * kLog2E;
+        if (!shared) shifts[q][i] = T(log_z[q] * kLog2E);
       }
       for (int64_t p = 0; p < S * R; ++p) {
         const int64_t s = p / R, t = p % R;
-        const double g = side.upstream[i * S * R + p], b = g * inverse[S + t];
+        const double g = side.upstream[i * S * R + p] * scale, b = g * inverse[S + t];
         alpha[s][i] += T(g * inverse[s]);
         beta[p][i] = T(b);
         if (side.losses) eta[t][i] += T(b * (side.losses[i * S * R + p] + log_z[S + t] - log_z[s]));
@@ -165,9 +165,10 @@ std::vector<at::Tensor> backward(const Stages& stages, double temperature, doubl
   Call call;
   RelationKl<T> args = arguments<T>(stages, temperature, bandwidth, offset);
   const bool shared = shares_shift(temperature);
-  const Factors<T> row(call, args, row_side, shared);
+  const double scale = 1 / (bandwidth * bandwidth * temperature);
+  const Factors<T> row(call, args, row_side, scale, shared);
   std::optional<Factors<T>> other;
-  if (!stages.symmetric) other.emplace(call, args, column_side, shared);
+  if (!stages.symmetric) other.emplace(call, args, column_side, scale, shared);
   const Factors<T>& column = stages.symmetric ? row : *other;
   std::vector<Terms<T>> beta;
   for (size_t p = 0; p < row.beta.size(); ++p) beta.push_back({row.beta[p], column.beta[p]});
