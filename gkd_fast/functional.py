@@ -1,7 +1,8 @@
 """The public functions: check the arguments, choose the backend and the precision, and call it.
 
 Every function takes raw features, L2-normalises their rows and is differentiable; backend="reference" any number of
-times, the fused backends once (a second derivative or forward mode is an error there, never a silent zero).
+times, the fused backends twice, with respect to every input and the upstream (a third derivative or forward mode is an
+error there, never a silent zero).
 """
 
 import math
@@ -352,5 +353,4 @@ def autocast_enabled(tensor: Tensor) -> bool:
 
 def autocast_disabled(tensor: Tensor) -> AbstractContextManager[None]:
     """A context in which operations on the tensor's device keep their types."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else nullcontext()

@@ -87,6 +87,13 @@ def batch_permutation(size: int, seed: int, step: int, device: torch.device) -> 
     return torch.randperm(size, generator=generator).to(device)
 
 
+def held_out(images: int, batch: list[int], seed: int) -> list[int]:
+    """As many of the training images as the batch has (fewer where there are not as many), none of them in it."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed)).tolist()
+    taken = set(batch)
+    return [k for k in order if k not in taken][: len(batch)]
+
+
 def stream_seed(seed: int, purpose: str, index: int = 0) -> int:
     """The seed of one of a run's independent random streams.
 
