@@ -53,9 +53,7 @@ def _node_contrast(num_students, temperature=0.4, **options):
 def _relation_kl(num_students, temperature=0.4, bandwidth=0.8):
     def function(*stages, backend=BACKEND):
         students, teachers = stages[:num_students], stages[num_students:]
-        return functional.relation_kl(
-            students, teachers, temperature=temperature, bandwidth=bandwidth, backend=backend
-        )
+        return functional.relation_kl(students, teachers, temperature=temperature, bandwidth=bandwidth, backend=backend)
 
     return function
 
