@@ -1,4 +1,4 @@
-"""Second derivatives of the fused ops: finite differences, the reference, plain PyTorch's accuracy, row and column sets."""
+"""Second derivatives of the fused ops: finite differences, the reference, plain PyTorch's accuracy, column sets."""
 
 import itertools
 import sys
@@ -74,7 +74,7 @@ SHARP = {
 
 
 def _second_order(function, inputs, moving, backend, dtype=D64):
-    """Gradients of Σ ⟨gradient, cotangent⟩ with respect to all inputs and the upstream; random cotangents of ``moving``."""
+    """Gradients of Σ ⟨gradient, cotangent⟩ at all inputs and the upstream; random cotangents of ``moving``."""
     generator = torch.Generator().manual_seed(7)
     inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     output = function(*inputs, backend=backend)
