@@ -126,6 +126,7 @@ def test_few_rows_against_columns_without_upstream(columns, offset, dtype, norma
     (gradient,) = torch.ops.gkd_fast.graph_conv_backward(
         upstream, nodes, messages, output, degrees, *options, [True, False], bank, bank_messages, offset, None, given, terms
     )
+    # A wrong index would err by about 1; float32 sums of a million addends keep four digits.
     tolerance = {"rtol": 1e-10, "atol": 1e-11} if dtype == D64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(output.double(), truth.detach(), **tolerance)
     torch.testing.assert_close(gradient.double(), expected, **tolerance)

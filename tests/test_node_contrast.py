@@ -1,5 +1,7 @@
 """node_contrast on the CPU kernels against the reference, and its row and column sets against dense formulas."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def definition(num_students: int, temperature: float = 0.1):
 
 def agree(num_students: int, inputs, dtype, temperature: float = 0.1):
     fused = node_contrast(num_students, temperature=temperature)
-    check(fused, definition(num_students, temperature), inputs, dtype, 1 / temperature)
+    check(fused, definition(num_students, temperature), inputs, dtype, temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,7 +60,7 @@ def test_weighted_sums_kept_and_recomputed_agree(tile_rows, monkeypatch, tempera
     inputs = rows(37, 4, 4, 4)
 
     def kept_and_results(budget):
-        monkeypatch.setattr("gkd_fast.ops.node_contrast.KEEP_WEIGHTED_BYTES", budget)
+        monkeypatch.setattr(import_module("gkd_fast.ops.node_contrast"), "KEEP_WEIGHTED_BYTES", budget)
         with Calls() as calls:
             values = results(node_contrast(1, temperature=temperature), inputs)
         return [x["keep_weighted"] for x in calls.arguments("node_contrast")], values
@@ -130,7 +132,8 @@ def test_few_rows_against_columns(columns, dtype):
     (gradient,) = torch.ops.gkd_fast.node_contrast_backward(
         upstream, student, teacher, *statistics, *options, [True, False], [bank], None, offset
     )
-    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == D64 else {"rtol": 1e-4, "atol": 1e-5}
+    # A wrong index would err by 1/τ; float32 sums of a million addends keep five digits of it.
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == D64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(losses.double(), truth.detach(), **tolerance)
     torch.testing.assert_close(gradient.double(), expected, **tolerance)
 

@@ -15,7 +15,7 @@ def definition(num_students: int, **options):
 
 def agree(num_students: int, inputs, dtype, temperature: float = 0.1, **options):
     options["temperature"] = temperature
-    check(relation_kl(num_students, **options), definition(num_students, **options), inputs, dtype, 1 / temperature)
+    check(relation_kl(num_students, **options), definition(num_students, **options), inputs, dtype, temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,6 +111,7 @@ def test_few_rows_against_columns_without_upstream(columns, offset, dtype):
     gradients = torch.ops.gkd_fast.relation_kl_backward(
         upstream.to(dtype), student, teacher, *forward, *options, [True, True], *column_sets, offset
     )
-    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == D64 else {"rtol": 1e-4, "atol": 1e-5}
+    # A wrong index would err by 1/τ; float32 sums of a million addends keep five digits of it.
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == D64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(forward[0].double(), truth.detach(), **tolerance)
     torch.testing.assert_close([x.double() for x in gradients], [*expected], **tolerance)
