@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test test-installed sanitize bench clean
+.PHONY: install demo test test-installed sanitize bench lint format clean
 
 install: $(VENV)/installed
 
@@ -11,32 +11,34 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy ninja setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,bench,lint]'
 	touch $@
 
+# SEEDS=2 makes it short.
 demo: install
 	rm -rf runs/demo
-	$(BIN)/gkd-train compare --config configs/demo.yaml
+	$(BIN)/gkd-train compare --config configs/demo.yaml $(if $(SEEDS),--seeds $(SEEDS))
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py test_graph_conv.py)
 
-# The package as users get it, built anew, and its tests in a folder that does not hold the checkout.
+# The package as users get it, and its tests in a folder where the checkout is not found. Its dependencies are .venv's.
+INSTALLED := build/installed
 test-installed: install
-	rm -rf build/installed && mkdir -p build/installed/source
-	git ls-files -z | xargs -0 cp --parents -t build/installed/source
-	$(BIN)/python -m venv build/installed/venv
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > build/installed/dependencies.pth
-	cp build/installed/dependencies.pth $$(build/installed/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
-	cd build/installed/source && ../venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --ignore-installed .
-	mv build/installed/source/tests build/installed/tests && rm -rf build/installed/source
-	cd build/installed && venv/bin/python -c 'import gkd_fast, sys; assert gkd_fast.__file__.startswith(sys.prefix), gkd_fast.__file__'
-	cd build/installed && venv/bin/python -m pytest $(OP_TESTS)
+	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w $(INSTALLED) .
+	$(BIN)/python -m venv $(INSTALLED)/venv
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		> $$($(INSTALLED)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth
+	$(INSTALLED)/venv/bin/python -m pip install --quiet --no-deps --ignore-installed $(INSTALLED)/*.whl
+	cp -r tests $(INSTALLED)
+	cd $(INSTALLED) && venv/bin/python -c 'import gkd_fast, sys; assert gkd_fast.__file__.startswith(sys.prefix)'
+	cd $(INSTALLED) && venv/bin/python -m pytest $(OP_TESTS)
 
-# The C++ kernels under the address and undefined-behaviour sanitizers, in a build of their own. PyTorch's compiler is
-# not the subject: it starts processes of its own.
+# The C++ kernels under the address and undefined-behaviour sanitizers, in a build of their own; without the tests that
+# start processes.
 SANITIZED := build/sanitize/lib
 sanitize: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" GKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
@@ -48,6 +50,15 @@ sanitize: install
 # Measures what runs/bench.json has not; remove it to measure all again.
 bench: install
 	$(BIN)/python -m bench targets --json runs/bench.json --plot docs/performance.png --markdown docs/performance.md
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --fix --quiet .
 
 clean:
 	rm -rf build runs *.egg-info $(VENV)

@@ -10,6 +10,8 @@ namespace gkd::GKD_ISA {
 template <class T>
 constexpr T kFar = T(-1e30);
 
+constexpr int kMostSums = 2;  // per stage
+
 // Fixed: S = T = Fixed, known to the compiler; 0: any S and T.
 template <class T, bool Shared, int Fixed>
 struct RelationTiles {
@@ -29,7 +31,7 @@ struct RelationTiles {
   const RelationKl<T>& args;
   const T *rows[kMaxStages], *columns[kMaxStages], *values[kMaxStages];
   T* tiles;
-  T* partial;  // column sums of one tile, per stage and pair
+  T* partial;  // column sums of one tile
   int64_t stride;
 
   GKD_INLINE int64_t students() const { return Fixed ? Fixed : args.students; }
@@ -89,76 +91,95 @@ struct RelationTiles {
     repeat<Fixed>(stages() / at_once, [&](int64_t k) GKD_LAMBDA { relate<at_once>(t, c, r, x, k * at_once, out); });
     if (!Fixed && stages() % at_once) relate<1>(t, c, r, x, stages() - 1, out);
   }
+
+  // What a stage or a pair adds to the sum of a row, and mirrored to that of a column.
+  struct Summand {
+    Vec<T> own, mirrored;
+  };
+
+  // Adds op's summands of G rows, Op::kSums per stage and one per pair, to the rows' sums, and to `below` for the columns.
+  template <int G, class Op>
+  GKD_INLINE void add_rows(const Op& op, const Tile& t, const T* c, int64_t r, T* below) const {
+    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages();
+    constexpr int kFixedSums = Op::kSums * kFixedStages;
+    Vec<T> stage_totals[Op::kSums * kStages][G], pair_totals[kPairs][G];
+    repeat<kFixedSums>(sums, [&](int64_t q) GKD_LAMBDA {
+      for (int g = 0; g < G; ++g) stage_totals[q][g] = Vec<T>{};
+    });
+    repeat<kFixedPairs>(pairs(), [&](int64_t p) GKD_LAMBDA {
+      for (int g = 0; g < G; ++g) pair_totals[p][g] = Vec<T>{};
+    });
+    for (int64_t x = 0; x < t.columns; x += N) {
+      Relations<G> now;
+      relations(t, c, r, x, now);
+      const auto summands = op.template summands<G>(now, r, x);
+      auto add = [&](Vec<T> (&totals)[G], T* column, auto summand) GKD_LAMBDA {
+        Vec<T> mirrored = load(column + x);
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) {
+          const Summand now = summand(g);
+          mirrored += now.mirrored;
+          totals[g] += x + N <= t.columns ? now.own : keep<T>(now.own, t.columns - x);
+        }
+        store(column + x, mirrored);
+      };
+      repeat<kFixedSums>(sums, [&](int64_t q) GKD_LAMBDA {
+        add(stage_totals[q], below + q * stride, [&](int g) GKD_LAMBDA { return summands.stage(q, g); });
+      });
+      repeat<kFixedPairs>(pairs(), [&](int64_t p) GKD_LAMBDA {
+        const int64_t s = p / teachers(), q = students() + p % teachers();
+        add(pair_totals[p], below + (sums + p) * stride, [&](int g) GKD_LAMBDA { return summands.pair(s, q, g); });
+      });
+    }
+    for (int g = 0; g < G; ++g) {
+      const int64_t i = t.i + r + g;
+      for (int64_t q = 0; q < sums; ++q) args.sums[q * count + i] += sum<T>(stage_totals[q][g]);
+      for (int64_t p = 0; p < pairs(); ++p) args.pair_sums[p * count + i] += sum<T>(pair_totals[p][g]);
+    }
+  }
+
+  // The sums of a tile whose similarities are in c.
+  template <class Op>
+  GKD_INLINE void add_tile(const Op& op, const Tile& t, const T* c, int64_t worker) const {
+    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages(), all = sums + pairs();
+    T* below = partial + worker * (kMostSums * stages() + pairs()) * stride;
+    for (int64_t x = 0; x < all * stride; ++x) below[x] = 0;
+    for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { add_rows<G>(op, t, c, r, below); });
+    if (!t.mirror) return;
+    for (int64_t q = 0; q < all; ++q) {
+      double* out = (q < sums ? args.sums + q * count : args.pair_sums + (q - sums) * count) + t.j;
+      for (int64_t x = 0; x < t.columns; ++x) out[x] += below[q * stride + x];
+    }
+  }
 };
 
 // Z = Σ_j U_ij per stage, Q = Σ_j U^t_ij (R^t_ij − R^s_ij) per pair.
 template <class T, bool Shared, int Fixed>
 struct RelationForward : RelationTiles<T, Shared, Fixed> {
   using Tiles = RelationTiles<T, Shared, Fixed>;
-  using Tiles::N;
+  using Summand = typename Tiles::Summand;
+  static constexpr int kSums = 1;
 
   template <int G>
-  GKD_INLINE void add_rows(const Tile& t, const T* c, int64_t r, T* below) const {
-    const RelationKl<T>& args = this->args;
-    const int64_t stride = this->stride, stages = this->stages(), pairs = this->pairs();
-    const int64_t S = this->students(), K = this->teachers(), count = args.stages[0].row_count;
-    Vec<T> stage_totals[Tiles::kStages][G], pair_totals[Tiles::kPairs][G];
-    repeat<Tiles::kFixedStages>(stages, [&](int64_t q) GKD_LAMBDA {
-      for (int g = 0; g < G; ++g) stage_totals[q][g] = Vec<T>{};
-    });
-    repeat<Tiles::kFixedPairs>(pairs, [&](int64_t p) GKD_LAMBDA {
-      for (int g = 0; g < G; ++g) pair_totals[p][g] = Vec<T>{};
-    });
-    for (int64_t x = 0; x < t.columns; x += N) {
-      typename Tiles::template Relations<G> now;
-      this->relations(t, c, r, x, now);
-      auto add = [&](Vec<T> (&totals)[G], T* column, auto term) GKD_LAMBDA {
-        Vec<T> mirrored = load(column + x);
-#pragma GCC unroll 2
-        for (int g = 0; g < G; ++g) {
-          const auto [own, other] = term(g);
-          mirrored += other;
-          totals[g] += x + N <= t.columns ? own : keep<T>(own, t.columns - x);
-        }
-        store(column + x, mirrored);
-      };
-      struct Term {
-        Vec<T> own, other;
-      };
-      repeat<Tiles::kFixedStages>(stages, [&](int64_t q) GKD_LAMBDA {
-        add(stage_totals[q], below + q * stride, [&](int g) GKD_LAMBDA {
-          return Term{now.u[q][g], now.mirrored(q, g)};
-        });
-      });
-      repeat<Tiles::kFixedPairs>(pairs, [&](int64_t p) GKD_LAMBDA {
-        const int64_t s = p / K, q = S + p % K;
-        add(pair_totals[p], below + (stages + p) * stride, [&](int g) GKD_LAMBDA {
-          const Vec<T> difference = now.r[q][g] - now.r[s][g];
-          return Term{now.u[q][g] * difference, now.mirrored(q, g) * difference};
-        });
-      });
+  struct Summands {
+    const typename Tiles::template Relations<G>& now;
+
+    GKD_INLINE Summand stage(int64_t q, int g) const { return {now.u[q][g], now.mirrored(q, g)}; }
+    GKD_INLINE Summand pair(int64_t s, int64_t q, int g) const {
+      const Vec<T> difference = now.r[q][g] - now.r[s][g];
+      return {now.u[q][g] * difference, now.mirrored(q, g) * difference};
     }
-    for (int g = 0; g < G; ++g) {
-      const int64_t i = t.i + r + g;
-      for (int64_t q = 0; q < stages; ++q) args.sums[q * count + i] += sum<T>(stage_totals[q][g]);
-      for (int64_t p = 0; p < pairs; ++p) args.pair_sums[p * count + i] += sum<T>(pair_totals[p][g]);
-    }
+  };
+
+  template <int G>
+  GKD_INLINE Summands<G> summands(const typename Tiles::template Relations<G>& now, int64_t, int64_t) const {
+    return {now};
   }
 
   void tile(const Tile& t, int64_t worker) const {
-    const RelationKl<T>& args = this->args;
-    const int64_t stride = this->stride, stages = this->stages(), pairs = this->pairs();
     T* c = this->tile_of(worker);
-    T* below = this->partial + worker * (stages + pairs) * stride;
-    for (int64_t x = 0; x < (stages + pairs) * stride; ++x) below[x] = 0;
     this->multiply_stages(t, c);
-    for_row_groups<Tiles::kGroup>(t.rows, [&]<int G>(int64_t r) { add_rows<G>(t, c, r, below); });
-    if (!t.mirror) return;
-    const int64_t count = args.stages[0].row_count;
-    for (int64_t q = 0; q < stages + pairs; ++q) {
-      double* out = (q < stages ? args.sums + q * count : args.pair_sums + (q - stages) * count) + t.j;
-      for (int64_t x = 0; x < t.columns; ++x) out[x] += below[q * stride + x];
-    }
+    this->add_tile(*this, t, c, worker);
   }
 };
 
@@ -269,7 +290,7 @@ RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationK
     if (backward && args.gradients[q]) tiles.values[q] = values_of(host, sides.columns, sides.column_count, sides.dim);
   }
   tiles.tiles = allocate<T>(host, host.workers * stages * tile_elements(stride));
-  if (!backward) tiles.partial = allocate<T>(host, host.workers * (stages + pairs) * stride);
+  if (!backward) tiles.partial = allocate<T>(host, host.workers * (kMostSums * stages + pairs) * stride);
   return tiles;
 }
 
@@ -279,32 +300,33 @@ void relation_kl_maxima(const Host& host, const RelationKl<T>& args, T* const* m
   walk(host, args.stages[0], op);
 }
 
-template <template <class, bool, int> class Op, class T, bool Shared, int Fixed>
-void walk_relations(const Host& host, const RelationKl<T>& args, bool backward) {
-  Op<T, Shared, Fixed> op{relation_tiles<T, Shared, Fixed>(host, args, backward)};
-  walk(host, args.stages[0], op);
-}
-
-template <template <class, bool, int> class Op, class T>
-void walk_relations(const Host& host, const RelationKl<T>& args, bool backward) {
-  if (args.shifts[0].row) return walk_relations<Op, T, false, 0>(host, args, backward);
+// Calls f.operator()<Shared, Fixed>() as suits the arguments.
+template <class T, class F>
+void specialise(const RelationKl<T>& args, const F& f) {
+  if (args.shifts[0].row) return f.template operator()<false, 0>();
   switch (args.students == args.teachers ? args.students : 0) {
-    case 1: return walk_relations<Op, T, true, 1>(host, args, backward);
-    case 2: return walk_relations<Op, T, true, 2>(host, args, backward);
-    case 3: return walk_relations<Op, T, true, 3>(host, args, backward);
-    case 4: return walk_relations<Op, T, true, 4>(host, args, backward);
-    default: return walk_relations<Op, T, true, 0>(host, args, backward);
+    case 1: return f.template operator()<true, 1>();
+    case 2: return f.template operator()<true, 2>();
+    case 3: return f.template operator()<true, 3>();
+    case 4: return f.template operator()<true, 4>();
+    default: return f.template operator()<true, 0>();
   }
 }
 
 template <class T>
 void relation_kl(const Host& host, const RelationKl<T>& args) {
-  walk_relations<RelationForward>(host, args, false);
+  specialise(args, [&]<bool Shared, int Fixed>() {
+    RelationForward<T, Shared, Fixed> op{relation_tiles<T, Shared, Fixed>(host, args, false)};
+    walk(host, args.stages[0], op);
+  });
 }
 
 template <class T>
 void relation_kl_backward(const Host& host, const RelationKl<T>& args) {
-  walk_relations<RelationBackward>(host, args, true);
+  specialise(args, [&]<bool Shared, int Fixed>() {
+    RelationBackward<T, Shared, Fixed> op{relation_tiles<T, Shared, Fixed>(host, args, true)};
+    walk(host, args.stages[0], op);
+  });
 }
 
 }  // namespace gkd::GKD_ISA

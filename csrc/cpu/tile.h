@@ -112,6 +112,14 @@ GKD_INLINE void similarities(const Tile& tile, const T* rows, const T* columns, 
                               columns + tile.j * dim, kPanel<T> * dim, c, block, accumulate);
 }
 
+// c[r][x] = row_tangents[i + r] · columns[j + x] + rows[i + r] · column_tangents[j + x]; what stands still is null.
+template <class T>
+GKD_INLINE void moving_similarities(const Tile& t, const T* rows, const T* columns, const T* row_tangents,
+                                    const T* column_tangents, int64_t dim, T* c, int64_t block) {
+  if (row_tangents) similarities(t, row_tangents, columns, dim, c, block);
+  if (column_tangents) similarities(t, rows, column_tangents, dim, c, block, row_tangents != nullptr);
+}
+
 // out[i + r] += Σ_x w[r][x] values[j + x]; `count`: rows of the matrix that was packed as values.
 template <class T>
 GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const T* values, int64_t count, int64_t dim,

@@ -29,7 +29,8 @@ template <>
 struct Lanes<float> {
   using Vector = float __attribute__((vector_size(GKD_VECTOR_BYTES)));
   using Unaligned = float __attribute__((vector_size(GKD_VECTOR_BYTES), aligned(4), may_alias));
-  using Integers = int32_t __attribute__((vector_size(GKD_VECTOR_BYTES)));
+  using Integer = int32_t;
+  using Integers = Integer __attribute__((vector_size(GKD_VECTOR_BYTES)));
   static constexpr int count = GKD_VECTOR_BYTES / 4;
   using Indices = CountTo<count>::Type;
   static constexpr int mantissa = 23;
@@ -41,7 +42,8 @@ template <>
 struct Lanes<double> {
   using Vector = double __attribute__((vector_size(GKD_VECTOR_BYTES)));
   using Unaligned = double __attribute__((vector_size(GKD_VECTOR_BYTES), aligned(8), may_alias));
-  using Integers = int64_t __attribute__((vector_size(GKD_VECTOR_BYTES)));
+  using Integer = int64_t;
+  using Integers = Integer __attribute__((vector_size(GKD_VECTOR_BYTES)));
   static constexpr int count = GKD_VECTOR_BYTES / 8;
   using Indices = CountTo<count>::Type;
   static constexpr int mantissa = 52;
@@ -76,10 +78,9 @@ GKD_INLINE Vec<T> rotate(Vec<T> v, Sequence<K...>) {
 // 0 for the lanes from `valid` on, which lie beyond the matrix.
 template <class T>
 GKD_INLINE Vec<T> keep(Vec<T> v, int64_t valid) {
-  using I = typename Lanes<T>::Integers;
-  I lane;
+  typename Lanes<T>::Integers lane{};
   for (int k = 0; k < Lanes<T>::count; ++k) lane[k] = k;
-  return lane < decltype(lane[0])(valid) - I{} ? v : Vec<T>{};
+  return lane < typename Lanes<T>::Integer(valid) ? v : Vec<T>{};
 }
 
 // The lanes' sum, in halves.

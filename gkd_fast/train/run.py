@@ -22,7 +22,7 @@ from gkd_fast.train.config import Config, TrainError, TrainingConfig, relevant_o
 from gkd_fast.train.data import Images, Splits, epoch_order, load_splits
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.evaluation import accuracy, load_batches
-from gkd_fast.train.methods import stream_seed
+from gkd_fast.train.methods import held_out, stream_seed
 from gkd_fast.train.metrics import MetricsLog
 from gkd_fast.train.progress import Display
 
@@ -153,6 +153,9 @@ class Run:
         if not self._epoch_batches(0):
             size = self.training.batch_size
             raise TrainError(f"an epoch has no batch: {len(self.splits.train)} images, batch size {size}")
+        beside = len(self.splits.train) - len(self._epoch_batches(0)[0])
+        if self.distiller.pair_weights is not None and self.config.meta.outer_batch == "held-out" and beside < 2:
+            raise TrainError(f"outer_batch held-out needs 2 training images beside a batch, there are {beside}")
         self._open()
         epochs = self.training.epochs
         with self._stoppable(), self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0))):
@@ -223,8 +226,18 @@ class Run:
         self._pending.append(self.distiller.train_step(images, labels))
         clock.lap(self.position.train_step_seconds)
         if self.distiller.meta_due(batch):
-            self.distiller.meta_step(images, labels)
+            self.distiller.meta_step(images, labels, self._outer_batch())
             clock.lap(self.position.meta_step_seconds)
+
+    def _outer_batch(self) -> tuple[Tensor, Tensor] | None:
+        """The images and labels of the meta-step's outer loss; None: those of the current batch."""
+        if self.config.meta.outer_batch == "current":
+            return None
+        position, mine = self.position, self.accelerator.process_index
+        current = self._epoch_batches(position.epoch)[position.batch]
+        seed = stream_seed(self.config.seed, f"held-out {mine}", position.step)
+        chosen = held_out(len(self.splits.train), current, seed)
+        return next(iter(load_batches(self.splits.train, [chosen], 0, self.accelerator.device)))
 
     def _finish_epoch(self) -> None:
         position = self.position
