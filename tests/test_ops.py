@@ -52,6 +52,10 @@ def op_calls() -> list[tuple[str, tuple]]:
     contrast = calls.node_contrast([x], [y], [True], 0.4, "float64", True)
     variance = torch.tensor(2.0, dtype=D64)
     conv = calls.graph_conv(x, messages, variance, "symmetric", "float64")
+    tangent, rates = torch.randn(7, 3, dtype=D64), torch.randn(7, dtype=D64)
+    moving = ([x], [y], [tangent], [True, False])
+    relation_tangents = calls.relation_kl_tangent(*moving, *relation, *settings)
+    contrast_tangents = calls.node_contrast_tangent(*moving, *contrast[1:], [True], 0.4, "float64")
     unit, norms = calls.unit_rows([x, y], D64)
     part = slice(2, 5)
     return [
@@ -68,11 +72,22 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("graph_conv", (x.clone().requires_grad_(), messages, variance, "symmetric", "float64")),
         ("graph_conv", (columns, column_messages, variance, "row", "float64", x, messages, 2)),
         ("graph_conv_backward", (torch.randn_like(messages), x, messages, *conv, variance, "symmetric", "float64", both)),
+        ("relation_kl_tangent", (*moving, *relation, *settings)),
+        ("relation_kl_double_backward", (upstream, *moving, *relation, *relation_tangents, *settings, both)),
+        ("node_contrast_tangent", (*moving, *contrast[1:], [True], 0.4, "float64")),
+        ("node_contrast_double_backward",
+         (upstream, *moving, *contrast[1:], contrast_tangents[1], [True], 0.4, "float64", both)),
+        ("graph_degrees_tangent", (x, tangent, variance, "float64")),
+        ("graph_conv_tangent", (x, tangent, [messages], [rates], messages, variance, "float64")),
+        ("graph_conv_double_backward",
+         (x, tangent, messages, messages, rates, rates, messages, rates, rates, variance, "float64")),
     ]  # fmt: skip
 
 
 @requires_cpp
-def test_opcheck():
+def test_opcheck_of_every_op():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gkd_fast::")}
+    assert {f"gkd_fast::{name}" for name, _ in op_calls()} == registered
     for name, arguments in op_calls():
         opcheck(getattr(torch.ops.gkd_fast, name).default, arguments)
 
