@@ -36,7 +36,7 @@ def rows(batch: int, *widths: int, kind: str = "random", seed: int = 0) -> list[
         if "converged" in kind and k >= half:
             x.mul_(1e-3 * (kind != "converged")).add_(tensors[k - half])
         elif kind == "zero rows":
-            x[k :: 5] = 0
+            x[k::5] = 0
         elif kind == "clustered":
             x.mul_(0.02).add_(1)
         elif kind == "opposite rows":

@@ -74,7 +74,16 @@ def test_shards_of_rows_give_the_whole_batch(tile_rows, normalization):
     torch.testing.assert_close(degrees, true_degrees.detach(), rtol=1e-12, atol=0)
     forward = [
         calls.graph_conv(
-            nodes[p], messages[p], inverse_variance, normalization, precision, nodes, messages, p.start, degrees[p], degrees
+            nodes[p],
+            messages[p],
+            inverse_variance,
+            normalization,
+            precision,
+            nodes,
+            messages,
+            p.start,
+            degrees[p],
+            degrees,
         )
         for p in bounds
     ]
@@ -124,7 +133,19 @@ def test_few_rows_against_columns_without_upstream(columns, offset, dtype, norma
     nothing = torch.zeros_like(messages)
     terms = ops.node_terms(upstream, output, messages, nothing, degrees, normalization)
     (gradient,) = torch.ops.gkd_fast.graph_conv_backward(
-        upstream, nodes, messages, output, degrees, *options, [True, False], bank, bank_messages, offset, None, given, terms
+        upstream,
+        nodes,
+        messages,
+        output,
+        degrees,
+        *options,
+        [True, False],
+        bank,
+        bank_messages,
+        offset,
+        None,
+        given,
+        terms,
     )
     # A wrong index would err by about 1; float32 sums of a million addends keep four digits.
     tolerance = {"rtol": 1e-10, "atol": 1e-11} if dtype == D64 else {"rtol": 1e-4, "atol": 1e-4}

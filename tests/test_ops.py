@@ -191,7 +191,9 @@ def test_every_instruction_set(tile_rows, instruction_sets, name):
         for instruction_set in available:
             use(instruction_set)
             ours = [x.double() for x in results(function, inputs)]
-            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{instruction_set}: {m}")
+            torch.testing.assert_close(
+                ours, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{instruction_set}: {m}"
+            )
 
 
 @requires_cpp
@@ -254,14 +256,26 @@ def test_a_compiled_function_keeps_the_product_setting_of_its_compilation():
     [
         (lambda x: ("relation_kl", [x], [x[:2]], 0.1, 1.0, "float32"), "teachers must have 5 rows, got 2"),
         (lambda x: ("relation_kl", [x], [x.double()], 0.1, 1.0, "float32"), "teachers must be Float, got Double"),
-        (lambda x: ("relation_kl", [x.half()], [x.half()], 0.1, 1.0, "float16"), "must be float32 or float64, got Half"),
+        (
+            lambda x: ("relation_kl", [x.half()], [x.half()], 0.1, 1.0, "float16"),
+            "must be float32 or float64, got Half",
+        ),
         (lambda x: ("relation_kl", [x], [x], 0.1, 1.0, "int8"), "unknown product precision int8"),
-        (lambda x: ("relation_kl", [x], [x], 0.1, 1.0, "float32", [x]), "student_columns and teacher_columns go together"),
+        (
+            lambda x: ("relation_kl", [x], [x], 0.1, 1.0, "float32", [x]),
+            "student_columns and teacher_columns go together",
+        ),
         (lambda x: ("node_contrast", [x], [x[:, :2]], [True], 0.1, "float32", True), "all stages must have width 3"),
-        (lambda x: ("node_contrast", [x], [x], [True, True], 0.1, "float32", True), "wanted must have an entry per pair"),
+        (
+            lambda x: ("node_contrast", [x], [x], [True, True], 0.1, "float32", True),
+            "wanted must have an entry per pair",
+        ),
         (lambda x: ("graph_conv", x, x[:2], x[0, 0], "row", "float32"), "messages must have 5 rows, got 2"),
         (lambda x: ("graph_conv", x, x, x[0], "row", "float32"), "inverse_variance must have no dimensions"),
-        (lambda x: ("graph_conv", x, x, x[0, 0], "column", "float32"), "normalization must be row or symmetric, got column"),
+        (
+            lambda x: ("graph_conv", x, x, x[0, 0], "column", "float32"),
+            "normalization must be row or symmetric, got column",
+        ),
         (lambda x: ("graph_conv", x, x, x[0, 0], "symmetric", "float32", x, x), "needs both sides' degrees"),
     ],
 )
@@ -327,7 +341,9 @@ def test_the_package_works_without_its_extension_and_with_a_broken_one(tmp_path)
 
     without = run()
     assert "torch.Size([5, 1, 1])" in without.stdout
-    assert without.stderr.count("RuntimeWarning") == 1 and "build the C++ extension with `make install`" in without.stderr
+    assert (
+        without.stderr.count("RuntimeWarning") == 1 and "build the C++ extension with `make install`" in without.stderr
+    )
     suffix = ".so" if os.name == "posix" else ".pyd"
     (package / f"_C{suffix}").write_bytes(b"no library")
     (package / "_C.torch-version.txt").write_text(torch.__version__)

@@ -53,9 +53,7 @@ def dense(students, teachers, student_columns, teacher_columns, temperature, ban
 
     log_s = [log_relations(e, c) for e, c in zip(students, student_columns)]
     log_t = [log_relations(e, c) for e, c in zip(teachers, teacher_columns)]
-    return torch.stack(
-        [torch.stack([(t.exp() * (t - s)).sum(dim=1) for t in log_t], dim=1) for s in log_s], dim=1
-    )
+    return torch.stack([torch.stack([(t.exp() * (t - s)).sum(dim=1) for t in log_t], dim=1) for s in log_s], dim=1)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
@@ -91,7 +89,8 @@ def test_shards_of_rows_give_the_whole_batch(tile_rows, temperature):
 
 
 @pytest.mark.parametrize(
-    ("columns", "offset", "dtype"), [(150, 40, D64), (150, 1000, D64), (150, -1000, D64), (1_000_000, 999_990, torch.float32)]
+    ("columns", "offset", "dtype"),
+    [(150, 40, D64), (150, 1000, D64), (150, -1000, D64), (1_000_000, 999_990, torch.float32)],
 )
 def test_few_rows_against_columns_without_upstream(columns, offset, dtype):
     """The own column is one of the columns or none of them; a million columns overflow no index."""

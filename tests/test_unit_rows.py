@@ -1,4 +1,4 @@
-"""unit_rows on the CPU kernels against the reference: every type, scales, zero rows, frozen stages, second derivatives."""
+"""unit_rows on the CPU kernels against the reference: types, scales, zero rows, frozen stages, second derivatives."""
 
 import math
 
@@ -30,7 +30,14 @@ def test_rows_and_gradients(batch, dim, kind, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(D64, 1e-150), (D64, 1e300), (torch.float32, 1e-18), (torch.float32, 1e38), (torch.float16, 6e4), (torch.bfloat16, 1e38)],
+    [
+        (D64, 1e-150),
+        (D64, 1e300),
+        (torch.float32, 1e-18),
+        (torch.float32, 1e38),
+        (torch.float16, 6e4),
+        (torch.bfloat16, 1e38),
+    ],
 )
 def test_no_square_over_or_underflows(dtype, scale):
     x = rows(6, 17)[0]
