@@ -1,4 +1,4 @@
-"""What holds for every op: the dispatcher's contract, determinism, no work for frozen inputs, torch.compile, messages."""
+"""What holds for every op: the dispatcher's contract, determinism, frozen inputs, torch.compile, missing extensions."""
 
 import math
 import os
@@ -71,7 +71,7 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("graph_degrees", (columns, variance, "float64", x, 2)),
         ("graph_conv", (x.clone().requires_grad_(), messages, variance, "symmetric", "float64")),
         ("graph_conv", (columns, column_messages, variance, "row", "float64", x, messages, 2)),
-        ("graph_conv_backward", (torch.randn_like(messages), x, messages, *conv, variance, "symmetric", "float64", both)),
+        ("graph_conv_backward", (messages, x, messages, *conv, variance, "symmetric", "float64", both)),
         ("relation_kl_tangent", (*moving, *relation, *settings)),
         ("relation_kl_double_backward", (upstream, *moving, *relation, *relation_tangents, *settings, both)),
         ("node_contrast_tangent", (*moving, *contrast[1:], [True], 0.4, "float64")),
@@ -159,14 +159,13 @@ def threads(count: int):
 
 @requires_cpp
 @every_function
-@pytest.mark.parametrize("dtype", [D64, torch.float32])
-def test_the_same_bits_every_time_and_for_any_number_of_threads(tile_rows, name, dtype):
-    """Seven blocks of rows, which three threads share unequally."""
+def test_the_same_bits_every_time_and_for_any_number_of_threads(tile_rows, name):
+    """Five blocks of rows, which two and three threads share unequally."""
     tile_rows(32)
-    function, _, inputs = problem(name, 197, dtype)
+    function, _, inputs = problem(name, 131, torch.float32)
     with threads(1):
         expected = results(function, inputs)
-    for count, repeats in ((1, 10), (2, 50), (3, 40)):
+    for count, repeats in ((1, 20), (2, 50), (3, 30)):
         with threads(count):
             assert all(same_bits(results(function, inputs), expected) for _ in range(repeats))
 
@@ -192,7 +191,7 @@ def test_every_instruction_set(tile_rows, instruction_sets, name):
             use(instruction_set)
             ours = [x.double() for x in results(function, inputs)]
             torch.testing.assert_close(
-                ours, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{instruction_set}: {m}"
+                ours, expected, rtol=tolerance, atol=tolerance, msg=(instruction_set + ": {}").format
             )
 
 
@@ -227,7 +226,7 @@ def test_compiled_by_the_default_backend():
 
 
 @requires_cpp
-def test_a_compiled_function_keeps_the_product_setting_of_its_compilation():
+def test_every_compilation_takes_the_product_setting_of_its_time():
     before = torch.get_float32_matmul_precision()
     function, _, inputs = problem("relation_kl", 9, torch.float32)
     used = []
@@ -241,13 +240,10 @@ def test_a_compiled_function_keeps_the_product_setting_of_its_compilation():
             torch._dynamo.reset()
             torch.set_float32_matmul_precision(setting)
             torch.compile(function, fullgraph=True, backend=backend)(*inputs)
-        assert used == ["float32", "tf32", "bfloat16"]
-        torch.set_float32_matmul_precision("highest")
-        torch.compile(function, fullgraph=True, backend=backend)(*inputs)
-        assert len(used) == 3
     finally:
         torch.set_float32_matmul_precision(before)
         torch._dynamo.reset()
+    assert used == ["float32", "tf32", "bfloat16"]
 
 
 @requires_cpp
