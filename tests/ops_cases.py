@@ -18,8 +18,6 @@ requires_cpp = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 # changes at 768 rows.
 TILES = [(32, 1), (32, 2), (32, 31), (32, 33), (32, 67), (64, 65), (96, 193), (0, 769)]
 
-SHARED_SHIFT_TEMPERATURE = 2 / 80  # below it each row has its own shift
-
 KINDS = ["random", "converged", "nearly converged", "zero rows", "clustered", "opposite rows"]
 
 
@@ -62,14 +60,15 @@ def check(
     definition: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
-    temperature: float = 1.0,
+    gain: float = 1.0,
+    own_shifts: bool = False,
 ) -> None:
     """``fused`` against ``definition``, output and all gradients, for inputs rounded to ``dtype``.
 
     float64 agrees to 1e-10. In the other types |truth − fused| ≤ 2·|truth − plain|, with the truth in float64 and
     ``definition`` itself in ``dtype`` as plain (in float32 where it leaves ``dtype``'s range), plus one rounding of the
-    result and, in float32, ε/τ: a rounding of the logits and one of the log-sums, which cancel in the result. Where 1/τ
-    is beyond the shared shift the gradients take P from log-sums of size 1/τ: its relative error is ε/τ.
+    result and ε·``gain`` of float32, what a rounding of what goes into an exponential does to a result of size 1. With
+    ``own_shifts`` the gradients' P comes from log-sums of the logits' size, so that its relative error is ε·``gain``.
     """
     inputs = [x.to(dtype) for x in inputs]
     truth = results(definition, [x.double() for x in inputs], dtype)
@@ -84,9 +83,8 @@ def check(
     for k, (exact, ours, theirs) in enumerate(zip(truth, fast, plain, strict=True)):
         error, plain_error = ((x.double() - exact).abs().max().item() for x in (ours, theirs))
         size = exact.abs().max().item()
-        cancelled = torch.finfo(torch.float32).eps / temperature
-        own_shifts = k > 0 and temperature < SHARED_SHIFT_TEMPERATURE
-        rounding = torch.finfo(ours.dtype).eps / 2 * size + cancelled * (max(1, size) if own_shifts else 1)
+        cancelled = torch.finfo(torch.float32).eps * gain
+        rounding = torch.finfo(ours.dtype).eps / 2 * size + cancelled * (max(1, size) if own_shifts and k > 0 else 1)
         assert error <= 2 * plain_error + rounding, (
             f"{f'gradient {k - 1}' if k else 'output'}: error {error:.3g}, plain PyTorch's {plain_error:.3g}, "
             f"size {size:.3g}, rounding {rounding:.3g}"

@@ -17,7 +17,7 @@ def definition(num_students: int, temperature: float = 0.1):
 
 def agree(num_students: int, inputs, dtype, temperature: float = 0.1):
     fused = node_contrast(num_students, temperature=temperature)
-    check(fused, definition(num_students, temperature), inputs, dtype, temperature)
+    check(fused, definition(num_students, temperature), inputs, dtype, 1 / temperature, own_shifts=2 / temperature > 80)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,9 +13,12 @@ def definition(num_students: int, **options):
     return lambda *x: reference.relation_kl(x[:num_students], x[num_students:], **options)
 
 
-def agree(num_students: int, inputs, dtype, temperature: float = 0.1, **options):
-    options["temperature"] = temperature
-    check(relation_kl(num_students, **options), definition(num_students, **options), inputs, dtype, temperature)
+def agree(num_students: int, inputs, dtype, temperature: float = 0.1, bandwidth: float = 1.0):
+    options = {"temperature": temperature, "bandwidth": bandwidth}
+    # A rounding of the relation is one of R/τ; one of the similarity moves R/τ by ε/(2σ²τ).
+    gain = max(1, 0.5 / bandwidth**2) / temperature
+    fused = relation_kl(num_students, **options)
+    check(fused, definition(num_students, **options), inputs, dtype, gain, own_shifts=1 / temperature > 80)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
