@@ -65,10 +65,11 @@ def check(
 ) -> None:
     """``fused`` against ``definition``, output and all gradients, for inputs rounded to ``dtype``.
 
-    float64 agrees to 1e-10 of the largest entry. In the other types |truth − fused| ≤ 2·|truth − plain|, with the truth in float64 and
-    ``definition`` itself in ``dtype`` as plain (in float32 where it leaves ``dtype``'s range), plus one rounding of the
-    result and ε·``gain`` of float32, what a rounding of what goes into an exponential does to a result of size 1. With
-    ``own_shifts`` the gradients' P comes from log-sums of the logits' size, so that its relative error is ε·``gain``.
+    float64 agrees to 1e-10 of the largest entry. In the other types |truth − fused| ≤ 2·|truth − plain|, with the truth
+    in float64 and ``definition`` itself in ``dtype`` as plain (in float32 where it leaves ``dtype``'s range), plus one
+    rounding of the result and ε·``gain`` of float32, what a rounding of what goes into an exponential does to a result
+    of size 1. With ``own_shifts`` the gradients' P comes from log-sums of the logits' size, so that its relative error
+    is ε·``gain``.
     """
     inputs = [x.to(dtype) for x in inputs]
     truth = results(definition, [x.double() for x in inputs], dtype)
