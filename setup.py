@@ -25,9 +25,9 @@ def extension_options() -> dict:
         print("gkd_fast: PyTorch is not installed here, so the C++ extension is left out")
         return {}
     sanitize = os.environ.get("GKD_FAST_SANITIZE") == "1"
-    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi"]
+    flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi"]
     if platform.system() == "Linux":
-        # at::parallel_for is a pragma in a header. Linked without it: the OpenMP runtime is the one that PyTorch brings.
+        # at::parallel_for is a pragma in a header. Not linked with: the OpenMP runtime is the one PyTorch brings.
         flags.append("-fopenmp")
     link = ["-Wl,--exclude-libs,ALL"] if os.name == "posix" else []
     if sanitize:

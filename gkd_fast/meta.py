@@ -182,7 +182,9 @@ class UnrolledSGD:
         outputs, cotangents = zip(*pairs)
         return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
 
-    def _differences(self, objective: Objective, state: "_State", v, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def _differences(
+        self, objective: Objective, state: "_State", v, inputs: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
         """The same from gradients at θ ± εv, of a length ε‖v‖ that balances truncation and rounding errors."""
         moved = [(p, x) for p, x in zip(self._params, v) if x is not None]
         if not moved:

@@ -1,4 +1,4 @@
-"""Second derivatives of the fused ops: finite differences, the reference, plain PyTorch's accuracy, row and column sets."""
+"""Second derivatives of the fused ops: finite differences, the reference, plain PyTorch's accuracy, column sets."""
 
 import itertools
 import sys
@@ -53,9 +53,7 @@ def _node_contrast(num_students, temperature=0.4, **options):
 def _relation_kl(num_students, temperature=0.4, bandwidth=0.8):
     def function(*stages, backend=BACKEND):
         students, teachers = stages[:num_students], stages[num_students:]
-        return functional.relation_kl(
-            students, teachers, temperature=temperature, bandwidth=bandwidth, backend=backend
-        )
+        return functional.relation_kl(students, teachers, temperature=temperature, bandwidth=bandwidth, backend=backend)
 
     return function
 
@@ -76,7 +74,7 @@ SHARP = {
 
 
 def _second_order(function, inputs, moving, backend, dtype=D64):
-    """Gradients of Σ ⟨gradient, cotangent⟩ with respect to all inputs and the upstream; random cotangents of ``moving``."""
+    """Gradients of Σ ⟨gradient, cotangent⟩ at all inputs and the upstream; random cotangents of ``moving``."""
     generator = torch.Generator().manual_seed(7)
     inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     output = function(*inputs, backend=backend)

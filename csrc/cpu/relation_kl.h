@@ -12,7 +12,7 @@ constexpr T kFar = T(-1e30);
 
 constexpr int kMostSums = 2;  // per stage
 
-// Fixed: S = T = Fixed, known to the compiler; 0: any S and T.
+// Fixed: S = T = Fixed, known to the compiler, so that 1 lives in registers; 0: any S and T.
 template <class T, bool Shared, int Fixed>
 struct RelationTiles {
   static constexpr int N = Lanes<T>::count;
@@ -304,13 +304,8 @@ void relation_kl_maxima(const Host& host, const RelationKl<T>& args, T* const* m
 template <class T, class F>
 void specialise(const RelationKl<T>& args, const F& f) {
   if (args.shifts[0].row) return f.template operator()<false, 0>();
-  switch (args.students == args.teachers ? args.students : 0) {
-    case 1: return f.template operator()<true, 1>();
-    case 2: return f.template operator()<true, 2>();
-    case 3: return f.template operator()<true, 3>();
-    case 4: return f.template operator()<true, 4>();
-    default: return f.template operator()<true, 0>();
-  }
+  if (args.students == 1 && args.teachers == 1) return f.template operator()<true, 1>();
+  return f.template operator()<true, 0>();
 }
 
 template <class T>

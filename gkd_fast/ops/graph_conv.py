@@ -55,7 +55,12 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import (
-    PT2, flags, refuse_column_gradient, refuse_derivative, refuse_forward_mode, scatter, tangents_of,
+    PT2,
+    flags,
+    refuse_column_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
+    scatter,
 )  # fmt: skip
 
 # With G the upstream and H the messages, G' = deg^-p G and H' = deg^-q H: the powers (p, q).
@@ -63,8 +68,7 @@ POWERS = {"row": (1.0, 0.0), "symmetric": (0.5, 0.5)}
 
 torch.library.define(
     "gkd_fast::graph_degrees",
-    "(Tensor nodes, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, int offset=0) "
-    "-> Tensor",
+    "(Tensor nodes, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, int offset=0) -> Tensor",
     tags=PT2,
 )
 torch.library.define(
@@ -159,7 +163,12 @@ torch.library.register_autograd("gkd_fast::graph_conv", _backward, setup_context
 
 
 def node_terms(
-    upstream: Tensor, output: Tensor, messages: Tensor, messages_gradient: Tensor | None, degrees: Tensor, normalization: str
+    upstream: Tensor,
+    output: Tensor,
+    messages: Tensor,
+    messages_gradient: Tensor | None,
+    degrees: Tensor,
+    normalization: str,
 ) -> Tensor:
     """d_i = −(p G_i·Y_i + q H_i·dH_i)/deg_i, ``[I]``; the messages' gradient dH is needed for "symmetric" alone."""
     left_power, right_power = POWERS[normalization]
@@ -219,9 +228,10 @@ def _double_backward(ctx, cotangents):
     if needs_nodes:
         terms = node_terms(upstream, output, messages, messages_gradient, degrees, ctx.normalization)
         # ḋ = −(p G·Ẏ + q (ḣ·dH + H·dḢ))/deg − λ d
-        term_tangents = node_terms(
-            upstream, output_tangent, messages, messages_gradient_tangent, degrees, ctx.normalization
-        ) - growth * terms
+        term_tangents = (
+            node_terms(upstream, output_tangent, messages, messages_gradient_tangent, degrees, ctx.normalization)
+            - growth * terms
+        )
         if right_power and messages_tangent is not None:
             term_tangents = term_tangents - right_power * _dots(messages_tangent, messages_gradient) / degrees
         nodes_gradient_tangent = torch.ops.gkd_fast.graph_conv_double_backward(
@@ -235,9 +245,7 @@ def _double_backward(ctx, cotangents):
     )
 
 
-torch.library.register_autograd(
-    "gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context
-)
+torch.library.register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
 for _op in ("graph_degrees", "graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"):
     refuse_derivative(f"gkd_fast::{_op}")
 

@@ -47,7 +47,13 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import (
-    PT2, flags, refuse_column_gradient, refuse_derivative, refuse_forward_mode, scatter, tangents_of,
+    PT2,
+    flags,
+    refuse_column_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
+    scatter,
+    tangents_of,
 )  # fmt: skip
 
 # Weighted sums up to this size are kept for the backward pass; beyond it they are recomputed there.

@@ -44,7 +44,13 @@ gradient of the upstream is the tangent of the losses.
 import torch
 
 from gkd_fast.ops.autograd import (
-    PT2, flags, refuse_column_gradient, refuse_derivative, refuse_forward_mode, scatter, tangents_of,
+    PT2,
+    flags,
+    refuse_column_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
+    scatter,
+    tangents_of,
 )  # fmt: skip
 
 torch.library.define(
@@ -84,7 +90,9 @@ torch.library.define(
 
 
 @torch.library.register_fake("gkd_fast::relation_kl")
-def _(students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0):
+def _(
+    students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0
+):
     x = students[0]
     rows, s, t = x.shape[0], len(students), len(teachers)
     return x.new_empty(rows, s, t), x.new_empty(s, rows), x.new_empty(t, rows)
@@ -162,9 +170,7 @@ def _double_backward(ctx, cotangents):
     return moved[0] if needs_upstream else None, students_gradients, teachers_gradients, *[None] * 14
 
 
-torch.library.register_autograd(
-    "gkd_fast::relation_kl_backward", _double_backward, setup_context=_setup_double_context
-)
+torch.library.register_autograd("gkd_fast::relation_kl_backward", _double_backward, setup_context=_setup_double_context)
 refuse_derivative("gkd_fast::relation_kl_tangent")
 refuse_derivative("gkd_fast::relation_kl_double_backward")
 

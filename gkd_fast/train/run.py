@@ -52,6 +52,7 @@ class Position:
     term_sums: dict[str, float] = field(default_factory=dict)
     term_steps: int = 0
     gradient_shares: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float | list[float]] = field(default_factory=dict)
     train_step_seconds: list[float] = field(default_factory=list)
     meta_step_seconds: list[float] = field(default_factory=list)
     best: dict[str, float] | None = None
@@ -201,7 +202,9 @@ class Run:
         started = time.perf_counter()
         for images, labels in self._load(self.splits.train, batches[position.batch :]):
             if position.batch == 0 and self._diagnosing():
+                # Of a whole batch: the last of an epoch may be short.
                 position.gradient_shares = self.distiller.gradient_shares(images, labels)
+                position.diagnostics = self.distiller.criterion.diagnostics()
             self._step(images, labels)
             position.batch += 1
             position.step += 1
@@ -257,7 +260,7 @@ class Run:
             }
         if self._diagnosing():
             record["gradient_shares"] = position.gradient_shares
-            record["diagnostics"] = self.distiller.criterion.diagnostics()
+            record["diagnostics"] = position.diagnostics
         self.metrics.write(record)
         self.display.epoch_done(record)
         position.epoch, position.batch, position.term_sums, position.term_steps = position.epoch + 1, 0, {}, 0

@@ -161,6 +161,13 @@ def test_run_writes_its_results(tiny, tiny_teacher):
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"] == asdict(tiny.data)
 
 
+def test_graphs_are_diagnosed_on_a_whole_batch(tiny, tiny_teacher):
+    training = replace(tiny.student_training, epochs=1, batch_size=64)  # 200 images: the last batch has 8
+    train(replace(tiny, method="gkd-constant", teacher=tiny_teacher, student_training=training), "student", quiet())
+    (record,) = read_metrics(Path(tiny.output))
+    assert all(8 < n <= 64 for n in record["diagnostics"]["student_neighbors"])
+
+
 def test_two_runs_of_a_seed_are_equal(tiny, tiny_teacher, tmp_path):
     states = []
     for name in ("a", "b"):
