@@ -4,6 +4,7 @@ import contextlib
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from gkd_fast import functional
 from gkd_fast.train.build import build_distiller, build_network_for
 from gkd_fast.train.config import Config
 from gkd_fast.train.data import load_splits
+from gkd_fast.train.engine import Distiller
 from gkd_fast.train.run import Clock, make_accelerator
 
 
@@ -69,22 +71,47 @@ def measure_costs(config: Config, backends: list[str] | None = None) -> list[dic
             for case, (method, backend) in cases.items()
         }
         seconds: dict[str, list[float]] = {case: [] for case in cases}
+        meta_seconds: dict[str, list[float]] = {case: [] for case in cases}
         for _ in range(1 + config.compare.cost_repeats):  # the first round warms up
             for case, distiller in distillers.items():
                 clock = Clock(accelerator.device, running=True)
                 distiller.train_step(images, labels)
                 clock.lap(seconds[case])
+                if distiller.pair_weights is not None:
+                    distiller.meta_step(images, labels)
+                    clock.lap(meta_seconds[case])
         for case, distiller in distillers.items():
-            rows.append(
-                {
-                    "batch_size": batch_size,
-                    "case": case,
-                    "seconds": statistics.median(seconds[case][1:]),
-                    "fastest_seconds": min(seconds[case][1:]),
-                    "peak_bytes": peak_bytes(partial(distiller.train_step, images, labels), accelerator.device),
-                }
-            )
+            row = {
+                "batch_size": batch_size,
+                "case": case,
+                "seconds": statistics.median(seconds[case][1:]),
+                "fastest_seconds": min(seconds[case][1:]),
+                "peak_bytes": peak_bytes(partial(distiller.train_step, images, labels), accelerator.device),
+            }
+            if meta_seconds[case]:
+                row["meta_seconds"] = min(meta_seconds[case][1:])
+                row["meta_over_train"] = row["meta_seconds"] / row["fastest_seconds"]
+                work = second_derivatives(distiller, images, labels)
+                row["graph_peak_bytes"] = peak_bytes(work, accelerator.device)
+            rows.append(row)
     return rows
+
+
+def second_derivatives(distiller: Distiller, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """A function that takes what a meta-step takes of the graph terms: their gradient, and a derivative of it."""
+    with torch.no_grad():
+        students, teachers = distiller.student(images).features, distiller.teacher_outputs(images).features
+    students = [x.detach().requires_grad_() for x in students]
+    inputs = [*students, *distiller.pair_weights.parameters()]
+
+    def run() -> None:
+        embeddings = distiller.criterion.embed(students, teachers)
+        weights = distiller.pair_weights_of(embeddings)
+        terms = distiller.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
+        gradients = torch.autograd.grad(terms["node"] + terms["relation"], students, create_graph=True)
+        torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), inputs)
+
+    return run
 
 
 def peak_bytes(work, device: torch.device) -> int:

@@ -1,0 +1,59 @@
+// The graph of graph_conv's ops, and the sums over its adjacency.
+#pragma once
+#include "host.h"
+
+namespace gkd {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// The graph on both sides; columns undefined: the rows.
+struct Graph {
+  at::Tensor nodes, columns;
+  at::ScalarType type;
+  int64_t rows, column_count, offset;
+  double inverse_variance;
+  bool symmetric() const { return !columns.defined(); }
+
+  template <class T>
+  Sides<T> sides() const {
+    return sides_of<T>(nodes, symmetric() ? nullptr : &columns, offset);
+  }
+};
+
+inline Graph graph_of(const at::Tensor& nodes, const std::optional<at::Tensor>& column_nodes, int64_t offset,
+               const at::Tensor& inverse_variance) {
+  Graph graph;
+  graph.type = row_type(nodes);
+  graph.nodes = matrix("nodes", nodes, graph.type);
+  if (column_nodes) graph.columns = matrix("column_nodes", *column_nodes, graph.type, -1, nodes.size(1));
+  graph.rows = nodes.size(0);
+  graph.column_count = column_nodes ? graph.columns.size(0) : graph.rows;
+  graph.offset = offset;
+  TORCH_CHECK(inverse_variance.dim() == 0, "inverse_variance must have no dimensions");
+  graph.inverse_variance = inverse_variance.item<double>();
+  return graph;
+}
+
+template <class T>
+KernelSums<T> arguments(const Graph& graph) {
+  KernelSums<T> args{};
+  args.sides = graph.sides<T>();
+  args.scale = T(graph.inverse_variance * kLog2E);
+  return args;
+}
+
+// Σ_j K_ij values_j, [rows, width]
+template <class T>
+at::Tensor kernel_times(Call& call, const Graph& graph, const T* row_values, const T* column_values, int64_t width,
+                        double* degrees) {
+  KernelSums<T> args = arguments<T>(graph);
+  at::Tensor output = at::zeros({graph.rows, width}, graph.nodes.options());
+  args.values = {row_values, column_values};
+  args.width = width;
+  args.degrees = degrees;
+  args.output = output.mutable_data_ptr<T>();
+  kernels<T>().kernel_sums(call.host(), args);
+  return output;
+}
+
+}  // namespace gkd

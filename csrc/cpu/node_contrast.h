@@ -1,0 +1,191 @@
+// What the first and the second order of node_contrast share.
+#pragma once
+#include "host.h"
+
+namespace gkd::contrast {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+// Up to this 2/τ the sums of exp((c − 1)/τ) cannot underflow in float32.
+constexpr double kLargestSharedShift = 80;
+
+struct Pair {
+  int64_t student, teacher, place;  // place among the wanted pairs
+};
+
+struct Stages {
+  std::vector<at::Tensor> students, teachers;
+  std::vector<Pair> pairs;
+  int64_t rows, dim;
+  at::ScalarType type;
+};
+
+inline Stages stages_of(at::TensorList students, at::TensorList teachers, const c10::List<bool>& wanted) {
+  TORCH_CHECK(!students.empty() && !teachers.empty(), "node_contrast needs a student and a teacher");
+  Stages stages;
+  stages.type = row_type(students[0]);
+  stages.rows = students[0].size(0);
+  stages.dim = students[0].size(-1);
+  stages.students = matrices("students", students, stages.type, stages.rows);
+  stages.teachers = matrices("teachers", teachers, stages.type, stages.rows);
+  for (const auto* side : {&stages.students, &stages.teachers}) {
+    for (const at::Tensor& x : *side) TORCH_CHECK(x.size(1) == stages.dim, "all stages must have width ", stages.dim);
+  }
+  const int64_t R = teachers.size();
+  TORCH_CHECK(int64_t(wanted.size()) == int64_t(students.size()) * R, "wanted must have an entry per pair");
+  for (int64_t p = 0; p < int64_t(wanted.size()); ++p) {
+    if (wanted.get(p)) stages.pairs.push_back({p / R, p % R, int64_t(stages.pairs.size())});
+  }
+  return stages;
+}
+
+inline std::vector<at::Tensor> columns_of(const char* name, const std::optional<at::TensorList>& columns,
+                                   const std::vector<at::Tensor>& rows, const Stages& stages, int64_t offset) {
+  if (!columns) {
+    TORCH_CHECK(offset == 0, "offset needs a column set");
+    return rows;
+  }
+  TORCH_CHECK(columns->size() == rows.size(), name, " must have ", rows.size(), " stages, got ", columns->size());
+  std::vector<at::Tensor> out = matrices(name, *columns, stages.type, (*columns)[0].size(0));
+  for (const at::Tensor& x : out) TORCH_CHECK(x.size(1) == stages.dim, name, " must have width ", stages.dim);
+  TORCH_CHECK(offset >= 0 && offset + stages.rows <= out[0].size(0), "every row's own column i + offset must be one of ",
+              out[0].size(0), " columns, got offset ", offset);
+  return out;
+}
+
+template <class T>
+SoftmaxSums<T> arguments(const at::Tensor& rows, const at::Tensor& columns, double temperature) {
+  SoftmaxSums<T> args{};
+  args.sides = sides_of<T>(rows, &columns, 0);
+  args.scale = T(kLog2E / temperature);
+  return args;
+}
+
+template <class T>
+double own_similarity(const T* a, const T* b, int64_t dim) {
+  double c = 0;
+  for (int64_t k = 0; k < dim; ++k) c += double(a[k]) * double(b[k]);
+  return c;
+}
+
+// out_i += (g_i/τ)(mean_i − own_i); null: 0
+template <class T>
+void add_difference(T* out, const T* mean, const T* own, const T* upstream, int64_t stride, double temperature,
+                    int64_t rows, int64_t dim) {
+  at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T factor = T(upstream[i * stride] / temperature);
+      for (int64_t k = i * dim; k < (i + 1) * dim; ++k) out[k] += factor * ((mean ? mean[k] : 0) - (own ? own[k] : 0));
+    }
+  });
+}
+
+template <class T>
+T* base2(Call& call, const T* log_sums, int64_t count) {
+  T* shifts = call.zeros<T>(count);
+  for (int64_t i = 0; i < count; ++i) shifts[i] = T(log_sums[i] * kLog2E);
+  return shifts;
+}
+
+struct Backward {
+  const Stages& stages;
+  const std::vector<at::Tensor>&student_columns, &teacher_columns;
+  at::Tensor upstream, log_sums, weighted;
+  at::Tensor column_upstream, column_log_sums;  // undefined: zero
+  int64_t offset;
+  double temperature;
+
+  template <class T>
+  void student(const Pair& pair, const at::Tensor& gradient) const {
+    const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
+    Call call;
+    SoftmaxSums<T> args =
+        arguments<T>(stages.students[pair.student], teacher_columns[pair.teacher], temperature);
+    const T* mean = weighted.const_data_ptr<T>() + pair.place * rows * dim;
+    if (weighted.numel() == 0) {
+      args.row_shift = base2(call, log_sums.const_data_ptr<T>() + pair.place * rows, rows);
+      args.values = args.sides.columns;
+      args.weighted = call.template zeros<T>(rows * dim);
+      kernels<T>().softmax_sums(call.host(), args);
+      mean = args.weighted;
+    }
+    add_difference(gradient.mutable_data_ptr<T>(), mean, args.sides.columns + offset * dim,
+                   upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, temperature, rows, dim);
+  }
+
+  // dT_j = (1/τ)(Σ_i g_i P_ij s_i − g_j s_j): the rows of this product are the teacher's, its columns all students.
+  template <class T>
+  void teacher(const Pair& pair, const at::Tensor& gradient) const {
+    const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
+    const at::Tensor& students = student_columns[pair.student];
+    T* out = gradient.mutable_data_ptr<T>();
+    Call call;
+    SoftmaxSums<T> args = arguments<T>(stages.teachers[pair.teacher], students, temperature);
+    if (column_upstream.defined()) {
+      weigh_columns(call, pair, args);
+      args.weighted = out;
+      kernels<T>().softmax_sums(call.host(), args);
+    }
+    add_difference<T>(out, nullptr, stages.students[pair.student].const_data_ptr<T>(),
+                      upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, temperature, rows, dim);
+  }
+
+  // The weights g_j P_ji/τ of the students' columns j.
+  template <class T>
+  void weigh_columns(Call& call, const Pair& pair, SoftmaxSums<T>& args) const {
+    const int64_t S = stages.students.size(), R = stages.teachers.size(), columns = args.sides.column_count;
+    const T* g = column_upstream.const_data_ptr<T>() + pair.student * R + pair.teacher;
+    T* factor = call.template zeros<T>(columns);
+    for (int64_t j = 0; j < columns; ++j) factor[j] = T(g[j * S * R] / temperature);
+    args.column_factor = factor;
+    args.column_shift = base2(call, column_log_sums.const_data_ptr<T>() + pair.place * columns, columns);
+    args.values = args.sides.columns;
+  }
+};
+
+inline at::Tensor kept(const at::Tensor& weighted, const Stages& stages) {
+  if (weighted.numel() == 0) return weighted;
+  return vector("weighted", weighted, stages.type, {int64_t(stages.pairs.size()), stages.rows, stages.dim});
+}
+
+inline Backward backward_of(const Stages& stages, const at::Tensor& upstream, const at::Tensor& log_sums,
+                     const at::Tensor& weighted, double temperature,
+                     const std::vector<at::Tensor>& student_columns, const std::vector<at::Tensor>& teacher_columns,
+                     bool symmetric, int64_t offset, const std::optional<at::Tensor>& column_upstream,
+                     const std::optional<at::Tensor>& column_log_sums) {
+  const int64_t S = stages.students.size(), R = stages.teachers.size(), pairs = stages.pairs.size();
+  const auto type = stages.type;
+  Backward backward{stages, student_columns, teacher_columns,
+                    vector("upstream", upstream, type, {stages.rows, S, R}),
+                    vector("log_sums", log_sums, type, {pairs, stages.rows}), kept(weighted, stages), {}, {}, offset,
+                    temperature};
+  if (symmetric) {
+    backward.column_upstream = backward.upstream;
+    backward.column_log_sums = backward.log_sums;
+  } else if (column_upstream) {
+    TORCH_CHECK(column_log_sums, "column_upstream needs student_columns and column_log_sums");
+    const int64_t columns = student_columns[0].size(0);
+    backward.column_upstream = vector("column_upstream", *column_upstream, type, {columns, S, R});
+    backward.column_log_sums = vector("column_log_sums", *column_log_sums, type, {pairs, columns});
+  }
+  return backward;
+}
+
+// Runs student(pair, gradient) and teacher(pair, gradient) for the wanted gradients of the wanted pairs.
+template <class Student, class Teacher>
+std::vector<at::Tensor> collect(const Stages& stages, const c10::List<bool>& needs, const Student& student,
+                                const Teacher& teacher) {
+  const int64_t S = stages.students.size(), R = stages.teachers.size();
+  TORCH_CHECK(int64_t(needs.size()) == S + R, "needs must have ", S + R, " entries, got ", needs.size());
+  std::vector<at::Tensor> gradients, stage(S + R);
+  for (int64_t q = 0; q < S + R; ++q) {
+    if (needs.get(q)) gradients.push_back(stage[q] = at::zeros_like(q < S ? stages.students[q] : stages.teachers[q - S]));
+  }
+  for (const Pair& pair : stages.pairs) {
+    if (stage[pair.student].defined()) student(pair, stage[pair.student]);
+    if (stage[S + pair.teacher].defined()) teacher(pair, stage[S + pair.teacher]);
+  }
+  return gradients;
+}
+
+}  // namespace gkd::contrast
