@@ -1,4 +1,4 @@
-"""Reads a compiled kernel: its instructions, its innermost loop with products, and what it takes to hold it.
+"""Reads a compiled kernel: its instructions, a step of its innermost loop with products, and what it takes to hold it.
 
 NVIDIA's binaries are read with the ``nvdisasm`` and ``cuobjdump`` of Triton's wheel, AMD's from the assembly that
 Triton keeps.
@@ -35,32 +35,29 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled kernel. ``loop`` is empty where no loop multiplies."""
+    """One compiled kernel.
+
+    ``step`` holds the indices of the instructions that an ordinary step of the loop passes, ``rare`` those of the
+    loop's other paths (tiles on the diagonal or at an edge, waits that fail). Both are empty where no loop multiplies.
+    """
 
     arch: str
     instructions: tuple[Instruction, ...]
-    loop_indices: frozenset[int]
+    step: frozenset[int]
+    rare: frozenset[int]
     registers: int
     stack_bytes: int
     shared_bytes: int
     warps: int
     tensor_columns: int = 0
 
-    @cached_property
-    def loop(self) -> list[Instruction]:
-        return [self.instructions[k] for k in sorted(self.loop_indices)]
-
-    @cached_property
-    def outside(self) -> list[Instruction]:
-        return [x for k, x in enumerate(self.instructions) if k not in self.loop_indices]
-
     def spills(self) -> int:
         """Instructions that move registers to or from a thread's own memory."""
         return sum(bool(SPILLS.match(x.text().removeprefix(x.guard).strip())) for x in self.instructions)
 
     def mix(self) -> Counter[str]:
-        """Instructions of the loop by opcode, without what follows the operation's name and first modifier."""
-        return Counter(".".join(x.parts()[:2]) for x in self.loop)
+        """Instructions of a step by opcode, without what follows the operation's name and first modifier."""
+        return Counter(".".join(self.instructions[k].parts()[:2]) for k in self.step)
 
     def has(self, pattern: str) -> bool:
         return any(re.match(pattern, x.opcode) for x in self.instructions)
@@ -76,7 +73,7 @@ def read(compiled) -> Binary:
     listing = _tool("nvdisasm", "-c", compiled.asm["cubin"])
     instructions, targets = parse_nvidia(listing)
     return Binary(
-        f"sm_{metadata.target.arch}", tuple(instructions), inner_loop(instructions, targets, _nvidia_flow),
+        f"sm_{metadata.target.arch}", tuple(instructions), *inner_loop(instructions, targets, _nvidia_flow),
         registers=_number(r"REG:(\d+)", usage), stack_bytes=_number(r"STACK:(\d+)", usage),
         tensor_columns=getattr(metadata, "tmem_size", 0) or 0, **shared,
     )  # fmt: skip
@@ -105,10 +102,13 @@ def parse_amd(assembly: str) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
-def inner_loop(instructions: list[Instruction], labels: dict[str, int], flow) -> frozenset[int]:
-    """Indices of the innermost natural loop with the most matrix instructions (where none has one: multiply-adds).
+def inner_loop(
+    instructions: list[Instruction], labels: dict[str, int], flow
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Indices of (an ordinary step, the other paths) of the innermost natural loop with the most matrix instructions.
 
-    ``flow(instruction)`` gives (label it may jump to or None, whether the next instruction may follow).
+    Where no loop has one, multiply-adds decide. ``flow(instruction)`` gives (label it may jump to or None, whether the
+    next instruction may follow).
     """
     graph = networkx.DiGraph()
     graph.add_node(0)
@@ -120,15 +120,43 @@ def inner_loop(instructions: list[Instruction], labels: dict[str, int], flow) ->
             graph.add_edge(k, k + 1)
     loops = _natural_loops(graph)
     for kind in (MATRIX, MULTIPLY_ADD):
-        counts = {loop: sum(bool(kind.match(instructions[k].opcode)) for k in loop) for loop in loops}
-        working = [loop for loop in loops if counts[loop]]
-        if working:
-            return max((loop for loop in working if not any(x < loop for x in working)), key=counts.get)
-    return frozenset()
+        work = {k for k, instruction in enumerate(instructions) if kind.match(instruction.opcode)}
+        working = {header: body for header, body in loops.items() if body & work}
+        innermost = [h for h, body in working.items() if not any(other < body for other in working.values())]
+        if innermost:
+            header = max(innermost, key=lambda h: len(working[h] & work))
+            step = _ordinary_path(graph.subgraph(working[header]), header, work)
+            return step, working[header] - step
+    return frozenset(), frozenset()
 
 
-def _natural_loops(graph: networkx.DiGraph) -> list[frozenset[int]]:
-    """One loop for each header: all that reaches an edge back to the header without passing it."""
+def _ordinary_path(loop: networkx.DiGraph, header: int, work: set[int]) -> frozenset[int]:
+    """The path from the header back to it that does most of the work, and of those the one with fewest instructions."""
+    once = networkx.DiGraph(loop)
+    latches = list(loop.predecessors(header))
+    once.remove_edges_from([(latch, header) for latch in latches])
+    parts = networkx.condensation(once)
+    best: dict[int, tuple[tuple[int, int], int | None]] = {}
+    start = parts.graph["mapping"][header]
+    for part in networkx.topological_sort(parts):
+        members = parts.nodes[part]["members"]
+        own = len(members & work), -len(members)
+        before = [(best[k][0], k) for k in parts.predecessors(part) if k in best]
+        if part == start:
+            best[part] = own, None
+        elif before:
+            value, previous = max(before)
+            best[part] = (value[0] + own[0], value[1] + own[1]), previous
+    part = max((parts.graph["mapping"][latch] for latch in latches), key=lambda k: best[k][0])
+    path: set[int] = set()
+    while part is not None:
+        path |= parts.nodes[part]["members"]
+        part = best[part][1]
+    return frozenset(path)
+
+
+def _natural_loops(graph: networkx.DiGraph) -> dict[int, frozenset[int]]:
+    """By header: all that reaches an edge back to the header without passing it."""
     reachable = graph.subgraph({0} | networkx.descendants(graph, 0))
     dominator = networkx.immediate_dominators(reachable, 0)
     bodies: dict[int, set[int]] = {}
@@ -141,7 +169,7 @@ def _natural_loops(graph: networkx.DiGraph) -> list[frozenset[int]]:
             if node not in body:
                 body.add(node)
                 pending += reachable.predecessors(node)
-    return [frozenset(body) for body in bodies.values()]
+    return {header: frozenset(body) for header, body in bodies.items()}
 
 
 def _dominates(dominator: dict, header: int, node: int) -> bool:
@@ -174,7 +202,7 @@ def _amd_flow(instruction: Instruction) -> tuple[str | None, bool]:
 def _read_amd(assembly: str, arch: str, shared: dict) -> Binary:
     instructions, labels = parse_amd(assembly)
     return Binary(
-        arch, tuple(instructions), inner_loop(instructions, labels, _amd_flow),
+        arch, tuple(instructions), *inner_loop(instructions, labels, _amd_flow),
         registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
         stack_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", assembly), **shared,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def predict(binary: Binary, device: Device, programs: int, steps: int) -> Predic
     if rest:
         waves.append(-(-rest // device.multiprocessors))
     cycles = sum(makespan(outside, k) + steps * makespan(inside, k) for k in waves)
-    limit = limiting_unit(inside if steps and binary.loop else outside, waves[0])
+    limit = limiting_unit(inside if binary.step else outside, waves[0])
     busy = (inside[limit] * steps + outside[limit]) * programs / device.multiprocessors / cycles
     return Prediction(device.seconds(cycles), limit, busy, resident, len(waves))
 

@@ -32,7 +32,7 @@ INTEGER = re.compile(
 
 
 def walk(binary: Binary, device: Device) -> Iterator[tuple[bool, Counter[str]]]:
-    """(in the loop?, clocks by unit for the whole program) of every instruction.
+    """(in a step?, clocks by unit for the whole program) of every instruction but the loop's rare paths.
 
     The shapes of UTCHMMA stand in uniform registers, whose literals are followed along the listing.
     """
@@ -42,11 +42,13 @@ def walk(binary: Binary, device: Device) -> Iterator[tuple[bool, Counter[str]]]:
             literals.pop(match[1], None)
         if instruction.opcode == "UMOV" and (match := re.match(r"(UR\d+), (0x[0-9a-f]+)", instruction.operands)):
             literals[match[1]] = int(match[2], 16)
+        if k in binary.rare:
+            continue
         if register := re.search(r"idesc\[(UR\d+)\]", instruction.operands):
-            yield k in binary.loop_indices, blackwell_costs(instruction, literals[register[1]], device)
+            yield k in binary.step, blackwell_costs(instruction, literals[register[1]], device)
         else:
             found = costs(instruction, device)
-            yield k in binary.loop_indices, Counter({unit: binary.warps * clocks for unit, clocks in found.items()})
+            yield k in binary.step, Counter({unit: binary.warps * clocks for unit, clocks in found.items()})
 
 
 def blackwell_costs(instruction: Instruction, descriptor: int, device: Device) -> Counter[str]:
