@@ -20,15 +20,45 @@ instruction at Hopper's absolute rate, its tensor memory at 512 bytes per clock;
 from dataclasses import dataclass
 
 KIBIBYTE = 1024
-REGISTERS = 65536
-REGISTER_UNIT = 8  # a thread's registers are allotted in units of eight
-RESERVED_SHARED = KIBIBYTE  # the driver's own part of every block's shared memory
-TENSOR_MEMORY_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the programs resident on one multiprocessor share."""
+
+    shared_memory: int
+    max_warps: int
+    max_programs: int
+    registers: int = 65536
+    register_unit: int = 8  # a thread's registers are allotted in units
+    reserved_shared: int = KIBIBYTE  # the driver's own part of each program's shared memory
+    threads_per_warp: int = 32
+    tensor_columns: int = 512
+
+    def resident_programs(self, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
+        """How many programs one multiprocessor holds at a time; 0 if not even one fits."""
+        per_thread = max(1, -(-registers // self.register_unit)) * self.register_unit
+        fitting = [self.max_programs, self.max_warps // warps]
+        fitting.append(self.registers // (per_thread * self.threads_per_warp * warps))
+        fitting.append(self.shared_memory // (shared + self.reserved_shared) if shared else self.max_programs)
+        if tensor_columns:
+            fitting.append(self.tensor_columns // tensor_columns)
+        return min(fitting)
+
+
+# [C]; gfx942: AMD CDNA 3 Instruction Set Architecture, four SIMDs of 512 registers × 64 lanes, 64 KiB of shared memory.
+LIMITS = {
+    "sm_80": Limits(164 * KIBIBYTE, 64, 32),
+    "sm_86": Limits(100 * KIBIBYTE, 48, 16),
+    "sm_90": Limits(228 * KIBIBYTE, 64, 32),
+    "sm_100": Limits(228 * KIBIBYTE, 64, 32),
+    "gfx942": Limits(64 * KIBIBYTE, 32, 32, registers=4 * 512 * 64, reserved_shared=0, threads_per_warp=64),
+}
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates are per clock and multiprocessor, for the whole multiprocessor."""
+    """Rates are per clock for a whole multiprocessor, bandwidths in bytes per second for the whole device."""
 
     name: str
     arch: str
@@ -37,57 +67,39 @@ class Device:
     products: dict[str, int]  # multiply-adds of the matrix unit by operand type
     float_lanes: int
     double_lanes: int
-    shared_memory: int  # bytes that resident programs share
-    memory_bandwidth: float  # bytes per second
-    cache_bandwidth: float  # bytes per second from the second-level cache
+    memory_bandwidth: float
+    cache_bandwidth: float  # of the second-level cache, reading
     warp_matrix_share: float = 1.0  # what the warp-wide matrix instruction (HMMA) reaches of ``products``
     integer_lanes: int = 64
     exponential_lanes: int = 16
     shared_bytes: int = 128
     tensor_memory_bytes: int = 512
     issue_slots: int = 4
-    max_warps: int = 64
-    max_programs: int = 32
 
     def seconds(self, cycles: float) -> float:
         return cycles / (self.gigahertz * 1e9)
-
-    def resident_programs(self, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
-        """How many programs one multiprocessor holds at a time; 0 if not even one fits."""
-        per_thread = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
-        limits = [self.max_programs, self.max_warps // warps, REGISTERS // max(1, per_thread * 32 * warps)]
-        limits.append(self.shared_memory // (shared + RESERVED_SHARED))
-        if tensor_columns:
-            limits.append(TENSOR_MEMORY_COLUMNS // tensor_columns)
-        return min(limits)
-
 
     def cache_bytes(self) -> float:
         """Bytes per clock and multiprocessor from the second-level cache, all multiprocessors reading."""
         return self.cache_bandwidth / (self.gigahertz * 1e9) / self.multiprocessors
 
+    def memory_bytes(self) -> float:
+        return self.memory_bandwidth / (self.gigahertz * 1e9) / self.multiprocessors
+
 
 def _hopper(name: str, memory_bandwidth: float) -> Device:
-    return Device(
-        name, "sm_90", 132, 1.83, {"16-bit": 2048, "tf32": 1024, "float64": 128}, 128, 64, 228 * KIBIBYTE,
-        memory_bandwidth, 5.5e12, warp_matrix_share=0.63,
-    )  # fmt: skip
+    products = {"16-bit": 2048, "tf32": 1024, "float64": 128}
+    return Device(name, "sm_90", 132, 1.83, products, 128, 64, memory_bandwidth, 5.5e12, warp_matrix_share=0.63)
 
 
+AMPERE_PRODUCTS = {"16-bit": 1024, "tf32": 512, "float64": 64}
+BLACKWELL_PRODUCTS = {"16-bit": 4096, "tf32": 2048, "float64": 64}
 DEVICES = (
-    # [A] [C]; the cache reads 5,120 bytes per clock
-    Device(
-        "A100", "sm_80", 108, 1.41, {"16-bit": 1024, "tf32": 512, "float64": 64}, 64, 32, 164 * KIBIBYTE, 2.039e12,
-        5120 * 1.41e9,
-    ),
+    Device("A100", "sm_80", 108, 1.41, AMPERE_PRODUCTS, 64, 32, 2.039e12, 5120 * 1.41e9),  # [A] [C]
     _hopper("H100", 3.35e12),  # [H] [C] [L] [K]
     _hopper("H200", 4.8e12),  # [D]: the H100's multiprocessors with faster memory
-    # [D] [C] [F]
-    Device(
-        "B200", "sm_100", 148, 1.85, {"16-bit": 4096, "tf32": 2048, "float64": 64}, 128, 64, 228 * KIBIBYTE, 8e12, 11e12,
-        warp_matrix_share=0.315,
-    ),
-)  # fmt: skip
+    Device("B200", "sm_100", 148, 1.85, BLACKWELL_PRODUCTS, 128, 64, 8e12, 11e12, warp_matrix_share=0.315),  # [D] [C] [F]
+)
 
 
 def of_arch(arch: str) -> list[Device]:

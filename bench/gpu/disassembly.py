@@ -14,9 +14,11 @@ from pathlib import Path
 
 import networkx
 
+from bench.gpu.devices import LIMITS
+
 MATRIX = re.compile(r"(HMMA|HGMMA|DMMA|UTC\w*MMA|v_mfma_)")
 MULTIPLY_ADD = re.compile(r"(FFMA|DFMA|v_fmac?_|v_pk_fma)")
-SPILLS = re.compile(r"(STL|LDL)\b|scratch_(load|store)|buffer_(load|store)\w* .*offen.*offset")
+SPILLS = re.compile(r"(STL|LDL)\b|scratch_(load|store)")
 TOOL_FOLDER = Path("backends/nvidia/bin")
 
 
@@ -28,9 +30,6 @@ class Instruction:
 
     def parts(self) -> list[str]:
         return self.opcode.split(".")
-
-    def text(self) -> str:
-        return f"{self.guard} {self.opcode} {self.operands}".strip()
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,15 @@ class Binary:
 
     def spills(self) -> int:
         """Instructions that move registers to or from a thread's own memory."""
-        return sum(bool(SPILLS.match(x.text().removeprefix(x.guard).strip())) for x in self.instructions)
+        return sum(bool(SPILLS.match(x.opcode)) for x in self.instructions)
+
+    def resident_programs(self) -> int:
+        limits = LIMITS[self.arch]
+        return limits.resident_programs(self.registers, self.shared_bytes, self.warps, self.tensor_columns)
+
+    def occupancy(self) -> float:
+        """Resident warps over the most that the architecture holds."""
+        return self.resident_programs() * self.warps / LIMITS[self.arch].max_warps
 
     def mix(self) -> Counter[str]:
         """Instructions of a step by opcode, without what follows the operation's name and first modifier."""

@@ -36,7 +36,7 @@ class DoesNotFit(ValueError):
 
 def predict(binary: Binary, device: Device, programs: int, steps: int) -> Prediction:
     """The time of one launch of ``programs`` programs of ``steps`` steps each."""
-    resident = device.resident_programs(binary.registers, binary.shared_bytes, binary.warps, binary.tensor_columns)
+    resident = binary.resident_programs()
     if not resident:
         raise DoesNotFit(f"{binary.registers} registers × {binary.warps} warps, {binary.shared_bytes} bytes on {device.name}")
     inside, outside = work(binary, device)

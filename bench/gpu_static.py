@@ -1,0 +1,247 @@
+"""``python -m bench gpu-static``: the Triton kernels compiled, read and timed on paper; needs no GPU.
+
+For each kernel in its default configuration: registers, shared memory, occupancy, spills and the instructions of one
+step of its loop; and from the issue-slot model (``bench/gpu/model.py``) the predicted time on A100, H100, H200 and
+B200 with the unit that limits it. ``--check`` holds the model against published times of attention kernels. On a GPU,
+``--measure`` times the same work and says where it takes more than 1.5 × what was predicted.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from bench import cases, machine, report
+from bench.gpu import measured as measuring
+from bench.gpu import units
+
+DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
+BATCHES = (1024, 4096, 16384, 65536, 262144)
+DIRECTIONS = ("forward", "backward")
+SECTION = "predicted"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel as compiled for one architecture. ``clocks`` are one step's, by device and unit; ``predicted`` are
+    :class:`bench.gpu.model.Prediction` by device and batch size.
+    """
+
+    op: str
+    kernel: str
+    direction: str
+    arch: str
+    dtype: str
+    dim: int
+    stages: int
+    tile: tuple[int, int]
+    warps: int
+    registers: int
+    shared_bytes: int
+    resident_programs: int
+    occupancy: float
+    stack_bytes: int
+    spills: int
+    exemption: str | None
+    mix: dict[str, int]
+    clocks: dict[str, dict[str, float]]
+    programs: dict[int, int]
+    steps: dict[int, int]
+    predicted: dict[str, dict[int, dict]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], help="sm_86 and gfx942 get no times")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="type of the products")
+    parser.add_argument("--dim", nargs="+", type=int, default=[128])
+    parser.add_argument("--stages", nargs="+", type=int, default=[1], help="S = T; graph_conv has none")
+    parser.add_argument("--op", nargs="+", choices=(*cases.OPS, "unit_rows"), help="only these ops")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--mix", action="store_true", help="print each kernel's instructions and clocks per step too")
+    parser.add_argument("--check", action="store_true", help="only the model's error on kernels with published times")
+    parser.add_argument("--measure", action="store_true", help="on a GPU: time what was predicted")
+    parser.add_argument("--json", type=Path, help="writes everything to this file; measured times in it are kept")
+    parser.add_argument("--markdown", type=Path, help=f"writes the tables between the marks {report.marks(SECTION)}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = report.console()
+    if arguments.check:
+        console.print(rich_table(*check_table(), "predicted against published, TFLOP/s"))
+        return 0
+    kernels = [
+        read_kernel(spec, stages, arguments.batch)
+        for arch in arguments.arch
+        for dtype in arguments.dtype
+        for dim in arguments.dim
+        for stages in arguments.stages
+        for spec in chosen(arch, dtype, dim, stages, arguments.op)
+    ]
+    if not kernels:
+        console.print("no kernel was chosen")
+        return 1
+    times = load_measured(arguments.json)
+    if arguments.measure:
+        times += measuring.measure(wanted_times(kernels), console)
+    console.print(rich_table(*resource_table(kernels), "resources"))
+    if arguments.mix:
+        console.print(rich_table(*clock_table(kernels), "multiprocessor clocks per step and program, by unit"))
+        for kernel in kernels:
+            console.print(f"{kernel.arch} {kernel.kernel}: " + ", ".join(f"{n} {name}" for name, n in kernel.mix.items()))
+    console.print(rich_table(*time_table(kernels, times), "predicted times"))
+    for line in measuring.exceeded(time_rows(kernels), times):
+        console.print(line)
+    if arguments.json:
+        save(arguments.json, kernels, times)
+    if arguments.markdown:
+        report.write_section(arguments.markdown, SECTION, markdown(kernels, times))
+    return 0
+
+
+def chosen(arch: str, dtype: str, dim: int, stages: int, ops: list[str] | None) -> list:
+    from gkd_fast.kernels import specializations
+
+    specs = specializations(arch, dtype, dim, (stages, stages))
+    return [spec for spec in specs if ops is None or spec.op in ops]
+
+
+def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
+    """Compiles one specialization, reads it and predicts its times."""
+    from bench.gpu import devices, disassembly, model
+    from gkd_fast.kernels import compile
+
+    binary = disassembly.read(compile(spec))
+    on = devices.of_arch(spec.arch)
+    predicted = {
+        device.name: {
+            batch: asdict(model.predict(binary, device, spec.programs(batch), spec.trips(batch))) for batch in batches
+        }
+        for device in on
+    }
+    clocks = {device.name: dict(model.work(binary, device)[0]) for device in on}
+    return KernelReport(
+        spec.op, spec.kernel, spec.direction, spec.arch, spec.dtype, spec.dim, stages, (spec.block_rows, spec.block_columns),
+        binary.warps, binary.registers, binary.shared_bytes, binary.resident_programs(), binary.occupancy(),
+        binary.stack_bytes, binary.spills(), spec.exemption, dict(binary.mix().most_common()), clocks,
+        {batch: spec.programs(batch) for batch in batches}, {batch: spec.trips(batch) for batch in batches}, predicted,
+    )  # fmt: skip
+
+
+def resource_table(kernels: list[KernelReport]) -> tuple[list[str], list[list[str]]]:
+    headers = ["arch", "type", "D", "S=T", "op", "kernel", "tile", "warps", "registers", "shared KiB", "programs", "occupancy",
+               "stack", "spills", "exempt"]  # fmt: skip
+    rows = [
+        [
+            k.arch, k.dtype, str(k.dim), str(k.stages), k.op, k.kernel, f"{k.tile[0]}×{k.tile[1]}", str(k.warps),
+            str(k.registers), f"{k.shared_bytes / 1024:.0f}", str(k.resident_programs), report.percent(k.occupancy),
+            str(k.stack_bytes), str(k.spills), k.exemption or "",
+        ]
+        for k in kernels
+    ]  # fmt: skip
+    return headers, rows
+
+
+def clock_table(kernels: list[KernelReport]) -> tuple[list[str], list[list[str]]]:
+    names = [*units.TURNS, *units.BESIDE, "issue"]
+    rows = [
+        [device, k.op, k.kernel, f"{k.tile[0]}×{k.tile[1]}", *(f"{clocks.get(name, 0):,.0f}" for name in names)]
+        for k in kernels
+        for device, clocks in k.clocks.items()
+    ]
+    return ["device", "op", "kernel", "tile", *names], rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed as one: an op's direction at one size on one device. "backward" is forward and backward."""
+
+    device: str
+    op: str
+    direction: str
+    dtype: str
+    dim: int
+    stages: int
+    batch: int
+
+
+def time_rows(kernels: list[KernelReport]) -> dict[Work, tuple[float, str]]:
+    """(predicted seconds, limiting unit of the longest kernel) of each op's forward, and forward and backward."""
+    found: dict[Work, list[tuple[float, str]]] = {}
+    for kernel in kernels:
+        for device, by_batch in kernel.predicted.items():
+            for batch, prediction in by_batch.items():
+                for direction in DIRECTIONS[DIRECTIONS.index(kernel.direction) :]:
+                    work = Work(device, kernel.op, direction, kernel.dtype, kernel.dim, kernel.stages, batch)
+                    found.setdefault(work, []).append((prediction["seconds"], prediction["limit"]))
+    return {work: (sum(seconds for seconds, _ in parts), max(parts)[1]) for work, parts in found.items()}
+
+
+def wanted_times(kernels: list[KernelReport]) -> list[Work]:
+    return list(time_rows(kernels))
+
+
+def time_table(kernels: list[KernelReport], times: list[dict]) -> tuple[list[str], list[list[str]]]:
+    headers = ["op", "type", "D", "S=T", "device", "B", "forward, predicted ms", "measured ms", "forward + backward, predicted ms",
+               "measured ms", "limited by"]  # fmt: skip
+    predicted = time_rows(kernels)
+    rows = []
+    for work in predicted:
+        if work.direction != "backward":
+            continue
+        row = [work.op, work.dtype, str(work.dim), str(work.stages), work.device, f"{work.batch:,}"]
+        for direction in DIRECTIONS:
+            same = Work(**(asdict(work) | {"direction": direction}))
+            row.append(f"*{report.milliseconds(predicted[same][0])}*" if same in predicted else "–")
+            row.append(measuring.cell(same, times))
+        rows.append([*row, predicted[work][1]])
+    return headers, rows
+
+
+def check_table() -> tuple[list[str], list[list[str]]]:
+    from bench.gpu import attention
+
+    rows = []
+    for published in attention.PUBLISHED:
+        found = attention.check(published)
+        tile = f"{found.tile[0]}×{found.tile[1]}, {found.tile[2]} warps"
+        ratio = found.published.teraflops / found.predicted  # of times
+        rows.append([
+            published.device, str(published.head), f"{published.length:,}", f"{published.teraflops:.0f}",
+            f"{found.predicted:.0f}", tile, f"{ratio:.2f}", published.source,
+        ])  # fmt: skip
+    return ["device", "D", "length", "published", "predicted", "tile", "predicted time / published", "source"], rows
+
+
+def markdown(kernels: list[KernelReport], times: list[dict]) -> str:
+    parts = ["### Predicted and measured times", report.markdown_table(*time_table(kernels, times))]
+    parts += ["### Clocks per step", report.markdown_table(*clock_table(kernels))]
+    parts += ["### Resources", report.markdown_table(*resource_table(kernels))]
+    parts += ["### The model against published times", report.markdown_table(*check_table())]
+    return "\n\n".join(parts)
+
+
+def rich_table(headers: list[str], rows: list[list[str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for header in headers:
+        table.add_column(header)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def save(path: Path, kernels: list[KernelReport], times: list[dict]) -> None:
+    content = {"schema": SCHEMA, "commit": machine.commit(), "kernels": [asdict(k) for k in kernels], "measured": times}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load_measured(path: Path | None) -> list[dict]:
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} must have schema {SCHEMA}, got {content.get('schema')!r}")
+    return content["measured"]
