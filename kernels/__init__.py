@@ -1,5 +1,22 @@
-"""The Triton kernels of the ops, one file per op."""
+"""The Triton kernels of the ops, one file per op, and their registration with PyTorch's dispatcher."""
 
+import torch
+
+from gkd_fast.kernels import relation_kl, unit_rows
 from gkd_fast.kernels.specializations import ARCHITECTURES, Specialization, compile, specializations
 
-__all__ = ["ARCHITECTURES", "Specialization", "compile", "specializations"]
+__all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
+
+OPS = {
+    "unit_rows": unit_rows.unit_rows,
+    "unit_rows_backward": unit_rows.unit_rows_backward,
+    "relation_kl": relation_kl.relation_kl,
+    "relation_kl_backward": relation_kl.relation_kl_backward,
+}
+
+
+def register(key: str) -> str | None:
+    """Make the launchers the ops' implementation for a dispatch key, "CUDA" or "CPU"; the reason if that cannot be."""
+    for name, launcher in OPS.items():
+        torch.library.impl(f"gkd_fast::{name}", key, launcher)
+    return None
