@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.table import Table
 
 from bench import cases, machine, report
+from bench.gpu import devices, disassembly, model, units
 from bench.gpu import measured as measuring
-from bench.gpu import units
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
 BATCHES = (1024, 4096, 16384, 65536, 262144)
@@ -108,12 +108,15 @@ def chosen(arch: str, dtype: str, dim: int, stages: int, ops: list[str] | None) 
     return [spec for spec in specs if ops is None or spec.op in ops]
 
 
-def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
-    """Compiles one specialization, reads it and predicts its times."""
-    from bench.gpu import devices, disassembly, model
+def compiled(spec) -> disassembly.Binary:
     from gkd_fast.kernels import compile
 
-    binary = disassembly.read(compile(spec))
+    return disassembly.read(compile(spec))
+
+
+def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
+    """Compiles one specialization, reads it and predicts its times."""
+    binary = compiled(spec)
     on = devices.of_arch(spec.arch)
     predicted = {
         device.name: {

@@ -83,9 +83,6 @@ class Device:
         """Bytes per clock and multiprocessor from the second-level cache, all multiprocessors reading."""
         return self.cache_bandwidth / (self.gigahertz * 1e9) / self.multiprocessors
 
-    def memory_bytes(self) -> float:
-        return self.memory_bandwidth / (self.gigahertz * 1e9) / self.multiprocessors
-
 
 def _hopper(name: str, memory_bandwidth: float) -> Device:
     products = {"16-bit": 2048, "tf32": 1024, "float64": 128}

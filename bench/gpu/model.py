@@ -9,7 +9,7 @@ beyond the first adds only what it does on the busiest unit:
 which is the makespan of k equal jobs through a line of stations; max c_u includes the issue slots, which all
 instructions share. What stands outside the loop is passed once, in the same way. Programs come in whole waves:
 time = Σ over waves of (once(k) + steps · step(k)), where the last wave may hold fewer programs per multiprocessor.
-Not counted: a launch (some microseconds,
+A kernel without a loop of products reads and writes memory, not the cache. Not counted: a launch (some microseconds,
 less within a CUDA graph), the first load's latency, clocks below the published boost clock.
 """
 
@@ -46,6 +46,9 @@ def predict(binary: Binary, device: Device, programs: int, steps: int) -> Predic
     if rest:
         waves.append(-(-rest // device.multiprocessors))
     cycles = sum(makespan(outside, k) + steps * makespan(inside, k) for k in waves)
+    if not binary.step:
+        memory = outside["cache"] * device.cache_bandwidth / device.memory_bandwidth
+        cycles = max(cycles, memory * programs / device.multiprocessors)
     limit = limiting_unit(inside if binary.step else outside, waves[0])
     busy = (inside[limit] * steps + outside[limit]) * programs / device.multiprocessors / cycles
     return Prediction(device.seconds(cycles), limit, busy, resident, len(waves))
