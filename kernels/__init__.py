@@ -2,7 +2,7 @@
 
 import torch
 
-from gkd_fast.kernels import relation_kl, unit_rows
+from gkd_fast.kernels import node_contrast, relation_kl, unit_rows
 from gkd_fast.kernels.specializations import ARCHITECTURES, Specialization, compile, specializations
 
 __all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
@@ -10,6 +10,8 @@ __all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializa
 OPS = {
     "unit_rows": unit_rows.unit_rows,
     "unit_rows_backward": unit_rows.unit_rows_backward,
+    "node_contrast": node_contrast.node_contrast,
+    "node_contrast_backward": node_contrast.node_contrast_backward,
     "relation_kl": relation_kl.relation_kl,
     "relation_kl_backward": relation_kl.relation_kl_backward,
 }
