@@ -2,7 +2,7 @@
 
 import torch
 
-from gkd_fast.kernels import relation_kl, unit_rows
+from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, unit_rows
 from gkd_fast.kernels.specializations import ARCHITECTURES, Specialization, compile, specializations
 
 __all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
@@ -10,6 +10,11 @@ __all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializa
 OPS = {
     "unit_rows": unit_rows.unit_rows,
     "unit_rows_backward": unit_rows.unit_rows_backward,
+    "graph_degrees": graph_conv.graph_degrees,
+    "graph_conv": graph_conv.graph_conv,
+    "graph_conv_backward": graph_conv.graph_conv_backward,
+    "node_contrast": node_contrast.node_contrast,
+    "node_contrast_backward": node_contrast.node_contrast_backward,
     "relation_kl": relation_kl.relation_kl,
     "relation_kl_backward": relation_kl.relation_kl_backward,
 }
