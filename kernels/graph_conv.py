@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
 from gkd_fast.kernels.launch import (
-    SMALL_BATCH, architecture, column_pieces, divide, matrices, num_pieces, on_device, padded_width, power_of_two,
+    SMALL_BATCH, architecture, column_pieces, divide, matrices, multiprocessors, num_pieces, on_device, padded_width, power_of_two,
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.table import POLYNOMIALS, tiles
@@ -43,7 +43,7 @@ class Graph:
         """Tile sizes, grid and compile-time arguments of a kernel that walks tiles."""
         config = tiles(kernel, self.arch, self.product.name, padded_width(self.dim, *widths))
         row_blocks = triton.cdiv(self.row_count, config.rows)
-        parts = divide(row_blocks, self.column_count, config.columns, self.row_count, self.nodes.device)
+        parts = divide(row_blocks, self.column_count, config.columns, self.row_count, multiprocessors(self.nodes.device))
         constants = {
             "WIDTH": padded_width(self.dim), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             "POLYNOMIALS": POLYNOMIALS[self.arch], "num_warps": config.warps, "num_stages": config.stages,

@@ -157,7 +157,7 @@ def graph_sums(
     elif not DEGREES and (ROW_FACTOR != ONE or TERMS != ONE):
         row = tl.arange(0, BLOCK_ROWS)
         degrees = tl.load(row_degrees + i + row, mask=row < row_count - i, other=1)
-    if is_last and parts == 1:
+    if (is_last != 0) & (parts == 1):
         total = total * row_factor(degrees, ROW_FACTOR)[:, None]
         if TERMS != ONE:
             g = load_rows(upstream, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)

@@ -101,11 +101,11 @@ def padded_width(*widths: int) -> int:
     return max(16, triton.next_power_of_2(max(widths)))
 
 
-def divide(row_blocks: int, columns: int, block_columns: int, batch: int, device: torch.device) -> int:
-    """Among how many programs the columns of a row block are divided, so that the device is full."""
+def divide(row_blocks: int, columns: int, block_columns: int, batch: int, processors: int) -> int:
+    """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work."""
     if batch <= SMALL_BATCH:
         return 1
-    return max(1, min(triton.cdiv(columns, block_columns), multiprocessors(device) // row_blocks))
+    return max(1, min(triton.cdiv(columns, block_columns), processors // row_blocks))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.launch import (
-    architecture, column_pieces, divide, matrices, num_pieces, on_device, padded_width, power_of_two, product_of,
+    architecture, column_pieces, divide, matrices, multiprocessors, num_pieces, on_device, padded_width, power_of_two, product_of,
 )  # fmt: skip
 from gkd_fast.kernels.node_contrast_tiles import (
     contrast_differences, contrast_gradients, contrast_losses, contrast_sums,
@@ -76,7 +76,7 @@ def node_contrast(
         return losses, log_sums, weighted
     config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(rows, config.rows)
-    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, rows, problem.device)
+    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, rows, multiprocessors(problem.device))
     whole = parts == 1 and num_pieces(columns, problem.product.torch_type) == 1
     sums = losses if whole else x.new_empty(parts, num_pairs, rows)
     partial = x.new_empty(parts, num_pairs, rows, problem.dim) if keep_weighted and parts > 1 else weighted
@@ -161,7 +161,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offse
     row_blocks = triton.cdiv(problem.row_count, config.rows)
     count = 0 if side is None else len(columns[0])
     upstream, log_sums = (own_upstream, own_upstream) if side is None else side
-    parts = divide(row_blocks * len(gradients), count, config.columns, problem.row_count, problem.device)
+    parts = divide(row_blocks * len(gradients), count, config.columns, problem.row_count, multiprocessors(problem.device))
     partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
     power = upstream
     if problem.product.scaled:

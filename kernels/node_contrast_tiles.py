@@ -73,7 +73,7 @@ def contrast_sums(
         z += tl.sum(weights, 1)
         if KEEP:
             total = add_product(weights.to(TYPE), columns, total, PRECISION)
-    if is_last and parts == 1:
+    if (is_last != 0) & (parts == 1):
         partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
         student_rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
         c = tl.sum(student_rows * partner, 1)

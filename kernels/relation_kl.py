@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.launch import (
-    Columns, Product, architecture, column_pieces, divide, matrices, num_pieces, on_device, padded_width, power_of_two,
+    Columns, Product, architecture, column_pieces, divide, matrices, multiprocessors, num_pieces, on_device, padded_width, power_of_two,
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl_tiles import (
@@ -94,7 +94,7 @@ def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_
     config = tiles("relation_sums", problem.arch, problem.product.name, problem.width(stages))
     row_blocks = triton.cdiv(rows, config.rows)
     columns = [problem.columns[q] for q in stages]
-    parts = divide(row_blocks, problem.column_count, config.columns, rows, x.device)
+    parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(x.device))
     num_sums = len(stages) + len(students) * len(teachers)
     whole = parts == 1 and num_pieces(columns, problem.product.torch_type) == 1
     sums = losses if whole else x.new_empty(parts, num_sums, rows)
@@ -188,7 +188,7 @@ def _backward(problem, students, teachers, own, other, gradients, scale):
     config = tiles("relation_gradients", problem.arch, problem.product.name, problem.width(stages))
     row_blocks = triton.cdiv(rows, config.rows)
     columns = [problem.columns[q] for q in stages]
-    parts = divide(row_blocks, problem.column_count, config.columns, rows, own[0].device)
+    parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(own[0].device))
     row_factors = _factors(problem, students, teachers, own, rows, wanted, scale)
     column_factors = row_factors
     if problem.has_columns:

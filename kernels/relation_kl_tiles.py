@@ -75,7 +75,7 @@ def relation_sums(
     for k in tl.static_range(S + T + S * T):
         before = sums + (part * (S + T + S * T) + k) * number(row_count, tl.int64)
         whole = whole + (total[k] + load_vector(before, i, row_count * accumulate, BLOCK_ROWS),)
-    if is_last and parts == 1:
+    if (is_last != 0) & (parts == 1):
         store_losses(whole, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride,
                      loss_stride, outer, S, T, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
     else:
@@ -132,7 +132,7 @@ def relation_losses(
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_factors(
-    upstream, losses, student_log_sums, teacher_log_sums, factors, scale, row_count, upstream_row_stride,
+    upstream, losses, student_log_sums, teacher_log_sums, factors, power, row_count, upstream_row_stride,
     upstream_stride, outer: tl.float64, slope: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
     OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def relation_factors(
     inside = row < row_count - i
     unit = number(slope, SUM)
     if SCALED:
-        unit = unit * tl.load(scale)
+        unit = unit * tl.load(power)
     log_sums = ()
     inverse = ()
     for q in tl.static_range(S + T):
@@ -236,7 +236,7 @@ def load_factors(
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_gradients(
-    rows, columns, dims, gradients, row_factors, column_factors, scale, row_count, column_count, offset, parts,
+    rows, columns, dims, gradients, row_factors, column_factors, power, row_count, column_count, offset, parts,
     accumulate, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
     OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
@@ -297,7 +297,7 @@ def relation_gradients(
                 new = new + (add_product(m, tiles[q], total[len(new)], PRECISION),)
         total = new
     if SCALED:
-        unscale = 1.0 / tl.load(scale)
+        unscale = 1.0 / tl.load(power)
     for q in tl.static_range(S + T):
         if (WANTED >> q) & 1:
             out = gradients[place_among(WANTED, q)] + part * number(row_count, tl.int64) * dims[q]
