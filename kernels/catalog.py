@@ -133,7 +133,7 @@ class _Builder:
         for fn, direction in ((relation_sums, "forward"), (relation_gradients, "backward")):
             most = relation_group(fn.__name__, self.arch, self.product.name, self.width)
             S, T = min(students, most[0]), min(teachers, most[1])
-            constants = {"S": S, "T": T, "OWN_SHIFT": False}
+            constants = {"S": S, "T": T, "OWN_SHIFT": False, "STRIP": False}
             if direction == "backward":
                 constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
             lists = {"rows": S + T, "columns": S + T, "dims": S + T, "gradients": S}

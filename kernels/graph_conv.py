@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
 from gkd_fast.kernels.launch import (
-    SMALL_BATCH, architecture, column_pieces, divide, matrices, multiprocessors, num_pieces, on_device, padded_width, power_of_two,
+    SMALL_BATCH, architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two,
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.table import POLYNOMIALS, tiles

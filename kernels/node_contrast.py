@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.launch import (
-    architecture, column_pieces, divide, matrices, multiprocessors, num_pieces, on_device, padded_width, power_of_two, product_of,
+    architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two, product_of,
 )  # fmt: skip
 from gkd_fast.kernels.node_contrast_tiles import (
     contrast_differences, contrast_gradients, contrast_losses, contrast_sums,
@@ -77,8 +77,7 @@ def node_contrast(
     config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(rows, config.rows)
     parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, rows, multiprocessors(problem.device))
-    whole = parts == 1 and num_pieces(columns, problem.product.torch_type) == 1
-    sums = losses if whole else x.new_empty(parts, num_pairs, rows)
+    sums = x.new_empty(parts, num_pairs, rows)
     partial = x.new_empty(parts, num_pairs, rows, problem.dim) if keep_weighted and parts > 1 else weighted
     with on_device(x):
         own_shift, shift, shifts = _shifts(problem, columns)

@@ -72,6 +72,22 @@ def store_rows(matrix, values, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
+def load_tile(matrix, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The tile at (i, j) of a contiguous [row_count, column_count] matrix, zero beyond its edges."""
+    row, column = i + tl.arange(0, BLOCK_ROWS), j + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row[:, None] < row_count) & (column[None, :] < column_count)
+    return tl.load(matrix + (row.to(tl.int64)[:, None] * column_count + column[None, :]), mask=mask, other=0)
+
+
+@triton.jit
+def store_tile(matrix, tile, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The inverse of ``load_tile``."""
+    row, column = i + tl.arange(0, BLOCK_ROWS), j + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row[:, None] < row_count) & (column[None, :] < column_count)
+    tl.store(matrix + (row.to(tl.int64)[:, None] * column_count + column[None, :]), tile, mask=mask)
+
+
+@triton.jit
 def load_vector(vector, start, count, BLOCK: tl.constexpr):
     """Entries start … start + BLOCK of a vector, zero beyond its end."""
     k = tl.arange(0, BLOCK)
