@@ -151,7 +151,7 @@ class _Builder:
     def node_contrast(self, students: int, teachers: int):
         lists = {"students": students, "teachers": teachers, "own": teachers}
         for keep in (True, False):
-            constants = {"S": students, "T": teachers, "KEEP": keep, "OWN_SHIFT": False}
+            constants = {"S": students, "T": teachers, "KEEP": keep, "OWN_SHIFT": False, "STRIP": False}
             yield self._walk(
                 "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep, exponentials=1,
                 name="contrast_sums" if keep else "contrast_sums without weighted", pairs=students * teachers,
@@ -163,7 +163,7 @@ class _Builder:
         lists = {"own": teachers, "gradients": students}
         yield self._small("node_contrast", contrast_differences, "backward", constants, lists, EPILOGUE_ROWS)
         for by_column, rows, columns in ((False, students, teachers), (True, teachers, students)):
-            constants = {"STAGES": rows, "PARTNERS": columns, "BY_COLUMN": by_column, "SCALED": self.product.scaled}
+            constants = {"STAGES": rows, "PARTNERS": columns, "BY_COLUMN": by_column, "SCALED": self.product.scaled, "STRIP": False}
             lists = {"rows": rows, "columns": columns, "own": columns, "gradients": rows}
             yield self._walk(
                 "node_contrast", contrast_gradients, "backward", constants, lists, products=2, exponentials=1,

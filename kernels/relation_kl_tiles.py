@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.tile import (
-    COUNTS, NOWHERE, add_product, bounded_exp2, column_range, load_rows, load_tile, load_vector, number, product, replace_diagonal,
+    COUNTS, NOWHERE, add_product, bounded_exp2, column_range, convert, load_rows, load_tile, load_vector, number, product, replace_diagonal,
     replace_missing, store_rows, store_tile, store_vector, touches_edge,
 )  # fmt: skip
 
@@ -304,7 +304,7 @@ def relation_gradients(
                         difference = (relation[q] - relation[s]) * (outer * LN2)
                         m += difference * both_sides(weights[q], mirrored[q], mine[S + (q - S) * S + s],
                                                      others[S + (q - S) * S + s], OWN_SHIFT)  # fmt: skip
-                m = (relation[q] * m).to(TYPE)
+                m = convert(relation[q] * m, TYPE)
                 if STRIP:
                     store_tile(gradients[place_among(WANTED, q)], m, i, j, row_count, column_count, BLOCK_ROWS,
                                BLOCK_COLUMNS)  # fmt: skip

@@ -35,6 +35,15 @@ def number(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def convert(x, TYPE: tl.constexpr):
+    """x in ``TYPE``, rounded to nearest; the interpreter would cut float32 off to bfloat16."""
+    if INTERPRETED and TYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + (((bits >> 16) & 1) + 0x7FFF)).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
 def column_range(column_count, part, parts, BLOCK_COLUMNS: tl.constexpr):
     """The columns that part ``part`` of ``parts`` walks, whole tiles."""
     per_part = tl.cdiv(tl.cdiv(column_count, BLOCK_COLUMNS), parts) * BLOCK_COLUMNS
@@ -58,7 +67,7 @@ def load_rows(matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexp
     column = tl.arange(0, WIDTH)
     mask = (row[:, None] < count - start) & (column[None, :] < dim)
     corner = matrix + number(start, tl.int64) * dim
-    return tl.load(corner + (row[:, None] * dim + column[None, :]), mask=mask, other=0).to(TYPE)  # [BLOCK, WIDTH]
+    return convert(tl.load(corner + (row[:, None] * dim + column[None, :]), mask=mask, other=0), TYPE)  # [BLOCK, WIDTH]
 
 
 @triton.jit
