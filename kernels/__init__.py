@@ -3,7 +3,7 @@
 import torch
 
 from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, unit_rows
-from gkd_fast.kernels.specializations import ARCHITECTURES, Specialization, compile, specializations
+from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
 
 __all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
 

@@ -6,16 +6,17 @@ import torch
 import triton
 from torch import Tensor
 
+from gkd_fast.kernels import graph_conv_strips as strips
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
 from gkd_fast.kernels.launch import (
-    SMALL_BATCH, architecture, column_pieces, divide, matrices, num_pieces, on_device, padded_width, power_of_two,
+    SMALL_BATCH, architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two,
     product_of,
 )  # fmt: skip
-from gkd_fast.kernels.table import POLYNOMIALS, tiles
+from gkd_fast.kernels.table import POLYNOMIALS, largest_width, tiles
 
 # Factors of a value's row, as in ``graph_conv_tiles``.
 ONE, INVERSE, INVERSE_ROOT, OWN_INVERSE_ROOT = range(4)
-TERMS_ROWS = 16
+TERMS_ROWS, LARGEST_TERMS_WIDTH = 16, 256
 
 
 class Graph:
@@ -34,6 +35,10 @@ class Graph:
         self.product = product_of(product_precision, self.nodes)
         self.arch = architecture(self.nodes.device)
 
+    def is_wide(self, width: int = 1) -> bool:
+        """Whether rows of nodes or of ``width`` do not fit a program's registers."""
+        return padded_width(self.dim, width) > largest_width(self.arch, self.product.name)
+
     @property
     def is_small(self) -> bool:
         """Whether the kernels apply the columns' factors themselves."""
@@ -43,7 +48,7 @@ class Graph:
         """Tile sizes, grid and compile-time arguments of a kernel that walks tiles."""
         config = tiles(kernel, self.arch, self.product.name, padded_width(self.dim, *widths))
         row_blocks = triton.cdiv(self.row_count, config.rows)
-        parts = divide(row_blocks, self.column_count, config.columns, self.row_count, self.nodes.device)
+        parts = divide(row_blocks, self.column_count, config.columns, self.row_count, multiprocessors(self.nodes.device))
         constants = {
             "WIDTH": padded_width(self.dim), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             "POLYNOMIALS": POLYNOMIALS[self.arch], "num_warps": config.warps, "num_stages": config.stages,
@@ -74,6 +79,8 @@ def graph_degrees(nodes, inverse_variance, product_precision, column_nodes=None,
 
 
 def _degrees(graph: Graph) -> Tensor:
+    if graph.is_wide():
+        return strips.kernel_sums(graph, None, None)[1]
     grid, parts, constants = graph.launch("graph_degree_sums")
     degrees = graph.nodes.new_empty(parts, graph.row_count)
     with on_device(graph.nodes):
@@ -85,7 +92,7 @@ def _degrees(graph: Graph) -> Tensor:
         return degrees[0] if parts == 1 else degrees.sum(dim=0)
 
 
-def _factor(degrees: Tensor | None, factor: int) -> Tensor | None:
+def factor_of(degrees: Tensor | None, factor: int) -> Tensor | None:
     if factor == ONE:
         return None
     return degrees.reciprocal() if factor == INVERSE else degrees.rsqrt()
@@ -109,7 +116,7 @@ def graph_conv(
             raise ValueError("symmetric normalization with a column set needs both sides' degrees")
         output, _ = _kernel_times(graph, columns, degrees, column_degrees, INVERSE_ROOT, INVERSE_ROOT)
         return output, degrees.clone()
-    if graph.is_small:
+    if graph.is_small and not graph.is_wide(messages.shape[1]):
         return _kernel_times(graph, columns, None, None, OWN_INVERSE_ROOT, INVERSE_ROOT)
     degrees = _degrees(graph)
     return _kernel_times(graph, columns, degrees, degrees, INVERSE_ROOT, INVERSE_ROOT)
@@ -120,8 +127,13 @@ def _kernel_times(
 ):
     """f_i Σ_j K_ij f_j values_j and the degrees; ``terms_of``: (terms, their factor, messages, upstream, output)."""
     width = values.shape[1]
+    if graph.is_wide(width):
+        output, sums = strips.kernel_sums(graph, values, factor_of(column_degrees, column_factor))
+        degrees = sums if with_degrees else row_degrees
+        factor = factor_of(degrees, row_factor)
+        return output if factor is None else output * factor[:, None], degrees
     grid, parts, constants = graph.launch("graph_sums", width)
-    factor = None if graph.is_small else _factor(column_degrees, column_factor)
+    factor = None if graph.is_small else factor_of(column_degrees, column_factor)
     power = values
     if graph.product.scaled:
         power = power_of_two(values.abs().amax())
@@ -145,7 +157,7 @@ def _kernel_times(
             return output[0], sums[0] if own_degrees else row_degrees
         output = output.sum(dim=0)
         degrees = sums.sum(dim=0) if own_degrees else row_degrees
-        factor = _factor(degrees, row_factor)
+        factor = factor_of(degrees, row_factor)
         return output if factor is None else output * factor[:, None], degrees
 
 
@@ -198,8 +210,8 @@ def _messages_gradient(graph, own, other, output, is_row) -> tuple[Tensor, Tenso
         return torch.zeros_like(own.messages), None
     factors = (INVERSE, ONE) if is_row else (INVERSE_ROOT, INVERSE_ROOT)
     terms_of = None
-    whole = graph.launch("graph_sums", own.messages.shape[1])[1] == 1
-    if not graph.has_columns and whole:
+    width = own.messages.shape[1]
+    if not graph.has_columns and not graph.is_wide(width) and graph.launch("graph_sums", width)[1] == 1:
         terms = own.messages.new_empty(graph.row_count)
         terms_of = (terms, INVERSE if is_row else INVERSE_ROOT, own.messages, own.upstream, output)
     gradient, _ = _kernel_times(graph, other.upstream, own.degrees, other.degrees, *factors, terms_of=terms_of)
@@ -211,8 +223,10 @@ def _terms(own: Side, output: Tensor, messages_gradient: Tensor | None, is_row: 
     if not is_row:
         products = (own.upstream * output).sum(dim=1) + (own.messages * messages_gradient).sum(dim=1)
         return -products / (2 * own.degrees)
-    terms = torch.empty_like(own.degrees)
     rows, width = output.shape
+    if padded_width(width) > LARGEST_TERMS_WIDTH:
+        return -(own.upstream * output).sum(dim=1) / own.degrees
+    terms = torch.empty_like(own.degrees)
     product_type = triton.language.float64 if output.dtype == torch.float64 else triton.language.float32
     with on_device(output):
         graph_terms[(triton.cdiv(rows, TERMS_ROWS),)](
@@ -223,17 +237,23 @@ def _terms(own: Side, output: Tensor, messages_gradient: Tensor | None, is_row: 
 
 def _nodes_gradient(graph, own, other, terms, column_terms, is_row) -> Tensor:
     width = own.messages.shape[1]
-    grid, parts, constants = graph.launch("graph_gradients", width)
     message_factor, upstream_factor = (ONE, INVERSE) if is_row else (INVERSE_ROOT, INVERSE_ROOT)
     powers, powers_of = terms, (None, None)
     if graph.product.scaled:
         powers = _powers(graph, own, other)
         powers_of = powers[0], powers[1]
+    if graph.is_wide(width):
+        factors = [
+            None if side.degrees is None else (factor_of(side.degrees, message_factor), factor_of(side.degrees, upstream_factor))
+            for side in (own, other)
+        ]
+        return strips.nodes_gradient(graph, own, other, factors, terms, column_terms, powers)
+    grid, parts, constants = graph.launch("graph_gradients", width)
     columns, factors = [graph.columns], [None]
     has_upstream = other.upstream is not None
     sides = ((other.messages, message_factor, powers_of[0]), (other.upstream, upstream_factor, powers_of[1]))
     for values, kind, power in sides[: 1 + has_upstream]:
-        factor = None if graph.is_small else _factor(other.degrees, kind)
+        factor = None if graph.is_small else factor_of(other.degrees, kind)
         if power is not None and not graph.is_small:
             factor = power.expand(len(values)) if factor is None else factor * power
         columns.append(values)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.tile import (
-    COUNTS, add_product, bounded_exp2, column_range, load_rows, load_vector, number, product, replace_diagonal,
-    replace_missing, store_rows, store_vector, touches_edge,
+    COUNTS, add_product, bounded_exp2, column_range, convert, load_rows, load_tile, load_vector, number, product, replace_diagonal,
+    replace_missing, store_rows, store_tile, store_vector, touches_edge,
 )  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -24,11 +24,10 @@ OWN_INVERSE_ROOT = tl.constexpr(3)
 
 @triton.jit
 def adjacency(
-    rows, columns, i, j, offset, column_count, slope, DIAGONAL: tl.constexpr, BOOST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    c, i, j, offset, column_count, slope, DIAGONAL: tl.constexpr, BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
-    """K·2^BOOST of the tile at (i, j): DIAGONAL·2^BOOST on the diagonal, 0 in columns that do not exist."""
-    c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    """K·2^BOOST of a tile of similarities: DIAGONAL·2^BOOST on the diagonal, 0 in columns that do not exist."""
     k = bounded_exp2(c * slope - (slope - BOOST), POLYNOMIALS)
     if touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS):
         k = replace_diagonal(k, i, j, offset, DIAGONAL * 2.0**BOOST, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -46,8 +45,8 @@ def degree_sums(
     total = tl.zeros([BLOCK_ROWS], SUM)
     for j in range(start, stop, BLOCK_COLUMNS):
         columns = load_rows(column_nodes, j, stop, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-        k = adjacency(rows, columns, i, j, offset, stop, slope, 1.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION,
-                      POLYNOMIALS)  # fmt: skip
+        c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        k = adjacency(c, i, j, offset, stop, slope, 1.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
         total += tl.sum(k, 1)
     return total
 
@@ -95,7 +94,7 @@ def load_values(
             factor = row_factor(tl.load(degrees + start + row, mask=row < count - start, other=1), FACTOR)
         if SCALED:
             factor = factor * tl.load(power)
-        return (load_rows(values, start, count, dim, BLOCK, WIDTH, SUM) * factor[:, None]).to(TYPE)
+        return convert(load_rows(values, start, count, dim, BLOCK, WIDTH, SUM) * factor[:, None], TYPE)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -131,17 +130,17 @@ def graph_sums(
             if SCALED:
                 scaling = scaling * tl.load(power)
             v = load_rows(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, SUM)
-            v = (v * scaling[:, None]).to(TYPE)
+            v = convert(v * scaling[:, None], TYPE)
         elif PREPARED:
             v = load_rows(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE)
         else:
             v = load_values(values, column_degrees, power, j, column_count, width, COLUMN_FACTOR, SCALED, BLOCK_COLUMNS,
                             VALUE_WIDTH, TYPE, SUM)  # fmt: skip
-        k = adjacency(rows, columns, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION,
-                      POLYNOMIALS)  # fmt: skip
+        c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        k = adjacency(c, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
         if DEGREES:
             degrees += tl.sum(k, 1)
-        total = add_product(k.to(TYPE), v, total, PRECISION)
+        total = add_product(convert(k, TYPE), v, total, PRECISION)
     if SCALED:
         total = total * (2.0**-BOOST / tl.load(power))
         degrees = degrees * 2.0**-BOOST
@@ -157,7 +156,7 @@ def graph_sums(
     elif not DEGREES and (ROW_FACTOR != ONE or TERMS != ONE):
         row = tl.arange(0, BLOCK_ROWS)
         degrees = tl.load(row_degrees + i + row, mask=row < row_count - i, other=1)
-    if is_last and parts == 1:
+    if (is_last != 0) & (parts == 1):
         total = total * row_factor(degrees, ROW_FACTOR)[:, None]
         if TERMS != ONE:
             g = load_rows(upstream, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
@@ -230,11 +229,45 @@ def graph_gradients(
         if HAS_UPSTREAM:
             m += load_vector(column_terms, j, column_count, BLOCK_COLUMNS)[None, :]
         columns = load_rows(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-        k = adjacency(rows, columns, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION,
-                      POLYNOMIALS)  # fmt: skip
-        total = add_product((k * m * v).to(TYPE), columns, total, PRECISION)
+        c = product(rows, tl.trans(columns), PRECISION)
+        k = adjacency(c, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
+        total = add_product(convert(k * m * v, TYPE), columns, total, PRECISION)
     if SCALED:
         total = total * (1 / tl.load(powers + 2))
     out = gradient + number(part, tl.int64) * row_count * dim
     before = load_rows(out, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
     store_rows(out, before + total, i, row_count, dim, BLOCK_ROWS, WIDTH)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def graph_strip(
+    similarities, products, weights, sums, terms, column_terms, powers, inverse_variance, row_count, column_count,
+    offset, accumulate, GRADIENT: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """Wide rows: weights K and sums_i = Σ_j K_ij, or with GRADIENT weights M, from strips [row_count, column_count].
+
+    products: strips of G'_i·H'_j + H'_i·G'_j.
+    """
+    i = tl.program_id(0) * BLOCK_ROWS
+    v = tl.load(inverse_variance).to(SUM)
+    BOOST: tl.constexpr = 14 if SCALED and not GRADIENT else 0
+    total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
+    for j in range(0, column_count, BLOCK_COLUMNS):
+        c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        k = adjacency(c, i, j, offset, column_count, v * LOG2E, 0.0 if GRADIENT else 1.0, BOOST, BLOCK_ROWS,
+                      BLOCK_COLUMNS, POLYNOMIALS)  # fmt: skip
+        if GRADIENT:
+            m = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+            if SCALED:
+                m = m * (1 / (tl.load(powers) * tl.load(powers + 1)))
+            m += load_vector(terms, i, row_count, BLOCK_ROWS)[:, None]
+            m += load_vector(column_terms, j, column_count, BLOCK_COLUMNS)[None, :]
+            k = k * m * v
+            if SCALED:
+                k = k * tl.load(powers + 2)
+        else:
+            total += tl.sum(k, 1) * 2.0**-BOOST
+        store_tile(weights, convert(k, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    if not GRADIENT:
+        store_vector(sums, total, i, row_count, BLOCK_ROWS)

@@ -101,11 +101,11 @@ def padded_width(*widths: int) -> int:
     return max(16, triton.next_power_of_2(max(widths)))
 
 
-def divide(row_blocks: int, columns: int, block_columns: int, batch: int, device: torch.device) -> int:
-    """Among how many programs the columns of a row block are divided, so that the device is full."""
+def divide(row_blocks: int, columns: int, block_columns: int, batch: int, processors: int) -> int:
+    """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work."""
     if batch <= SMALL_BATCH:
         return 1
-    return max(1, min(triton.cdiv(columns, block_columns), multiprocessors(device) // row_blocks))
+    return max(1, min(triton.cdiv(columns, block_columns), processors // row_blocks))
 
 
 @dataclass(frozen=True)
@@ -119,20 +119,20 @@ class Columns:
 
 
 def column_pieces(
-    columns: Sequence[Tensor], dtype: torch.dtype, factors: Sequence[Tensor | None] | None = None
+    columns: Sequence[Tensor], dtype: torch.dtype, factors: Sequence[Tensor | None] | None = None, most: int | None = None
 ) -> Iterator[Columns]:
-    """The columns in the product's type, rows multiplied by their factors, at most ``COLUMN_BYTES`` of them at a time.
+    """The columns in the product's type, rows multiplied by their factors, ``COLUMN_BYTES`` or ``most`` at a time.
 
     Where nothing is to be changed, the matrices themselves. Few columns are left to the kernel to convert.
     """
     count = len(columns[0])
     factors = factors or [None] * len(columns)
     unchanged = all(x.dtype == dtype for x in columns) and all(f is None for f in factors)
-    if unchanged or count <= SMALL_BATCH:
+    if most is None and (unchanged or count <= SMALL_BATCH):
         yield Columns(0, count, tuple(columns), True)
         return
     row_bytes = sum(x.shape[1] for x in columns) * dtype.itemsize
-    step = max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH)
+    step = most or max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH)
     for start in range(0, count, step):
         stop = min(start + step, count)
         piece = [
@@ -140,15 +140,6 @@ def column_pieces(
             for x, f in zip(columns, factors, strict=True)
         ]
         yield Columns(start, stop - start, tuple(piece), stop == count)
-
-
-def num_pieces(columns: Sequence[Tensor], dtype: torch.dtype, scaled: bool = False) -> int:
-    """How many pieces ``column_pieces`` makes."""
-    count = len(columns[0])
-    if count <= SMALL_BATCH or (not scaled and all(x.dtype == dtype for x in columns)):
-        return 1
-    row_bytes = sum(x.shape[1] for x in columns) * dtype.itemsize
-    return triton.cdiv(count, max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH))
 
 
 def power_of_two(bound: Tensor) -> Tensor:

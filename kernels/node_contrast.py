@@ -4,14 +4,15 @@ import torch
 import triton
 from torch import Tensor
 
+from gkd_fast.kernels import node_contrast_strips as strips
 from gkd_fast.kernels.launch import (
-    architecture, column_pieces, divide, matrices, num_pieces, on_device, padded_width, power_of_two, product_of,
+    architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two, product_of,
 )  # fmt: skip
 from gkd_fast.kernels.node_contrast_tiles import (
     contrast_differences, contrast_gradients, contrast_losses, contrast_sums,
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
-from gkd_fast.kernels.table import tiles
+from gkd_fast.kernels.table import largest_width, tiles
 
 LOG2E = 1.4426950408889634
 # Up to this 2/τ the sums of exp((c − 1)/τ) cannot underflow in float32, nor the weights in float16, scaled by 2^14.
@@ -41,6 +42,7 @@ class Problem:
         self.device, self.arch = students[0].device, architecture(students[0].device)
         self.temperature, self.scale = temperature, LOG2E / temperature
         self.width = padded_width(self.dim)
+        self.is_wide = self.width > largest_width(self.arch, self.product.name)
 
     def column_set(self, name: str, columns, rows: list[Tensor], offset: int) -> list[Tensor]:
         if columns is None:
@@ -67,6 +69,8 @@ def node_contrast(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(students, teachers, wanted, temperature, product_precision)
     columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers, offset)
+    if problem.is_wide:
+        return strips.node_contrast(problem, columns, offset, keep_weighted)
     x, rows, num_pairs = problem.students[0], problem.row_count, len(problem.pairs)
     everything = num_pairs == problem.S * problem.T
     losses = (x.new_empty if everything else x.new_zeros)(rows, problem.S, problem.T)
@@ -76,19 +80,18 @@ def node_contrast(
         return losses, log_sums, weighted
     config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(rows, config.rows)
-    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, rows, problem.device)
-    whole = parts == 1 and num_pieces(columns, problem.product.torch_type) == 1
-    sums = losses if whole else x.new_empty(parts, num_pairs, rows)
+    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, rows, multiprocessors(problem.device))
+    sums = x.new_empty(parts, num_pairs, rows)
     partial = x.new_empty(parts, num_pairs, rows, problem.dim) if keep_weighted and parts > 1 else weighted
     with on_device(x):
-        own_shift, shift, shifts = _shifts(problem, columns)
+        own_shift, shift, shifts = row_shifts(problem, columns)
         keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
         shifts = losses if shifts is None else shifts
         for piece in column_pieces(columns, problem.product.torch_type):
             contrast_sums[(row_blocks, num_pairs * parts)](
                 tuple(problem.students), piece.matrices, tuple(columns), sums, partial, shifts, losses, log_sums,
                 problem.dim, rows, piece.count, offset, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
-                problem.scale, shift, **keep, **problem.constants(config),
+                problem.scale, shift, STRIP=False, **keep, **problem.constants(config),
             )  # fmt: skip
         if parts > 1:
             contrast_losses[(triton.cdiv(rows, EPILOGUE_ROWS), num_pairs)](
@@ -98,7 +101,7 @@ def node_contrast(
     return losses, log_sums, weighted
 
 
-def _shifts(problem: Problem, columns: list[Tensor]) -> tuple[bool, float, Tensor | None]:
+def row_shifts(problem: Problem, columns: list[Tensor]) -> tuple[bool, float, Tensor | None]:
     """Whether every pair's rows have shifts of their own, the shift otherwise, and those shifts [pairs, I]."""
     is_float16 = problem.product.name == "float16"
     largest = LARGEST_SHARED_SHIFT_FLOAT16 if is_float16 else LARGEST_SHARED_SHIFT
@@ -127,6 +130,11 @@ def node_contrast_backward(
         if column_upstream is not None and (column_log_sums is None or student_columns is None):
             raise ValueError("column_upstream needs student_columns and column_log_sums")
         column_side = None if column_upstream is None else (column_upstream.contiguous(), column_log_sums.contiguous())
+    if problem.is_wide:
+        return strips.node_contrast_backward(
+            problem, all_teachers, all_students, (upstream, log_sums), column_side, weighted, needs,
+            offset if teacher_columns is not None else 0,
+        )  # fmt: skip
     gradients = [torch.empty_like(x) for x, needed in zip((*problem.students, *problem.teachers), needs, strict=True) if needed]
     num_students = sum(needs[:S])
     student_offset = offset if teacher_columns is not None else 0
@@ -161,7 +169,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offse
     row_blocks = triton.cdiv(problem.row_count, config.rows)
     count = 0 if side is None else len(columns[0])
     upstream, log_sums = (own_upstream, own_upstream) if side is None else side
-    parts = divide(row_blocks * len(gradients), count, config.columns, problem.row_count, problem.device)
+    parts = divide(row_blocks * len(gradients), count, config.columns, problem.row_count, multiprocessors(problem.device))
     partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
     power = upstream
     if problem.product.scaled:
@@ -174,7 +182,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offse
             log_sums[:, first:stop].contiguous() if by_piece else log_sums, tuple(partial), power, problem.dim,
             problem.row_count, min(piece.count, count), offset, problem.wanted, _bits(needs), parts, int(first > 0),
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
-            STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled,
+            STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled, STRIP=False,
             **problem.constants(config),
         )  # fmt: skip
     if parts > 1:

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.tile import (
-    COUNTS, add_product, column_range, load_rows, load_vector, number, pick, product, replace_missing, store_rows,
-    store_vector,
+    COUNTS, add_product, column_range, convert, load_rows, load_tile, load_vector, number, pick, product, replace_missing, store_rows,
+    store_tile, store_vector,
 )  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -42,12 +42,13 @@ def load_own(matrix, i, offset, count, dim, BLOCK: tl.constexpr, WIDTH: tl.const
 def contrast_sums(
     students, teachers, own, sums, weighted, shifts, losses, log_sums, dim, row_count, column_count, own_offset, wanted,
     parts, accumulate, is_last, scale: tl.float64, shift: tl.float64, S: tl.constexpr, T: tl.constexpr,
-    KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z and, with KEEP, W of one wanted pair over the part's columns; complete, they become losses and log-sums.
 
-    ``own``: the teachers' whole column set, in which row i's partner is i + own_offset.
+    ``own``: the teachers' whole column set, in which row i's partner is i + own_offset. With STRIP the teachers are
+    strips of similarities [row_count, column_count], ``own`` the partners' similarities and W a strip of weights.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     place = tl.program_id(1) // parts
@@ -56,34 +57,44 @@ def contrast_sums(
     student, teacher = pick(students, pair // T), pick(teachers, pair % T)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     scale = number(scale, SUM)
-    rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
+    if not STRIP:
+        rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
     pair_rows = (number(part, tl.int64) * (tl.num_programs(1) // parts) + place) * row_count
     if OWN_SHIFT:
         row_shift = load_vector(shifts + number(place, tl.int64) * row_count, i, row_count, BLOCK_ROWS)
     else:
         row_shift = tl.zeros([BLOCK_ROWS], SUM) + number(shift, SUM)
     z = load_vector(sums + pair_rows, i, row_count * accumulate, BLOCK_ROWS)
-    if KEEP:
+    if KEEP and not STRIP:
         total = load_rows(weighted + pair_rows * dim, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
     for j in range(start, stop, BLOCK_COLUMNS):
-        columns = load_rows(teacher, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-        weights = tl.exp2(product(rows, tl.trans(columns), PRECISION) * scale - row_shift[:, None])
+        if STRIP:
+            c = load_tile(teacher, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        else:
+            columns = load_rows(teacher, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
+            c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        weights = tl.exp2(c * scale - row_shift[:, None])
         if j + BLOCK_COLUMNS > column_count:
             weights = replace_missing(weights, j, column_count, 0.0, BLOCK_COLUMNS)
         z += tl.sum(weights, 1)
-        if KEEP:
-            total = add_product(weights.to(TYPE), columns, total, PRECISION)
-    if is_last and parts == 1:
-        partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
-        student_rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
-        c = tl.sum(student_rows * partner, 1)
-        store_contrast(z, row_shift, c * scale, losses + pair, log_sums + number(place, tl.int64) * row_count, i,
+        if KEEP and STRIP:
+            store_tile(weighted, convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        elif KEEP:
+            total = add_product(convert(weights, TYPE), columns, total, PRECISION)
+    if (is_last != 0) & (parts == 1):
+        if STRIP:
+            own_similarity = load_vector(pick(own, pair % T), i, row_count, BLOCK_ROWS)
+        else:
+            partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
+            student_rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
+            own_similarity = tl.sum(student_rows * partner, 1)
+        store_contrast(z, row_shift, own_similarity * scale, losses + pair, log_sums + number(place, tl.int64) * row_count, i,
                        row_count, S * T, BLOCK_ROWS)  # fmt: skip
-        if KEEP:
+        if KEEP and not STRIP:
             total = total / z[:, None]
     else:
         store_vector(sums + pair_rows, z, i, row_count, BLOCK_ROWS)
-    if KEEP:
+    if KEEP and not STRIP:
         store_rows(weighted + pair_rows * dim, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
 
 
@@ -152,15 +163,16 @@ def contrast_differences(
 def contrast_gradients(
     rows, columns, own, upstream, own_upstream, log_sums, gradients, power, dim, row_count, column_count, own_offset,
     wanted, needed, parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64,
-    STAGES: tl.constexpr, PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    STAGES: tl.constexpr, PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one stage: Σ over its partners of (1/τ)(Σ_j g P columns_j − g_own own_i).
 
     g and P = 2^(c·scale − log2 Z) are those of the row (students) or BY_COLUMN those of the column (teachers).
     Pair (stage, partner) is bit stage·stride + partner·partner_stride of ``wanted`` and that place in the upstream
-    [count, pairs]; ``needed`` says which stages have a gradient; ``own`` holds each row's own partners.
+    [count, pairs]; ``needed`` says which stages have a gradient; ``own`` holds each row's own partners. With STRIP the
+    columns are strips of similarities, of one pair, and the gradient a strip of the weights g P/τ.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1) % parts
@@ -172,8 +184,9 @@ def contrast_gradients(
     if SCALED:
         unit = unit * tl.load(power)
     row = i + tl.arange(0, BLOCK_ROWS)
-    mine = load_rows(pick(rows, stage), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
-    total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
+    if not STRIP:
+        mine = load_rows(pick(rows, stage), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
+        total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
     for k in range(PARTNERS):
         pair = stage * stride + k * partner_stride
         is_wanted = (bits >> pair) & 1
@@ -183,8 +196,11 @@ def contrast_gradients(
             g = tl.load(upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=row < row_count, other=0) * unit
             shift = load_vector(log_sums + place * row_count, i, row_count, BLOCK_ROWS) * LOG2E
         for j in range(start, tl.where(is_wanted == 1, stop, start), BLOCK_COLUMNS):
-            other = load_rows(matrix, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-            logits = product(mine, tl.trans(other), PRECISION) * scale
+            if STRIP:
+                logits = load_tile(matrix, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS) * scale
+            else:
+                other = load_rows(matrix, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
+                logits = product(mine, tl.trans(other), PRECISION) * scale
             if BY_COLUMN:
                 column = j + tl.arange(0, BLOCK_COLUMNS)
                 inside = column < column_count
@@ -193,7 +209,12 @@ def contrast_gradients(
                 weights = tl.exp2(logits - shift[None, :]) * g[None, :]
             else:
                 weights = tl.exp2(logits - shift[:, None]) * g[:, None]
-            total = add_product(weights.to(TYPE), other, total, PRECISION)
+            if STRIP:
+                store_tile(gradients[0], convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+            else:
+                total = add_product(convert(weights, TYPE), other, total, PRECISION)
+    if STRIP:
+        return
     if SCALED:
         total = total * (1.0 / tl.load(power))
     if part == 0 and accumulate == 0:

@@ -8,14 +8,15 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.launch import (
-    Columns, Product, architecture, column_pieces, divide, matrices, num_pieces, on_device, padded_width, power_of_two,
+    Columns, Product, architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two,
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl_tiles import (
     num_factors, relation_factors, relation_gradients, relation_losses, relation_sums,
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
-from gkd_fast.kernels.table import POLYNOMIALS, relation_group, tiles
+from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
+from gkd_fast.kernels.table import POLYNOMIALS, largest_width, relation_group, tiles
 
 LOG2E = 1.4426950408889634
 # Up to this 1/τ the sums of exp(L − 1/τ) cannot underflow in float32.
@@ -46,6 +47,8 @@ class Problem:
         self.slope = 1 / (bandwidth**2 * temperature)
         self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
         self.row_count, self.column_count = len(self.rows[0]), len(self.columns[0])
+        self.widest = max(x.shape[1] for x in self.rows)
+        self.is_wide = padded_width(self.widest) > largest_width(self.arch, self.product.name)
 
     def groups(self, kernel: str) -> Iterator[tuple[list[int], list[int]]]:
         """Blocks of stage pairs: the students and the teachers that share a launch."""
@@ -58,15 +61,27 @@ class Problem:
                 )
 
     def width(self, stages) -> int:
-        return padded_width(*(self.rows[q].shape[1] for q in stages))
+        """The padded width of a launch; strips hold no rows."""
+        return 16 if self.is_wide else padded_width(*(self.rows[q].shape[1] for q in stages))
 
     def stages(self, students: list[int], teachers: list[int]) -> list[int]:
         return students + [self.num_students + t for t in teachers]
 
+    def pieces(self, stages: list[int]) -> Iterator[Columns]:
+        most = strip_columns(self.row_count, len(stages)) if self.is_wide else None
+        return column_pieces([self.columns[q] for q in stages], self.product.torch_type, most=most)
+
+    def similarities(self, stages: list[int], piece: Columns) -> tuple[Tensor, ...]:
+        """The strips of similarities of wide rows."""
+        if not self.is_wide:
+            return ()
+        rows = (self.rows[q].to(self.product.torch_type) for q in stages)
+        return tuple(multiply(x, columns.T) for x, columns in zip(rows, piece.matrices, strict=True))
+
     def constants(self, students, teachers, config) -> dict:
         """Compile-time arguments of the two kernels that walk tiles."""
         return {
-            "S": len(students), "T": len(teachers), "OWN_SHIFT": self.own_shift,
+            "S": len(students), "T": len(teachers), "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide,
             "WIDTH": self.width(self.stages(students, teachers)), "BLOCK_ROWS": config.rows,
             "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": POLYNOMIALS[self.arch], "num_warps": config.warps,
             "num_stages": config.stages, **self.product.constants(),
@@ -79,12 +94,25 @@ def relation_kl(
     problem = Problem(students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns,
                       offset)  # fmt: skip
     x, rows = problem.rows[0], problem.row_count
+    if problem.is_wide and rows > strip_rows(problem.widest):
+        return _forward_in_strips(problem, temperature, bandwidth, product_precision)
     losses = x.new_empty(rows, problem.num_students, problem.num_teachers)
     log_sums = x.new_empty(problem.num_students, rows), x.new_empty(problem.num_teachers, rows)
     with on_device(x):
         for group in problem.groups("relation_sums"):
             _forward(problem, *group, losses, *log_sums)
     return losses, *log_sums
+
+
+def _forward_in_strips(problem: Problem, *options) -> tuple[Tensor, Tensor, Tensor]:
+    sides = problem.num_students
+    columns = problem.columns[:sides], problem.columns[sides:]
+    results = []
+    for strip in row_strips(problem.row_count, problem.widest):
+        rows = [x[strip] for x in problem.rows]
+        results.append(relation_kl(rows[:sides], rows[sides:], *options, *columns, problem.offset + strip.start))
+    losses, student_log_sums, teacher_log_sums = zip(*results, strict=True)
+    return torch.cat(losses), torch.cat(student_log_sums, dim=1), torch.cat(teacher_log_sums, dim=1)
 
 
 def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_sums):
@@ -94,16 +122,16 @@ def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_
     config = tiles("relation_sums", problem.arch, problem.product.name, problem.width(stages))
     row_blocks = triton.cdiv(rows, config.rows)
     columns = [problem.columns[q] for q in stages]
-    parts = divide(row_blocks, problem.column_count, config.columns, rows, x.device)
+    parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(x.device))
     num_sums = len(stages) + len(students) * len(teachers)
-    whole = parts == 1 and num_pieces(columns, problem.product.torch_type) == 1
-    sums = losses if whole else x.new_empty(parts, num_sums, rows)
+    sums = x.new_empty(parts, num_sums, rows)
     shifts = _own_shifts(problem, stages) if problem.own_shift else losses
     out = (losses[:, students[0] :, teachers[0] :], student_log_sums[students[0] :], teacher_log_sums[teachers[0] :])
     strides = losses.stride(0), losses.stride(1)
-    for piece in column_pieces(columns, problem.product.torch_type):
+    for piece in problem.pieces(stages):
+        strips = problem.similarities(stages, piece)
         relation_sums[(row_blocks, parts)](
-            tuple(problem.rows[q] for q in stages), piece.matrices, tuple(c.shape[1] for c in columns), sums, shifts,
+            tuple(problem.rows[q] for q in stages), strips or piece.matrices, tuple(c.shape[1] for c in columns), sums, shifts,
             *out, rows, piece.count, problem.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last),
             *strides, problem.inner, problem.outer, **problem.constants(students, teachers, config),
         )  # fmt: skip
@@ -140,12 +168,29 @@ def relation_kl_backward(
             raise ValueError("a teacher's gradient needs column_losses")
         other = (column_upstream, column_losses, column_student_log_sums, column_teacher_log_sums)
     own, other = ([x if x is None else x.contiguous() for x in side] if side else None for side in (own, other))
+    if problem.is_wide and problem.row_count > strip_rows(problem.widest):
+        return _backward_in_strips(problem, own, other, temperature, bandwidth, product_precision, needs)
     gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
     with on_device(problem.rows[0]):
         scale = _scale(problem, own[0], other and other[0]) if problem.product.scaled else own[0]
         for group in problem.groups("relation_gradients"):
             _backward(problem, *group, own, other, gradients, scale)
     return [g for g in gradients if g is not None]
+
+
+def _backward_in_strips(problem: Problem, own, other, temperature, bandwidth, product_precision, needs) -> list[Tensor]:
+    sides = problem.num_students
+    columns = problem.columns[:sides], problem.columns[sides:]
+    results = []
+    for strip in row_strips(problem.row_count, problem.widest):
+        rows = [x[strip] for x in problem.rows]
+        upstream, losses, student_log_sums, teacher_log_sums = own
+        results.append(relation_kl_backward(
+            upstream[strip], rows[:sides], rows[sides:], losses[strip], student_log_sums[:, strip],
+            teacher_log_sums[:, strip], temperature, bandwidth, product_precision, needs, *columns,
+            problem.offset + strip.start, *(other or ()),
+        ))  # fmt: skip
+    return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
 
 
 def _scale(problem: Problem, upstream: Tensor, column_upstream: Tensor | None) -> Tensor:
@@ -188,21 +233,29 @@ def _backward(problem, students, teachers, own, other, gradients, scale):
     config = tiles("relation_gradients", problem.arch, problem.product.name, problem.width(stages))
     row_blocks = triton.cdiv(rows, config.rows)
     columns = [problem.columns[q] for q in stages]
-    parts = divide(row_blocks, problem.column_count, config.columns, rows, own[0].device)
+    parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(own[0].device))
     row_factors = _factors(problem, students, teachers, own, rows, wanted, scale)
     column_factors = row_factors
     if problem.has_columns:
         column_factors = _factors(problem, students, teachers, other, problem.column_count, wanted, scale)
     out = [gradients[q] for q in stages if gradients[q] is not None]
-    partial = out if parts == 1 else [x.new_zeros(parts, *x.shape) for x in out]
-    for piece in column_pieces(columns, problem.product.torch_type):
+    partial = out if parts == 1 or problem.is_wide else [x.new_zeros(parts, *x.shape) for x in out]
+    for piece in problem.pieces(stages):
+        strips = problem.similarities(stages, piece)
+        if strips:
+            partial = [x.new_empty(rows, piece.count, dtype=problem.product.torch_type) for x in out]
         relation_gradients[(row_blocks, parts)](
-            tuple(problem.rows[q] for q in stages), piece.matrices, tuple(c.shape[1] for c in columns), tuple(partial),
-            row_factors, _piece_of(column_factors, piece), scale, rows, piece.count, problem.offset - piece.start,
-            parts, 1, problem.inner, problem.outer, WANTED=wanted, SCALED=problem.product.scaled,
-            **problem.constants(students, teachers, config),
+            tuple(problem.rows[q] for q in stages), strips or piece.matrices, tuple(c.shape[1] for c in columns),
+            tuple(partial), row_factors, _piece_of(column_factors, piece), scale, rows, piece.count,
+            problem.offset - piece.start, parts, 1, problem.inner, problem.outer, WANTED=wanted,
+            SCALED=problem.product.scaled, **problem.constants(students, teachers, config),
         )  # fmt: skip
-    if parts > 1:
+        if strips:
+            needed = [c for c, q in zip(piece.matrices, stages, strict=True) if gradients[q] is not None]
+            for x, weights, values in zip(out, partial, needed, strict=True):
+                product = multiply(weights, values)
+                x += product / scale if problem.product.scaled else product
+    if parts > 1 and not problem.is_wide:
         for x, pieces in zip(out, partial, strict=True):
             x += pieces.sum(dim=0)
 

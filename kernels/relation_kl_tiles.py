@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.tile import (
-    COUNTS, NOWHERE, add_product, bounded_exp2, column_range, load_rows, load_vector, number, product, replace_diagonal,
-    replace_missing, store_rows, store_vector, touches_edge,
+    COUNTS, NOWHERE, add_product, bounded_exp2, column_range, convert, load_rows, load_tile, load_vector, number, product, replace_diagonal,
+    replace_missing, store_rows, store_tile, store_vector, touches_edge,
 )  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -19,11 +19,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def relations(
-    rows, columns, i, j, offset, column_count, inner, MISSING: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    c, i, j, offset, column_count, inner, MISSING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
-    """R of one stage's tile: 0 on the diagonal, MISSING, unless that is 0, in columns that do not exist."""
-    c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    """R of a tile of similarities: 0 on the diagonal, MISSING, unless that is 0, in columns that do not exist."""
     r = bounded_exp2(c * inner - inner, POLYNOMIALS)
     if touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS):
         r = replace_diagonal(r, i, j, offset, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -36,11 +35,14 @@ def relations(
 def relation_sums(
     rows, columns, dims, sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, column_count, offset, parts,
     accumulate, is_last, loss_row_stride, loss_stride, inner: tl.float64, outer: tl.float64, S: tl.constexpr,
-    T: tl.constexpr, OWN_SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
-    """sums[part, k, i] over the part's columns: Z of the students, then for every teacher its Z and its S values Q."""
+    """sums[part, k, i] over the part's columns: Z of the students, then for every teacher its Z and its S values Q.
+
+    With STRIP the columns are strips of similarities [row_count, column_count], computed before.
+    """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
@@ -49,7 +51,8 @@ def relation_sums(
     shift = ()
     total = ()
     for q in tl.static_range(S + T):
-        own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
+        if not STRIP:
+            own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
         if OWN_SHIFT:
             shift = shift + (load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)[:, None],)
         else:
@@ -60,9 +63,12 @@ def relation_sums(
         students = ()
         new = ()
         for q in tl.static_range(S + T):
-            other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
-            r = relations(own[q], other, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS,
-                          PRECISION, POLYNOMIALS)  # fmt: skip
+            if STRIP:
+                c = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+            else:
+                other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
+                c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+            r = relations(c, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
             weights = tl.exp2(r * outer - shift[q])
             new = new + (total[len(new)] + tl.sum(weights, 1),)
             if q < S:
@@ -75,7 +81,7 @@ def relation_sums(
     for k in tl.static_range(S + T + S * T):
         before = sums + (part * (S + T + S * T) + k) * number(row_count, tl.int64)
         whole = whole + (total[k] + load_vector(before, i, row_count * accumulate, BLOCK_ROWS),)
-    if is_last and parts == 1:
+    if (is_last != 0) & (parts == 1):
         store_losses(whole, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride,
                      loss_stride, outer, S, T, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
     else:
@@ -132,7 +138,7 @@ def relation_losses(
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_factors(
-    upstream, losses, student_log_sums, teacher_log_sums, factors, scale, row_count, upstream_row_stride,
+    upstream, losses, student_log_sums, teacher_log_sums, factors, power, row_count, upstream_row_stride,
     upstream_stride, outer: tl.float64, slope: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
     OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +153,7 @@ def relation_factors(
     inside = row < row_count - i
     unit = number(slope, SUM)
     if SCALED:
-        unit = unit * tl.load(scale)
+        unit = unit * tl.load(power)
     log_sums = ()
     inverse = ()
     for q in tl.static_range(S + T):
@@ -236,16 +242,17 @@ def load_factors(
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_gradients(
-    rows, columns, dims, gradients, row_factors, column_factors, scale, row_count, column_count, offset, parts,
+    rows, columns, dims, gradients, row_factors, column_factors, power, row_count, column_count, offset, parts,
     accumulate, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
-    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j over the part's columns, for the stages whose bit of WANTED is set.
 
     With the factors scaled by 1/(σ²τ): M^s = R^s [U^s (α_i + α_j) − Σ_t U^t (β_it + β_jt)] and
-    M^t = R^t U^t [Σ_s (L^t − L^s)(β_is + β_js) − (η_i + η_j)].
+    M^t = R^t U^t [Σ_s (L^t − L^s)(β_is + β_js) − (η_i + η_j)]. With STRIP the columns are strips of similarities and
+    the gradients strips of M.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
@@ -254,8 +261,9 @@ def relation_gradients(
     own = ()
     total = ()
     for q in tl.static_range(S + T):
-        own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
-        if (WANTED >> q) & 1:
+        if not STRIP:
+            own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
+        if (WANTED >> q) & 1 and not STRIP:
             total = total + (tl.zeros([BLOCK_ROWS, WIDTH], SUM),)
     mine = load_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT, True)
     for j in range(start, stop, BLOCK_COLUMNS):
@@ -264,10 +272,13 @@ def relation_gradients(
         weights = ()
         mirrored = ()
         for q in tl.static_range(S + T):
-            other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
-            r = relations(own[q], other, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS,
-                          PRECISION, POLYNOMIALS)  # fmt: skip
-            tiles = tiles + (other,)
+            if STRIP:
+                c = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+            else:
+                other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
+                c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+                tiles = tiles + (other,)
+            r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
             relation = relation + (r,)
             if OWN_SHIFT:
                 column_shift = load_vector(column_factors + (S + T * S + T + q) * number(column_count, tl.int64), j,
@@ -293,11 +304,17 @@ def relation_gradients(
                         difference = (relation[q] - relation[s]) * (outer * LN2)
                         m += difference * both_sides(weights[q], mirrored[q], mine[S + (q - S) * S + s],
                                                      others[S + (q - S) * S + s], OWN_SHIFT)  # fmt: skip
-                m = (relation[q] * m).to(TYPE)
-                new = new + (add_product(m, tiles[q], total[len(new)], PRECISION),)
+                m = convert(relation[q] * m, TYPE)
+                if STRIP:
+                    store_tile(gradients[place_among(WANTED, q)], m, i, j, row_count, column_count, BLOCK_ROWS,
+                               BLOCK_COLUMNS)  # fmt: skip
+                else:
+                    new = new + (add_product(m, tiles[q], total[len(new)], PRECISION),)
         total = new
+    if STRIP:
+        return
     if SCALED:
-        unscale = 1.0 / tl.load(scale)
+        unscale = 1.0 / tl.load(power)
     for q in tl.static_range(S + T):
         if (WANTED >> q) & 1:
             out = gradients[place_among(WANTED, q)] + part * number(row_count, tl.int64) * dims[q]

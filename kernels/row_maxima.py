@@ -1,11 +1,13 @@
 """The largest similarity of every row: the shift of sums that could underflow under the common bound."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.launch import Product, architecture, column_pieces, on_device, padded_width
-from gkd_fast.kernels.table import tiles
+from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
+from gkd_fast.kernels.table import largest_width, tiles
 from gkd_fast.kernels.tile import COUNTS, load_rows, load_vector, product, replace_diagonal, replace_missing, store_vector
 
 
@@ -32,6 +34,8 @@ def row_maxima_kernel(
 
 def row_maxima(out: Tensor, rows: Tensor, columns: Tensor, offset: int, except_own: bool, product: Product) -> Tensor:
     """out_i = max_j c_ij, without row i's own column i + offset if ``except_own`` (then −1e30 where it is the only one)."""
+    if padded_width(rows.shape[1]) > largest_width(architecture(rows.device), product.name):
+        return _maxima_of_strips(out, rows, columns, offset, except_own, product)
     config = tiles("maxima", architecture(rows.device), product.name, padded_width(rows.shape[1]))
     with on_device(rows):
         for piece in column_pieces([columns], product.torch_type):
@@ -40,4 +44,17 @@ def row_maxima(out: Tensor, rows: Tensor, columns: Tensor, offset: int, except_o
                 int(piece.start > 0), except_own, padded_width(rows.shape[1]), config.rows, config.columns,
                 num_warps=config.warps, num_stages=config.stages, **product.constants(),
             )  # fmt: skip
+    return out
+
+
+def _maxima_of_strips(out, rows, columns, offset, except_own, product: Product) -> Tensor:
+    out.fill_(-1e30)
+    for strip in row_strips(len(rows), rows.shape[1]):
+        largest, own = out[strip], rows[strip].to(product.torch_type)
+        for piece in column_pieces([columns], product.torch_type, most=strip_columns(len(own), 1)):
+            similarities = multiply(own, piece.matrices[0].T)
+            first = offset + strip.start - piece.start
+            if except_own and -len(own) < first < piece.count:
+                similarities.diagonal(first).fill_(-1e30)
+            torch.maximum(largest, similarities.amax(dim=1), out=largest)
     return out

@@ -20,18 +20,26 @@ class Tiles:
     stages: int
 
 
+# The widest rows whose block and gradient fit a program; wider ones are multiplied in strips.
+LARGEST_WIDTH = 256
+
 _forced: Tiles | None = None
 
 
 @contextmanager
-def forced(rows: int, columns: int, warps: int = 4, stages: int = 1):
-    """Within this context every kernel uses these tile sizes."""
-    global _forced
-    before, _forced = _forced, Tiles(rows, columns, warps, stages)
+def forced(rows: int, columns: int, warps: int = 4, stages: int = 1, width: int = LARGEST_WIDTH):
+    """Within this context every kernel uses these tile sizes, and rows wider than ``width`` go in strips."""
+    global _forced, LARGEST_WIDTH
+    before = _forced, LARGEST_WIDTH
+    _forced, LARGEST_WIDTH = Tiles(rows, columns, warps, stages), width
     try:
         yield
     finally:
-        _forced = before
+        _forced, LARGEST_WIDTH = before
+
+
+def largest_width(arch: str, product: str) -> int:
+    return LARGEST_WIDTH
 
 
 def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
-    "accumulate", "column_count", "is_last", "loss_row_stride", "loss_stride", "offset", "own_offset", "parts",
+    "accumulate", "column_count", "count", "is_last", "loss_row_stride", "loss_stride", "offset", "own_offset", "parts",
     "needed", "partner_stride", "row_count", "stride", "upstream_row_stride", "upstream_stride", "wanted",
 ]  # fmt: skip
 
@@ -35,6 +35,15 @@ def number(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def convert(x, TYPE: tl.constexpr):
+    """x in ``TYPE``, rounded to nearest; the interpreter would cut float32 off to bfloat16."""
+    if INTERPRETED and TYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + (((bits >> 16) & 1) + 0x7FFF)).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
 def column_range(column_count, part, parts, BLOCK_COLUMNS: tl.constexpr):
     """The columns that part ``part`` of ``parts`` walks, whole tiles."""
     per_part = tl.cdiv(tl.cdiv(column_count, BLOCK_COLUMNS), parts) * BLOCK_COLUMNS
@@ -58,7 +67,7 @@ def load_rows(matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexp
     column = tl.arange(0, WIDTH)
     mask = (row[:, None] < count - start) & (column[None, :] < dim)
     corner = matrix + number(start, tl.int64) * dim
-    return tl.load(corner + (row[:, None] * dim + column[None, :]), mask=mask, other=0).to(TYPE)  # [BLOCK, WIDTH]
+    return convert(tl.load(corner + (row[:, None] * dim + column[None, :]), mask=mask, other=0), TYPE)  # [BLOCK, WIDTH]
 
 
 @triton.jit
@@ -69,6 +78,22 @@ def store_rows(matrix, values, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl
     mask = (row[:, None] < count - start) & (column[None, :] < dim)
     corner = matrix + number(start, tl.int64) * dim
     tl.store(corner + (row[:, None] * dim + column[None, :]), values, mask=mask)
+
+
+@triton.jit
+def load_tile(matrix, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The tile at (i, j) of a contiguous [row_count, column_count] matrix, zero beyond its edges."""
+    row, column = i + tl.arange(0, BLOCK_ROWS), j + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row[:, None] < row_count) & (column[None, :] < column_count)
+    return tl.load(matrix + (row.to(tl.int64)[:, None] * column_count + column[None, :]), mask=mask, other=0)
+
+
+@triton.jit
+def store_tile(matrix, tile, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The inverse of ``load_tile``."""
+    row, column = i + tl.arange(0, BLOCK_ROWS), j + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row[:, None] < row_count) & (column[None, :] < column_count)
+    tl.store(matrix + (row.to(tl.int64)[:, None] * column_count + column[None, :]), tile, mask=mask)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.launch import on_device
-from gkd_fast.kernels.tile import number, pick
+from gkd_fast.kernels.tile import convert, number, pick
 
 BLOCK_ROWS, BLOCK_WIDTH = 8, 128
 
@@ -76,7 +76,7 @@ def unit_rows_gradient(
         block = load_block(g, i, k, count, dim, row_stride, stride, TYPE, ROWS, WIDTH)
         e = load_block(unit, i, k, count, dim, dim, 1, TYPE, ROWS, WIDTH)
         block = (block - e * along[:, None]) * inverse[:, None]
-        store_block(gradient, block.to(gradient.dtype.element_ty), i, k, count, dim, ROWS, WIDTH)
+        store_block(gradient, convert(block, gradient.dtype.element_ty), i, k, count, dim, ROWS, WIDTH)
 
 
 def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
