@@ -20,6 +20,7 @@ from bench.gpu import measured as measuring
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
 BATCHES = (1024, 4096, 16384, 65536, 262144)
 DIRECTIONS = ("forward", "backward")
+COPIED_TYPES = {"bfloat16": 2, "float16": 2}  # columns are copied in the product's type, of so many bytes
 SECTION = "predicted"
 SCHEMA = 1
 
@@ -48,6 +49,7 @@ class KernelReport:
     exemption: str | None
     mix: dict[str, int]
     clocks: dict[str, dict[str, float]]
+    launches: int
     programs: dict[int, int]
     steps: dict[int, int]
     predicted: dict[str, dict[int, dict]]
@@ -85,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     times = load_measured(arguments.json)
     if arguments.measure:
-        times += measuring.measure(wanted_times(kernels), console)
+        times += measuring.measure(list(time_rows(kernels)), console)
     console.print(rich_table(*resource_table(kernels), "resources"))
     if arguments.mix:
         console.print(rich_table(*clock_table(kernels), "multiprocessor clocks per step and program, by unit"))
@@ -129,8 +131,15 @@ def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
         spec.op, spec.kernel, spec.direction, spec.arch, spec.dtype, spec.dim, stages, (spec.block_rows, spec.block_columns),
         binary.warps, binary.registers, binary.shared_bytes, binary.resident_programs(), binary.occupancy(),
         binary.stack_bytes, binary.spills(), spec.exemption, dict(binary.mix().most_common()), clocks,
-        {batch: spec.programs(batch) for batch in batches}, {batch: spec.trips(batch) for batch in batches}, predicted,
+        launches(spec, stages), {batch: spec.programs(batch) for batch in batches}, {batch: spec.trips(batch) for batch in batches}, predicted,
     )  # fmt: skip
+
+
+def launches(spec, stages: int) -> int:
+    """How often the kernel is launched for S = T = ``stages``: relation_kl's take groups of stages."""
+    if spec.op != "relation_kl" or "S" not in spec.constexprs:
+        return 1
+    return -(-stages // spec.constexprs["S"]) * -(-stages // spec.constexprs["T"])
 
 
 def resource_table(kernels: list[KernelReport]) -> tuple[list[str], list[list[str]]]:
@@ -170,20 +179,64 @@ class Work:
     batch: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The kernels that a direction of an op launches at large batch sizes, and the matrices whose columns it copies."""
+
+    kernels: tuple[str, ...]
+    copies: int
+
+
+def plan(work: Work) -> Plan:
+    """Of one direction alone; gradients to students, or to nodes and messages."""
+    forward, stages = work.direction == "forward", work.stages
+    if work.op == "relation_kl":
+        return Plan(("relation_sums",) if forward else ("relation_factors", "relation_gradients"), 2 * stages)
+    if work.op == "node_contrast":
+        from gkd_fast.ops.node_contrast import KEEP_WEIGHTED_BYTES
+
+        if stages**2 * work.batch * work.dim * 4 <= KEEP_WEIGHTED_BYTES:
+            return Plan(("contrast_sums",), stages) if forward else Plan(("contrast_differences",), 0)
+        return Plan(("contrast_sums without weighted",) if forward else ("contrast_gradients of students",), stages)
+    if work.op == "unit_rows":
+        return Plan(("unit_rows_forward" if forward else "unit_rows_gradient",), 0)
+    if forward:
+        return Plan(("graph_degree_sums", "graph_sums, symmetric"), 3)
+    return Plan(("graph_sums, messages' gradient", "graph_gradients"), 5)
+
+
 def time_rows(kernels: list[KernelReport]) -> dict[Work, tuple[float, str]]:
-    """(predicted seconds, limiting unit of the longest kernel) of each op's forward, and forward and backward."""
-    found: dict[Work, list[tuple[float, str]]] = {}
+    """(predicted seconds, limiting unit of the longest kernel) of each op's forward, and forward and backward.
+
+    relation_kl with more stages than share a launch counts every launch as a whole group.
+    """
+    found: dict[Work, tuple[float, str]] = {}
+    by_setting: dict[tuple, dict[str, KernelReport]] = {}
     for kernel in kernels:
-        for device, by_batch in kernel.predicted.items():
-            for batch, prediction in by_batch.items():
-                for direction in DIRECTIONS[DIRECTIONS.index(kernel.direction) :]:
-                    work = Work(device, kernel.op, direction, kernel.dtype, kernel.dim, kernel.stages, batch)
-                    found.setdefault(work, []).append((prediction["seconds"], prediction["limit"]))
-    return {work: (sum(seconds for seconds, _ in parts), max(parts)[1]) for work, parts in found.items()}
+        by_setting.setdefault((kernel.op, kernel.arch, kernel.dtype, kernel.dim, kernel.stages), {})[kernel.kernel] = kernel
+    for (op, arch, dtype, dim, stages), by_name in by_setting.items():
+        for device in devices.of_arch(arch):
+            for batch in next(iter(by_name.values())).programs:
+                parts = []
+                for direction in DIRECTIONS:
+                    work = Work(device.name, op, direction, dtype, dim, stages, batch)
+                    parts += _parts(work, by_name, device)
+                    found[work] = sum(seconds for seconds, _ in parts), max(parts)[1]
+    return found
 
 
-def wanted_times(kernels: list[KernelReport]) -> list[Work]:
-    return list(time_rows(kernels))
+def _parts(work: Work, by_name: dict[str, KernelReport], device: devices.Device) -> list[tuple[float, str]]:
+    """(seconds, limiting unit) of each kernel of one direction and of the copies of the columns."""
+    steps = plan(work)
+    chosen = [by_name[name] for name in steps.kernels]
+    parts = []
+    for kernel in chosen:
+        prediction = kernel.predicted[device.name][work.batch]
+        parts.append((prediction["seconds"] * kernel.launches, prediction["limit"]))
+    if work.dtype in COPIED_TYPES:
+        moved = steps.copies * work.batch * work.dim * (4 + COPIED_TYPES[work.dtype])
+        parts.append((moved / device.memory_bandwidth, "memory"))
+    return parts
 
 
 def time_table(kernels: list[KernelReport], times: list[dict]) -> tuple[list[str], list[list[str]]]:
