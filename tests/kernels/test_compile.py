@@ -26,7 +26,7 @@ FULL_TYPES, FULL_WIDTHS = ("bfloat16", "float16", "tf32"), (64, 128, 256)
 OTHER_TYPES = ("tf32x3", "float32", "float64")
 
 # All combinations take long: `make test-kernels` compiles them, `make test` these.
-ALWAYS = [("sm_90", "bfloat16", 128), ("gfx942", "bfloat16", 64)]
+ALWAYS = [("sm_90", "bfloat16", 128), ("gfx942", "bfloat16", 64), ("sm_90", "float16", 512)]
 ALL = [(arch, dtype, dim) for arch in ARCHITECTURES for dtype in FULL_TYPES for dim in FULL_WIDTHS] + [
     (arch, dtype, 128) for arch in ARCHITECTURES for dtype in OTHER_TYPES
 ]
