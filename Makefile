@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test test-kernels bench clean
+.PHONY: install demo test test-kernels bench lint format clean
 
 install: $(VENV)/installed
 
@@ -11,12 +11,13 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy ninja setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,bench,lint]'
 	touch $@
 
+# SEEDS=2 makes it short.
 demo: install
 	rm -rf runs/demo
-	$(BIN)/gkd-train compare --config configs/demo.yaml
+	$(BIN)/gkd-train compare --config configs/demo.yaml $(if $(SEEDS),--seeds $(SEEDS))
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -29,6 +30,15 @@ test-kernels: install
 # Measures what runs/bench.json has not; remove it to measure all again.
 bench: install
 	$(BIN)/python -m bench targets --json runs/bench.json --plot docs/performance.png --markdown docs/performance.md
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --fix --quiet .
 
 clean:
 	rm -rf build runs *.egg-info $(VENV)

@@ -6,6 +6,7 @@ PyTorch, without a compiler or with ``GKD_FAST_NO_EXTENSION=1`` the package inst
 """
 
 import os
+import platform
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -24,11 +25,14 @@ def extension_options() -> dict:
         print("gkd_fast: PyTorch is not installed here, so the C++ extension is left out")
         return {}
     sanitize = os.environ.get("GKD_FAST_SANITIZE") == "1"
-    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi"]
+    if platform.system() == "Linux":
+        # at::parallel_for is a pragma in a header. Not linked with: the OpenMP runtime is the one PyTorch brings.
+        flags.append("-fopenmp")
     link = ["-Wl,--exclude-libs,ALL"] if os.name == "posix" else []
     if sanitize:
         checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        flags = ["-O1", "-g", "-fno-omit-frame-pointer", *flags[1:], *checks]
+        flags = ["-O1", "-g", "-fno-omit-frame-pointer", *flags[2:], *checks]
         link = checks
 
     class Build(BuildExtension):

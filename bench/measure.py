@@ -133,4 +133,3 @@ def _fill_ratios(row: Row, rows: dict[str, Row]) -> None:
         row.speedup = base / row.least()
     if "floor" in rows:
         row.floor_ratio = row.least() / rows["floor"].least()
-

@@ -52,7 +52,9 @@ def markdown_cases(cases: list[tuple[Case, list[Row]]]) -> str:
         lines = [_markdown_row(["work", *headers]), _markdown_row(["---", "---", *["---:"] * (len(headers) - 1)])]
         for case, rows in chosen:
             for row in rows:
-                found = cells(row) if row.status == "ok" else [f"{row.status}: {row.reason}", *[""] * (len(headers) - 2)]
+                found = (
+                    cells(row) if row.status == "ok" else [f"{row.status}: {row.reason}", *[""] * (len(headers) - 2)]
+                )
                 lines.append(_markdown_row([case.name(), row.backend, *found]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -81,7 +83,9 @@ def write_section(path: Path, section: str, content: str) -> None:
 
 
 def describe(machine: dict) -> str:
-    sets = ", ".join(name for name, present in machine["instruction_sets"].items() if present) or "none of those asked for"
+    sets = (
+        ", ".join(name for name, present in machine["instruction_sets"].items() if present) or "none of those asked for"
+    )
     lacking = ", ".join(name for name, present in machine["instruction_sets"].items() if not present) or "none"
     gpu = f"{machine['gpu']} (CUDA {machine['cuda']}), " if "gpu" in machine else ""
     return (

@@ -27,7 +27,7 @@ class Snapshot:
     def restore(self) -> None:
         for owner, name, buffer, value in self.buffers:
             owner._buffers[name] = buffer
-            if buffer is not None:
+            if buffer is not None and value is not None:
                 buffer.copy_(value)
         torch.set_rng_state(self.cpu_state)
         for device, state in self.cuda_states.items():

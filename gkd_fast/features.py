@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class StageFeatures:
         self._modules = [modules[name] for name in self.stages]
         self._handles = [module.register_forward_hook(self._collect) for module in dict.fromkeys(self._modules)]
 
-    def __call__(self, *args, **kwargs) -> tuple[object, list[Tensor]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[object, list[Tensor]]:
         """The model's output and the list of stage features.
 
         Raises:
@@ -107,7 +108,9 @@ class StageFeatures:
         if self._wants_gradient and not torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             name = self.stages[self._modules.index(module)]
             raise RuntimeError(f"stage {name!r} runs without gradient; if checkpointed, it needs use_reentrant=False")
-        self._outputs[module].append(output.clone() if self.pool is None else _own(pool_features(output, self.pool), output))
+        self._outputs[module].append(
+            output.clone() if self.pool is None else _own(pool_features(output, self.pool), output)
+        )
 
     def _in_order(self, outputs: dict[nn.Module, list[Tensor]]) -> list[Tensor]:
         for name, module in zip(self.stages, self._modules):
@@ -130,5 +133,7 @@ def _own(pooled: Tensor, output: Tensor) -> Tensor:
 def _unwrap(model: nn.Module) -> nn.Module:
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.eval_frame.OptimizedModule)
     while isinstance(model, wrappers):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
     return model

@@ -1,13 +1,14 @@
 """The public functions: check the arguments, choose the backend and the precision, and call it.
 
 Every function takes raw features, L2-normalises their rows and is differentiable; backend="reference" any number of
-times, the fused backends once (a second derivative or forward mode is an error there, never a silent zero).
+times, the fused backends twice, with respect to every input and the upstream (a third derivative or forward mode is an
+error there, never a silent zero).
 """
 
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -301,7 +302,9 @@ def _bandwidth(bandwidth: float | Tensor | str, nodes: Tensor, dtype: torch.dtyp
     return bandwidth
 
 
-def _check_stages(students, teachers) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
+def _check_stages(
+    students: Tensor | Sequence[Tensor], teachers: Tensor | Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
     sides = {}
     for side, stages in (("students", students), ("teachers", teachers)):
         stages = [stages] if isinstance(stages, Tensor) else list(stages)
@@ -318,7 +321,9 @@ def _check_stages(students, teachers) -> tuple[list[Tensor], list[Tensor], torch
     return sides["students"], sides["teachers"], _compute_dtype(named)
 
 
-def _check_pairs(pairs, num_students: int, num_teachers: int) -> list[list[bool]] | None:
+def _check_pairs(
+    pairs: Sequence[tuple[int, int]] | None, num_students: int, num_teachers: int
+) -> list[list[bool]] | None:
     if pairs is None:
         return None
     wanted = [[False] * num_teachers for _ in range(num_students)]
@@ -346,7 +351,6 @@ def autocast_enabled(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def autocast_disabled(tensor: Tensor):
+def autocast_disabled(tensor: Tensor) -> AbstractContextManager[None]:
     """A context in which operations on the tensor's device keep their types."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else nullcontext()

@@ -3,14 +3,15 @@
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd_fast import functional
-from gkd_fast._snapshot import Snapshot
-from gkd_fast.features import Pool, StageFeatures, check_pool, pool_features
+from gkd_fast._stages import check_dims, check_pairs, frozen_widths, widths_of_stages
+from gkd_fast.features import Pool, check_pool, pool_features
 from gkd_fast.modules import BatchGCN, PairWeightNetwork
 from gkd_fast.reference import unit_rows
 
@@ -32,9 +33,9 @@ CHECKED_CALLS = (1, 100)
 class GraphKDLoss(nn.Module):
     """Graph-based representation knowledge distillation (Yang et al., 2024, DOI 10.12263/DZXB.20230976).
 
-    Each stage's features become a graph over the batch and, through a :class:`gkd_fast.BatchGCN`, graph embeddings. For
-    every wanted pair of a student stage s and a teacher stage t two losses per sample are weighted by w[b,s,t], averaged
-    over the batch, summed over the pairs and divided by the number of student stages:
+    Each stage's features become a graph over the batch and, through a :class:`gkd_fast.BatchGCN`, graph embeddings.
+    For every wanted pair of a student stage s and a teacher stage t two losses per sample are weighted by w[b,s,t],
+    averaged over the batch, summed over the pairs and divided by the number of student stages:
 
     - ``node``: :func:`gkd_fast.functional.node_contrast`,
     - ``relation``: :func:`gkd_fast.functional.relation_kl`.
@@ -69,6 +70,8 @@ class GraphKDLoss(nn.Module):
         ValueError, TypeError: an argument has a wrong shape, type or value.
     """
 
+    wanted_pairs: Tensor
+
     def __init__(
         self,
         student_dims: int | Sequence[int],
@@ -89,9 +92,9 @@ class GraphKDLoss(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.student_dims = _dims("student_dims", student_dims)
-        self.teacher_dims = _dims("teacher_dims", teacher_dims)
-        self.pairs = _pairs(pairs, len(self.student_dims), len(self.teacher_dims))
+        self.student_dims = check_dims("student_dims", student_dims)
+        self.teacher_dims = check_dims("teacher_dims", teacher_dims)
+        self.pairs = check_pairs(pairs, len(self.student_dims), len(self.teacher_dims))
         functional.check_positive("node_temperature", node_temperature)
         functional.check_positive("relation_temperature", relation_temperature)
         for name, value in (("node_weight", node_weight), ("relation_weight", relation_weight)):
@@ -107,10 +110,18 @@ class GraphKDLoss(nn.Module):
         self.node_weight = node_weight
         self.relation_weight = relation_weight
         self.teacher_graph = teacher_graph
+        self.bandwidth = bandwidth
         self.pool = pool
         self.backend = backend
 
-        options = {"layers": layers, "bandwidth": bandwidth, "normalization": normalization, "backend": backend}
+        options: dict[str, Any] = {
+            "layers": layers,
+            "bandwidth": bandwidth,
+            "normalization": normalization,
+            "backend": backend,
+        }
+        self.teacher_heads: nn.ModuleList | None = None
+        self.classifier: nn.Linear | None = None
         if teacher_graph == "labels":
             if num_classes is None:
                 raise ValueError("num_classes is needed for teacher_graph='labels', got None")
@@ -118,8 +129,7 @@ class GraphKDLoss(nn.Module):
             self.classifier = nn.Linear(embed_dim, num_classes)
             widths = [embed_dim] * len(self.student_dims)
         else:
-            self.teacher_heads = self.classifier = None
-            widths = _frozen_widths(self.teacher_dims, self.pairs, len(self.student_dims))
+            widths = frozen_widths(self.teacher_dims, self.pairs, len(self.student_dims))
         self.student_heads = nn.ModuleList(BatchGCN(d, w, **options) for d, w in zip(self.student_dims, widths))
         wanted = torch.zeros(len(self.student_dims), len(self.teacher_dims))
         wanted[tuple(zip(*self.pairs))] = 1
@@ -137,7 +147,7 @@ class GraphKDLoss(nn.Module):
         *,
         student_stages: Sequence[str],
         teacher_stages: Sequence[str],
-        **options,
+        **options: Any,
     ) -> "GraphKDLoss":
         """The loss for two models, with the stages' widths read off a forward pass of each on ``sample``.
 
@@ -156,8 +166,9 @@ class GraphKDLoss(nn.Module):
             ValueError: a stage is no module of its model, or its output is not features.
         """
         pool = options.get("pool", "mean")
-        dims = (_stage_dims(m, stages, sample, pool) for m, stages in ((student, student_stages), (teacher, teacher_stages)))
-        return cls(*dims, **options)
+        student_dims = widths_of_stages(student, student_stages, sample, pool)
+        teacher_dims = widths_of_stages(teacher, teacher_stages, sample, pool)
+        return cls(student_dims, teacher_dims, **options)
 
     def forward(
         self, student_feats: Features, teacher_feats: Features, target: Tensor | None = None, *, weights: Weights = None
@@ -188,7 +199,9 @@ class GraphKDLoss(nn.Module):
         students = self._nodes("student_feats", student_feats, self.student_dims)
         teachers = [x.detach() for x in self._nodes("teacher_feats", teacher_feats, self.teacher_dims)]
         if len(students[0]) != len(teachers[0]):
-            raise ValueError(f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}")
+            raise ValueError(
+                f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"
+            )
         self._last = {"student_nodes": [x.detach() for x in students], "teacher_nodes": teachers}
         student_embeddings = [head(x) for head, x in zip(self.student_heads, students)]
         if self.teacher_heads is None:
@@ -228,7 +241,7 @@ class GraphKDLoss(nn.Module):
             )
             terms["relation"] = self.relation_weight * self._weighted_mean(losses, pair_weights)
         if self.classifier is not None and target is not None:
-            terms["teacher_graph"] = self._teacher_graph_loss(teacher_embeddings, target)
+            terms["teacher_graph"] = _teacher_graph_loss(self.classifier, teacher_embeddings, target)
         if self.training and not torch.compiler.is_compiling():
             self._training_calls += 1
             if self._training_calls in CHECKED_CALLS:
@@ -242,10 +255,10 @@ class GraphKDLoss(nn.Module):
         Training-mode calls look at this themselves, at the first (neighbours) and the hundredth (embeddings too).
 
         Returns:
-            - ``node_loss_minus_log_batch``: mean node loss of the wanted pairs minus log B; near 0 nothing is told apart.
-            - ``student_neighbors``, ``teacher_neighbors``: effective neighbours per graph convolution, mean over the batch,
-              1 to B (:func:`gkd_fast.functional.effective_neighbors`).
-            - ``student_cosine``, ``teacher_cosine``: mean cosine of two different embeddings per stage; near 1 all coincide.
+            - ``node_loss_minus_log_batch``: mean node loss of the wanted pairs minus log B; near 0 none is told apart.
+            - ``student_neighbors``, ``teacher_neighbors``: effective neighbours per graph convolution, mean over the
+              batch, 1 to B (:func:`gkd_fast.functional.effective_neighbors`).
+            - ``student_cosine``, ``teacher_cosine``: mean cosine of two embeddings per stage; near 1 all coincide.
             - ``weight_mean``, ``weight_std``: of the wanted pairs' weights.
 
         Raises:
@@ -256,7 +269,10 @@ class GraphKDLoss(nn.Module):
         last = self._last
         batch = len(last["weights"])
         weights = last["weights"][:, self.wanted_pairs.bool()]
-        report = {"weight_mean": weights.mean().item(), "weight_std": weights.std(correction=0).item()}
+        report: dict[str, float | list[float]] = {
+            "weight_mean": weights.mean().item(),
+            "weight_std": weights.std(correction=0).item(),
+        }
         if "node_losses" in last:
             node_loss = last["node_losses"][:, self.wanted_pairs.bool()].mean().item()
             report["node_loss_minus_log_batch"] = node_loss - math.log(batch)
@@ -264,8 +280,8 @@ class GraphKDLoss(nn.Module):
             report[f"{side}_cosine"] = [_mean_cosine(e) for e in last[f"{side}_embeddings"]]
             if heads is not None and f"{side}_nodes" in last:
                 report[f"{side}_neighbors"] = [
-                    functional.effective_neighbors(x, head.bandwidth, backend=self.backend).mean().item()
-                    for head, x in zip(heads, last[f"{side}_nodes"])
+                    functional.effective_neighbors(x, self.bandwidth, backend=self.backend).mean().item()
+                    for x in last[f"{side}_nodes"]
                 ]
         self._warn_if_vacuous(report, batch)
         return report
@@ -291,7 +307,9 @@ class GraphKDLoss(nn.Module):
             if nodes[k].shape[1] != dim:
                 raise ValueError(f"{name}[{k}] must have width {dim}, got shape {tuple(x.shape)}")
             if len(nodes[k]) != len(nodes[0]):
-                raise ValueError(f"{name}[{k}] must have the batch size of {name}[0] ({len(nodes[0])}), got {len(nodes[k])}")
+                raise ValueError(
+                    f"{name}[{k}] must have the batch size of {name}[0] ({len(nodes[0])}), got {len(nodes[k])}"
+                )
         return nodes
 
     def _pair_weights(self, weights: Weights, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
@@ -309,14 +327,18 @@ class GraphKDLoss(nn.Module):
             raise TypeError(f"weights must be a Tensor, a PairWeightNetwork or None, got {type(weights).__name__}")
         if weights.shape != shape:
             raise ValueError(f"weights must have shape {shape}, got {tuple(weights.shape)}")
+        if weights.device != students[0].device:
+            raise ValueError(
+                f"weights must be on the device of the features ({students[0].device}), got {weights.device}"
+            )
         return weights.to(dtype) * self.wanted_pairs.to(dtype)
 
     def _node_losses(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         """Node losses ``[B, S, T]``, 0 where a pair is not wanted; stages of one width go together."""
-        options = {"temperature": self.node_temperature, "backend": self.backend}
+        options: dict[str, Any] = {"temperature": self.node_temperature, "backend": self.backend}
         if len({x.shape[1] for x in (*students, *teachers)}) == 1:
             return functional.node_contrast(students, teachers, pairs=self.pairs, **options)
-        losses = 0
+        losses = torch.zeros((), device=students[0].device)
         for width in {students[s].shape[1] for s, _ in self.pairs}:
             pairs = [(s, t) for s, t in self.pairs if students[s].shape[1] == width]
             rows, columns = sorted({s for s, _ in pairs}), sorted({t for _, t in pairs})
@@ -335,17 +357,6 @@ class GraphKDLoss(nn.Module):
         """Mean over the batch, sum over the pairs, divided by the number of student stages."""
         return (losses * weights).sum() / (len(losses) * len(self.student_dims))
 
-    def _teacher_graph_loss(self, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:
-        batch, classes = len(embeddings[0]), self.classifier.out_features
-        if target.shape != ((batch, classes) if target.is_floating_point() else (batch,)):
-            raise ValueError(
-                f"target must be {batch} integer labels or probabilities [{batch}, {classes}], "
-                f"got {target.dtype} of shape {tuple(target.shape)}"
-            )
-        logits = [self.classifier(e) for e in embeddings]
-        logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-        return torch.stack([F.cross_entropy(x, target) for x in logits]).sum()
-
     def _warn_if_vacuous(self, report: dict, batch: int) -> None:
         if self._warned or batch < VACUOUS_MIN_BATCH:
             return
@@ -360,7 +371,9 @@ class GraphKDLoss(nn.Module):
         if reasons:
             self._warned = True
             warnings.warn(
-                "the batch's graph says next to nothing: " + "; ".join(reasons) + "; try bandwidth='auto' or a smaller one",
+                "the batch's graph says next to nothing: "
+                + "; ".join(reasons)
+                + "; try bandwidth='auto' or a smaller one",
                 stacklevel=2,
             )
 
@@ -369,41 +382,18 @@ class GraphKDLoss(nn.Module):
         return self.__dict__ | {"_last": {}}
 
 
-def _dims(name: str, dims: int | Sequence[int]) -> list[int]:
-    dims = [dims] if isinstance(dims, int) else list(dims)
-    if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
-        raise ValueError(f"{name} must be a positive int or a list of them, got {dims}")
-    return dims
-
-
-def _pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_teachers: int) -> list[tuple[int, int]]:
-    if pairs == "all":
-        return [(s, t) for s in range(num_students) for t in range(num_teachers)]
-    if pairs == "matched":
-        if num_students != num_teachers:
-            raise ValueError(f"pairs='matched' needs as many student as teacher stages, got {num_students}, {num_teachers}")
-        return [(k, k) for k in range(num_students)]
-    if isinstance(pairs, str) or not pairs:
-        raise ValueError(f"pairs must be 'all', 'matched' or a list of (student stage, teacher stage), got {pairs!r}")
-    pairs = sorted({(int(s), int(t)) for s, t in pairs})
-    for s, t in pairs:
-        if not (0 <= s < num_students and 0 <= t < num_teachers):
-            raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
-    return pairs
-
-
-def _frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]], num_students: int) -> list[int]:
-    """The width to which each student stage's graph convolutions lead: that of the teacher stages it is paired with."""
-    widths = []
-    for stage in range(num_students):
-        paired = {teacher_dims[t] for s, t in pairs if s == stage}
-        if len(paired) > 1:
-            raise ValueError(
-                f"teacher_graph='frozen' needs teacher stages of one width for each student stage; student stage {stage} "
-                f"is paired with widths {sorted(paired)}: choose pairs='matched' or a list"
-            )
-        widths.append(paired.pop() if paired else teacher_dims[0])
-    return widths
+def _teacher_graph_loss(classifier: nn.Linear, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:
+    batch, classes = len(embeddings[0]), classifier.out_features
+    if target.shape != ((batch, classes) if target.is_floating_point() else (batch,)):
+        raise ValueError(
+            f"target must be {batch} integer labels or probabilities [{batch}, {classes}], "
+            f"got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if target.device != embeddings[0].device:
+        raise ValueError(f"target must be on the device of the features ({embeddings[0].device}), got {target.device}")
+    logits = [classifier(e) for e in embeddings]
+    logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+    return torch.stack([F.cross_entropy(x, target) for x in logits]).sum()
 
 
 def _mean_cosine(x: Tensor) -> float:
@@ -411,18 +401,3 @@ def _mean_cosine(x: Tensor) -> float:
     e = unit_rows(x.to(torch.promote_types(x.dtype, torch.float32)))
     batch = len(e)
     return ((e.sum(dim=0).square().sum() - e.square().sum()) / max(batch * (batch - 1), 1)).item()
-
-
-def _stage_dims(model: nn.Module, stages: Sequence[str], sample: Tensor, pool: Pool) -> list[int]:
-    modes = {m: m.training for m in model.modules()}
-    snapshot = Snapshot([model])
-    collector = StageFeatures(model, stages, pool)
-    try:
-        model.eval()
-        with torch.no_grad():
-            return [x.shape[1] for x in collector(sample)[1]]
-    finally:
-        collector.remove()
-        snapshot.restore()
-        for module, mode in modes.items():
-            module.training = mode

@@ -9,15 +9,23 @@ from gkd_fast._snapshot import Snapshot
 
 Objective = Callable[[], Tensor]
 
+SECOND_DERIVATIVES = ("exact", "differences")
+# Length of the step θ ± εv over that of θ.
+DIFFERENCE_LENGTH = {torch.float32: 1e-3, torch.float64: 1e-5}
+
 
 class UnrolledSGD:
     """Takes SGD steps on ``params``, then carries an outer gradient back through them to other parameters.
 
     A step is that of :class:`torch.optim.SGD` with momentum starting at zero: g = ∇L + wd·θ, m' = μ m + g,
     θ' = θ − η m' (Nesterov: θ' = θ − η (g + μ m')). The way back is the adjoint of the steps: each is replayed from its
-    saved state and differentiated a second time, so the memory for activations is that of one step; parameters and
-    momenta are kept for every step. An objective must be a function of the parameters, buffers and PyTorch's random
-    state alone, so that the replay sees what the step saw. A parameter without gradient in a step is left alone in it.
+    saved state, so the memory for activations is that of one step; parameters and momenta are kept for every step. An
+    objective must be a function of the parameters, buffers and PyTorch's random state alone, so that the replay sees
+    what the step saw. A parameter without gradient in a step is left alone in it.
+
+    What a replay is for is the product of the step's second derivatives with a vector v: ``"exact"`` differentiates the
+    gradient a second time; ``"differences"`` takes [∇L(θ + εv) − ∇L(θ − εv)]/(2ε), two gradients and no second
+    derivative, which is an estimate (Liu et al., *DARTS*, 2019, at every step instead of one).
 
     The scheme is that of Jang et al., *Learning What and Where to Transfer*, 2019. ::
 
@@ -36,6 +44,7 @@ class UnrolledSGD:
         momentum: μ ≥ 0.
         weight_decay: wd ≥ 0.
         nesterov: Nesterov momentum; needs μ > 0.
+        second_derivatives: ``"exact"`` or ``"differences"``.
 
     Raises:
         ValueError: no parameter, one given twice, or a setting out of range.
@@ -49,7 +58,11 @@ class UnrolledSGD:
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        second_derivatives: str = "exact",
     ):
+        if second_derivatives not in SECOND_DERIVATIVES:
+            raise ValueError(f"second_derivatives must be one of {SECOND_DERIVATIVES}, got {second_derivatives!r}")
+        self._second_derivatives = second_derivatives
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         self._params: list[Tensor] = []
         self._settings: list[dict] = []
@@ -64,7 +77,8 @@ class UnrolledSGD:
         if len({id(p) for p in self._params}) < len(self._params):
             raise ValueError("params must not hold the same parameter twice")
         self._modules = [modules] if isinstance(modules, nn.Module) else list(modules)
-        self._trajectory: list[tuple[Objective, _State]] = []
+        # For each step its objective, the state before it, and which parameters had a gradient in it.
+        self._trajectory: list[tuple[Objective, _State, list[bool]]] = []
         self._start: _State | None = None
         self._momenta = [torch.zeros_like(p) for p in self._params]
 
@@ -76,7 +90,7 @@ class UnrolledSGD:
         self.rollback()
 
     def step(self, objective: Objective) -> Tensor:
-        """One SGD step on a scalar objective, which is called once now and once in :meth:`hypergradient`.
+        """One SGD step on a scalar objective, which :meth:`hypergradient` calls again (once; twice for "differences").
 
         Returns:
             The objective's value before the step, detached.
@@ -96,7 +110,7 @@ class UnrolledSGD:
                 m = self._momenta[i] = s["momentum"] * self._momenta[i] + g
                 p.sub_(s["lr"] * (g + s["momentum"] * m if s["nesterov"] else m))
         torch.clear_autocast_cache()
-        self._trajectory.append((objective, state))
+        self._trajectory.append((objective, state, [g is not None for g in gradients]))
         return value
 
     def hypergradient(self, outer_objective: Objective, wrt: Iterable[Tensor]) -> list[Tensor]:
@@ -120,9 +134,13 @@ class UnrolledSGD:
             # a = ∂J/∂θ and b = ∂J/∂m after the step that is undone next.
             a, meta = gradients[: len(self._params)], gradients[len(self._params) :]
             b = [torch.zeros_like(p) for p in self._params]
-            for objective, state in reversed(self._trajectory):
-                state.restore(self._params)
-                a, b, meta = self._undo(objective, a, b, meta, wrt)
+            for objective, state, touched in reversed(self._trajectory):
+                a, b, v = self._undo(touched, a, b)
+                # h = (∂²L/∂θ²) v and (∂²L/∂φ∂θ)ᵀ v.
+                products = self._exact if self._second_derivatives == "exact" else self._differences
+                second = products(objective, state, v, [*self._params, *wrt])
+                a = [_add(x, h) for x, h in zip(a, second)]
+                meta = [_add(x, h) for x, h in zip(meta, second[len(a) :])]
         finally:
             self.rollback()
         return meta
@@ -140,28 +158,49 @@ class UnrolledSGD:
         if self._start is None:
             self._start = _State(self._params, self._momenta, self._modules)
 
-    def _undo(self, objective: Objective, a, b, meta, wrt: Sequence[Tensor]):
-        """One step of the adjoint: (a, b) before the step, and the meta-gradient with the step's part in it."""
-        _, gradients = self._differentiate(objective, self._params, create_graph=True)
-        a, b = list(a), list(b)
-        outputs, cotangents = [], []
-        for i, (g, s) in enumerate(zip(gradients, self._settings)):
-            if g is None:
+    def _undo(self, touched: Sequence[bool], a, b):
+        """One step of the adjoint but for its second derivatives: (a, b) before the step, and v = ∂J/∂g, None where
+        there was no gradient."""
+        a, b, v = list(a), list(b), [None] * len(a)
+        for i, s in enumerate(self._settings):
+            if not touched[i]:
                 continue
             # n = ∂J/∂m' = b − η a (Nesterov: b − η μ a); v = ∂J/∂g = n (Nesterov: n − η a).
             n = b[i] - s["lr"] * (s["momentum"] * a[i] if s["nesterov"] else a[i])
-            v = n - s["lr"] * a[i] if s["nesterov"] else n
-            a[i] = a[i] + s["weight_decay"] * v
+            v[i] = n - s["lr"] * a[i] if s["nesterov"] else n
+            a[i] = a[i] + s["weight_decay"] * v[i]
             b[i] = s["momentum"] * n
-            if g.requires_grad:
-                outputs.append(g)
-                cotangents.append(v)
-        if outputs:
-            # h = (∂²L/∂θ²) v and (∂²L/∂φ∂θ)ᵀ v in one double backward.
-            second = torch.autograd.grad(outputs, [*self._params, *wrt], cotangents, allow_unused=True)
-            a = [_add(x, h) for x, h in zip(a, second)]
-            meta = [_add(x, h) for x, h in zip(meta, second[len(a) :])]
-        return a, b, meta
+        return a, b, v
+
+    def _exact(self, objective: Objective, state: "_State", v, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Σ ⟨∂²L/∂θ∂input, v⟩ for every input, by a double backward."""
+        state.restore(self._params)
+        _, gradients = self._differentiate(objective, self._params, create_graph=True)
+        pairs = [(g, x) for g, x in zip(gradients, v) if g is not None and g.requires_grad]
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, cotangents = zip(*pairs)
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+
+    def _differences(
+        self, objective: Objective, state: "_State", v, inputs: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """The same from gradients at θ ± εv, of a length ε‖v‖ that balances truncation and rounding errors."""
+        moved = [(p, x) for p, x in zip(self._params, v) if x is not None]
+        if not moved:
+            return [None] * len(inputs)
+        state.restore(self._params)
+        size, norm = (_norm(tensors) for tensors in zip(*moved))
+        epsilon = DIFFERENCE_LENGTH[moved[0][0].dtype] * (1 + size) / norm.clamp(min=1e-30)
+        sides = []
+        for sign in (1, -1):
+            state.restore(self._params)
+            with torch.no_grad():
+                for p, x in moved:
+                    p.add_(sign * epsilon * x)
+            torch.clear_autocast_cache()
+            sides.append(self._differentiate(objective, inputs, create_graph=False)[1])
+        return [None if p is None else (p - m) / (2 * epsilon) for p, m in zip(*sides)]
 
     @staticmethod
     def _differentiate(objective: Objective, inputs: Sequence[Tensor], create_graph: bool):
@@ -194,6 +233,10 @@ class _State:
         torch.clear_autocast_cache()
 
 
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x.detach()) for x in tensors]))
+
+
 def _add(x: Tensor, y: Tensor | None) -> Tensor:
     return x if y is None else x + y
 
@@ -201,8 +244,11 @@ def _add(x: Tensor, y: Tensor | None) -> Tensor:
 def _groups(params: Iterable[Tensor] | Iterable[dict]) -> list[dict]:
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of parameters or groups, got a Tensor")
-    params = list(params)
-    return params if params and isinstance(params[0], dict) else [{"params": params}]
+    members = list(params)
+    groups = [member for member in members if isinstance(member, dict)]
+    if groups and len(groups) < len(members):
+        raise TypeError("params must be parameters or groups, got both")
+    return groups or [{"params": members}]
 
 
 def _check_settings(settings: dict) -> None:

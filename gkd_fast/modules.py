@@ -56,7 +56,7 @@ class BatchGCN(nn.Module):
         if nodes.dim() != 2 or nodes.shape[1] != first.in_features:
             raise ValueError(f"nodes must have shape [batch, {first.in_features}], got {tuple(nodes.shape)}")
         if not functional.autocast_enabled(nodes):
-            nodes = nodes.to(first.weight.dtype)
+            nodes = nodes.to(next(first.parameters()).dtype)
         bandwidth = functional.adaptive_bandwidth(nodes) if self.bandwidth == "auto" else self.bandwidth
         hidden = nodes
         for depth, linear in enumerate(self.linears):

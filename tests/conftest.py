@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-
 # Tests run in parallel processes; threads of their own would only be in each other's way.
 torch.set_num_threads(1)
 

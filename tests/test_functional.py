@@ -1,12 +1,14 @@
 """Arguments, types, the adaptive bandwidth and the effective neighbours of the public functions."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
 from gkd_fast import functional, reference
 from gkd_fast.functional import adaptive_bandwidth, effective_neighbors, graph_conv, node_contrast, relation_kl
+from gkd_fast.ops import backends
 
 X = torch.ones(4, 3)
 
@@ -150,3 +152,28 @@ def test_nan_in_gives_nan_out():
     assert node_contrast(x, y)[1].isnan().all()
     assert relation_kl(x, y).isnan().all()
     assert graph_conv(x, y, bandwidth=0.5)[1].isnan().all()
+
+
+def test_a_backend_that_is_missing_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(backends, "CPP_MISSING", "the C++ extension is not built: run this")
+    monkeypatch.setattr(functional, "_warned", set())
+    x, y = torch.randn(2, 6, 4)
+    for call in (relation_kl, node_contrast, graph_conv):
+        with pytest.raises(
+            RuntimeError, match="backend='cpp' is not available: the C\\+\\+ extension is not built: run"
+        ):
+            call(x, y, backend="cpp")
+    # "auto" takes the reference instead, and says so once.
+    with pytest.warns(RuntimeWarning, match="the slow reference: the C.. extension is not built: run this"):
+        found = relation_kl(x, y)
+    assert torch.equal(found, relation_kl(x, y, backend="reference"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graph_conv(x, y)
+
+
+@pytest.mark.skipif(backends.INTERPRETED, reason="the interpreted kernels compute on CPUs")
+def test_a_backend_for_another_device_says_so():
+    x, y = torch.randn(2, 6, 4)
+    with pytest.raises(RuntimeError, match="backend='triton' is not available: it computes on CUDA devices here"):
+        effective_neighbors(x, backend="triton")

@@ -40,9 +40,7 @@ def test_node_contrast(batch):
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_relation_kl(batch):
     _check(
-        lambda a, b, t, u: functional.relation_kl(
-            [a, b], [t, u], temperature=0.4, bandwidth=0.8, backend="reference"
-        ),
+        lambda a, b, t, u: functional.relation_kl([a, b], [t, u], temperature=0.4, bandwidth=0.8, backend="reference"),
         _matrices(batch, 3, 2, 4, 3),
     )
 

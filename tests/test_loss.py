@@ -60,9 +60,7 @@ def test_teacher_graph_learns_from_labels_alone():
         gradients = torch.autograd.grad(terms[name], [*heads, *teacher], retain_graph=True, allow_unused=True)
         assert all(g is None for g in gradients)
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms["teacher_graph"], heads, retain_graph=True))
-    assert all(
-        g is None for g in torch.autograd.grad(terms["teacher_graph"], [*student, *teacher], allow_unused=True)
-    )
+    assert all(g is None for g in torch.autograd.grad(terms["teacher_graph"], [*student, *teacher], allow_unused=True))
 
 
 def test_teacher_graph_is_the_cross_entropy_of_one_shared_classifier():
@@ -129,8 +127,12 @@ def test_a_weight_network_is_evaluated_without_gradient():
     for name in by_tensor:
         torch.testing.assert_close(by_network[name], by_tensor[name])
     total = sum(by_network.values())
-    assert all(g is None for g in torch.autograd.grad(total, list(network.parameters()), allow_unused=True, retain_graph=True))
-    found, expected = (torch.autograd.grad(sum(t.values()), student, retain_graph=True) for t in (by_network, by_tensor))
+    assert all(
+        g is None for g in torch.autograd.grad(total, list(network.parameters()), allow_unused=True, retain_graph=True)
+    )
+    found, expected = (
+        torch.autograd.grad(sum(t.values()), student, retain_graph=True) for t in (by_network, by_tensor)
+    )
     assert all(torch.equal(f, e) for f, e in zip(found, expected))
     assert not set(network.parameters()) & set(criterion.parameters())
 
@@ -354,13 +356,18 @@ def test_bad_widths_say_what_is_wrong():
     [
         (lambda s, t, y: (s[:1], t, y), ValueError, "student_feats must hold 2 stages, got 1"),
         (lambda s, t, y: (s, t[0], y), ValueError, "teacher_feats must hold 3 stages, got 1"),
-        (lambda s, t, y: ([s[1], s[0]], t, y), ValueError, r"student_feats\[0\] must have width 6, got shape \(11, 8\)"),
+        (
+            lambda s, t, y: ([s[1], s[0]], t, y),
+            ValueError,
+            r"student_feats\[0\] must have width 6, got shape \(11, 8\)",
+        ),
         (lambda s, t, y: ([s[0], s[1][:4]], t, y), ValueError, r"student_feats\[1\] must have the batch size .* got 4"),
         (lambda s, t, y: ([x[:4] for x in s], t, y), ValueError, r"must have the students' batch size \(4\), got 11"),
         (lambda s, t, y: ([s[0], "x"], t, y), TypeError, r"student_feats\[1\] must be a Tensor, got str"),
         (lambda s, t, y: ([s[0][0], s[1]], t, y), ValueError, "features must be .* got shape"),
         (lambda s, t, y: (s, t, y[:3]), ValueError, "target must be 11 integer labels"),
         (lambda s, t, y: (s, t, y.float()), ValueError, "target must be 11 integer labels"),
+        (lambda s, t, y: (s, t, y.to("meta")), ValueError, r"target must be on the device of the features \(cpu\)"),
         (lambda s, t, y: (s, t, torch.rand(11, 4)), ValueError, r"probabilities \[11, 5\], got torch.float32"),
     ],
 )
@@ -373,5 +380,7 @@ def test_bad_weights_say_what_is_wrong():
     criterion, batch = _criterion(), _batch()
     with pytest.raises(ValueError, match=r"weights must have shape \(11, 2, 3\), got \(11, 2\)"):
         criterion(*batch, weights=torch.ones(11, 2))
+    with pytest.raises(ValueError, match=r"weights must be on the device of the features \(cpu\), got meta"):
+        criterion(*batch, weights=torch.ones(11, 2, 3, device="meta"))
     with pytest.raises(TypeError, match="weights must be a Tensor, a PairWeightNetwork or None, got float"):
         criterion(*batch, weights=0.5)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD
+from gkd_fast.meta import SECOND_DERIVATIVES
 
 D64 = torch.float64
 
@@ -99,7 +100,7 @@ def _same_bits(before, after) -> bool:
     return all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+@pytest.mark.parametrize("steps", range(1, 7))
 @pytest.mark.parametrize(
     ("momentum", "nesterov", "weight_decay"),
     [(0.0, False, 0.0), (0.9, False, 0.0), (0.9, False, 5e-2), (0.9, True, 5e-2), (0.0, False, 5e-2), (0.7, True, 0.0)],
@@ -122,6 +123,29 @@ def test_hypergradient_is_that_of_the_unrolled_graph(steps, momentum, nesterov, 
     for g, e in zip(found, expected, strict=True):
         assert e.abs().max() > 0
         assert (g - e).norm() <= 1e-8 * e.norm()
+
+
+def test_differences_estimate_the_hypergradient():
+    """To the accuracy of a central difference, and no closer: that would be the exact one under another name."""
+    model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 3)).to(D64)
+    idle = nn.Parameter(torch.ones(2, dtype=D64))
+    weights = nn.Parameter(torch.rand(9, dtype=D64))
+    images, labels = torch.randn(9, 6, dtype=D64), torch.randint(3, (9,))
+
+    def inner():
+        return (weights * F.cross_entropy(model(images), labels, reduction="none")).mean()
+
+    start = [*(t.clone() for t in model.state_dict().values()), torch.get_rng_state()]
+    results = {}
+    for kind in SECOND_DERIVATIVES:
+        params = [*model.parameters(), idle]
+        unrolled = UnrolledSGD(params, model, 0.05, 0.9, 5e-2, second_derivatives=kind)
+        for _ in range(3):
+            unrolled.step(inner)
+        (results[kind],) = unrolled.hypergradient(lambda: F.cross_entropy(model(images), labels), [weights])
+        assert _same_bits(start, [*model.state_dict().values(), torch.get_rng_state()])
+    error = (results["differences"] - results["exact"]).norm() / results["exact"].norm()
+    assert 0 < error <= 1e-7
 
 
 def test_groups_have_their_own_settings():
@@ -219,9 +243,7 @@ def test_it_can_be_used_again_and_leaves_grad_alone():
     results = []
     for _ in range(2):
         unrolled.step(lambda: problem.graph_objective(problem.parameters, meta))
-        results.append(
-            unrolled.hypergradient(lambda: problem.task_objective(problem.parameters, meta), meta.values())
-        )
+        results.append(unrolled.hypergradient(lambda: problem.task_objective(problem.parameters, meta), meta.values()))
     assert _same_bits(*results)
     assert all((p.grad == 7).all() for p in problem.parameters.values())
 
@@ -282,8 +304,14 @@ def test_activation_memory_does_not_grow_with_the_steps():
         (lambda p: UnrolledSGD([], nn.Linear(1, 1), 0.1), ValueError, "params must hold at least one parameter"),
         (lambda p: UnrolledSGD(p[0], nn.Linear(1, 1), 0.1), TypeError, "params must be an iterable"),
         (lambda p: UnrolledSGD([p[0], p[0]], nn.Linear(1, 1), 0.1), ValueError, "the same parameter twice"),
+        (lambda p: UnrolledSGD([{"params": p}, p[0]], [], 0.1), TypeError, "parameters or groups, got both"),
         (lambda p: UnrolledSGD(p, nn.Linear(1, 1), -0.1), ValueError, "lr must not be negative, got -0.1"),
         (lambda p: UnrolledSGD(p, nn.Linear(1, 1), 0.1, 0.0, nesterov=True), ValueError, "nesterov needs a momentum"),
+        (
+            lambda p: UnrolledSGD(p, [], 0.1, second_derivatives="none"),
+            ValueError,
+            "second_derivatives must be one of .* got 'none'",
+        ),
         (lambda p: UnrolledSGD(p, [], 0.1).step(lambda: 1.0), TypeError, "objective must return a Tensor, got float"),
         (lambda p: UnrolledSGD(p, [], 0.1).step(lambda: p[0] * 1), ValueError, "objective must return a scalar"),
         (lambda p: UnrolledSGD(p, [], 0.1).step(lambda: torch.ones(())), ValueError, "depends on a parameter"),

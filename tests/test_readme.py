@@ -1,9 +1,13 @@
 """The README's Python runs as it stands."""
 
+import inspect
+import operator
 import re
 from pathlib import Path
 
 import pytest
+
+import gkd_fast
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL) if README.exists() else []
@@ -23,3 +27,13 @@ def test_example(block):
         assert names["gradient"].isfinite()
     if "loss" in names:
         assert names["loss"].isfinite()
+
+
+def test_the_api_table_names_what_exists():
+    section = README.read_text().split("## API")[1].split("## ")[0]
+    names = re.findall(r"`((?:functional\.|[A-Z])\w[\w.]*)(?:\(([^)]*)\))?`", section)
+    assert len(names) > 15
+    for name, arguments in names:
+        found = operator.attrgetter(name)(gkd_fast)
+        known = inspect.signature(found).parameters
+        assert all(argument in known for argument in arguments.split(", ") if argument), name

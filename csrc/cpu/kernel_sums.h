@@ -4,32 +4,54 @@
 
 namespace gkd::GKD_ISA {
 
+constexpr int kGraphGroup = 4;  // rows at a time
+
+// w ← K_ij of G rows at column x, from their similarities.
+template <int G, class T>
+GKD_INLINE void kernel_of(const T* c, int64_t stride, T scale, Vec<T> (&w)[G]) {
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) w[g] = load(c + g * stride) * scale - scale;
+  exp2_nonpositive<T>(w);
+}
+
 template <class T>
 struct KernelTiles {
+  static constexpr int N = Lanes<T>::count;
+
   const KernelSums<T>& args;
-  const T *columns, *values;
+  const T *rows, *columns, *values;
   T *tiles, *column_sums;
   int64_t stride;
 
-  void tile(const Tile& t, int64_t worker) {
-    constexpr int N = Lanes<T>::count;
+  template <int G>
+  GKD_INLINE void weigh_rows(const Tile& t, T* c, int64_t r, T* below) const {
+    Vec<T> totals[G];
+    for (int g = 0; g < G; ++g) totals[g] = Vec<T>{};
+    for (int64_t x = 0; x < t.columns; x += N) {
+      Vec<T> w[G], column = load(below + x);
+      T* row = c + r * stride + x;
+      kernel_of(row, stride, args.scale, w);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        store(row + g * stride, w[g]);
+        column += w[g];
+        totals[g] += x + N <= t.columns ? w[g] : keep<T>(w[g], t.columns - x);
+      }
+      store(below + x, column);
+    }
+    if (!args.degrees) return;
+    for (int g = 0; g < G; ++g) args.degrees[t.i + r + g] += sum<T>(totals[g]);
+  }
+
+  void tile(const Tile& t, int64_t worker) const {
     T* c = tiles + worker * tile_elements(stride);
     T* below = column_sums + worker * stride;
-    similarities(t, args.sides.rows, columns, args.sides.dim, c, stride);
+    similarities(t, rows, columns, args.sides.dim, c, stride);
     for (int64_t x = 0; x < stride; ++x) below[x] = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
-      T* row = c + r * stride;
-      const int64_t own = own_column(t, r);
-      if (own >= 0) row[own] = 1;
-      Vec<T> total{};
-      for (int64_t x = 0; x < t.columns; x += N) {
-        const Vec<T> w = exp2_nonpositive<T>((load(row + x) - T(1)) * args.scale);
-        store(row + x, w);
-        store(below + x, load(below + x) + w);
-        total += x + N <= t.columns ? w : keep<T>(w, t.columns - x);
-      }
-      if (args.degrees) args.degrees[t.i + r] += sum<T>(total);
+      if (const int64_t own = own_column(t, r); own >= 0) c[r * stride + own] = 1;
     }
+    for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r, below); });
     if (args.degrees && t.mirror) {
       for (int64_t x = 0; x < t.columns; ++x) args.degrees[t.j + x] += below[x];
     }
@@ -43,10 +65,10 @@ template <class T>
 void kernel_sums(const Host& host, const KernelSums<T>& args) {
   const Sides<T>& sides = args.sides;
   const int64_t stride = block_rows(host, sides.row_count);
-  const T* values = args.output ? values_of(host, args.values.column, sides.column_count, args.width) : nullptr;
   KernelTiles<T> op{args,
+                    rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
                     columns_of(host, sides.columns, sides.column_count, sides.dim),
-                    values,
+                    args.output ? values_of(host, args.values.column, sides.column_count, args.width) : nullptr,
                     allocate<T>(host, host.workers * tile_elements(stride)),
                     allocate<T>(host, host.workers * stride),
                     stride};
@@ -56,29 +78,36 @@ void kernel_sums(const Host& host, const KernelSums<T>& args) {
 // M_ij = K_ij/σ² (G'_i·H'_j + H'_i·G'_j + d_i + d_j), M_ii = 0;  dE_i = Σ_j M_ij e_j.
 template <class T>
 struct NodeTiles {
+  static constexpr int N = Lanes<T>::count;
+
   const NodeGradient<T>& args;
-  const T *columns, *left_columns, *right_columns, *values;
+  const T *rows, *left_rows, *right_rows, *columns, *left_columns, *right_columns, *values;
   T* tiles;
   int64_t stride;
 
-  void tile(const Tile& t, int64_t worker) {
-    constexpr int N = Lanes<T>::count;
+  template <int G>
+  GKD_INLINE void weigh_rows(const Tile& t, const T* c, T* m, int64_t r) const {
+    for (int64_t x = 0; x < t.columns; x += N) {
+      Vec<T> kernel[G];
+      kernel_of(c + r * stride + x, stride, args.scale, kernel);
+      const Vec<T> other = load(args.terms.column + t.j + x);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        T* out = m + (r + g) * stride + x;
+        store(out, kernel[g] * args.inverse_variance * (load(out) + (other + args.terms.row[t.i + r + g])));
+      }
+    }
+  }
+
+  void tile(const Tile& t, int64_t worker) const {
     T* c = tiles + worker * 2 * tile_elements(stride);
     T* m = c + tile_elements(stride);
-    similarities(t, args.sides.rows, columns, args.sides.dim, c, stride);
-    if (right_columns) similarities(t, args.left.row, right_columns, args.width, m, stride);
-    if (left_columns) similarities(t, args.right.row, left_columns, args.width, m, stride, true);
+    similarities(t, rows, columns, args.sides.dim, c, stride);
+    if (right_columns) similarities(t, left_rows, right_columns, args.width, m, stride);
+    if (left_columns) similarities(t, right_rows, left_columns, args.width, m, stride, true);
+    for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });
     for (int64_t r = 0; r < t.rows; ++r) {
-      const T* row = c + r * stride;
-      T* out = m + r * stride;
-      const T own_term = args.terms.row[t.i + r];
-      for (int64_t x = 0; x < t.columns; x += N) {
-        const Vec<T> kernel = exp2_nonpositive<T>((load(row + x) - T(1)) * args.scale);
-        const Vec<T> terms = load(out + x) + (load(args.terms.column + t.j + x) + own_term);
-        store(out + x, kernel * args.inverse_variance * terms);
-      }
-      const int64_t own = own_column(t, r);
-      if (own >= 0) out[own] = 0;
+      if (const int64_t own = own_column(t, r); own >= 0) m[r * stride + own] = 0;
     }
     add_to_rows(t, m, stride, values, args.sides.column_count, args.sides.dim, args.gradient);
     if (t.mirror) add_to_columns(t, m, stride, values, args.sides.row_count, args.sides.dim, args.gradient);
@@ -90,6 +119,9 @@ void node_gradient(const Host& host, const NodeGradient<T>& args) {
   const Sides<T>& sides = args.sides;
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
   NodeTiles<T> op{args,
+                  rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
+                  rows_of(host, args.left.row, sides.row_count, args.width, stride),
+                  args.left.column ? rows_of(host, args.right.row, sides.row_count, args.width, stride) : nullptr,
                   columns_of(host, sides.columns, count, sides.dim),
                   args.left.column ? columns_of(host, args.left.column, count, args.width) : nullptr,
                   columns_of(host, args.right.column, count, args.width),

@@ -35,6 +35,7 @@ struct Terms {
 };
 
 constexpr int kMaxStages = 64;
+constexpr int kMaxPairs = kMaxStages * kMaxStages / 4;  // S·T where S + T = kMaxStages
 
 template <class T>
 struct RelationKl {
@@ -43,16 +44,29 @@ struct RelationKl {
   T inner;                      // log2(e)/σ²
   T outer;                      // log2(e)/τ
   // Base-2 shifts of the rows' sums, [students + teachers][count], or null: the shift is `outer` everywhere.
-  Terms<double> shifts[kMaxStages];
-  // Forward: Z per stage and Q (in units of ln 2) per pair, each [row_count], cleared by the caller.
-  double* sums;  // [students + teachers][row_count]
+  Terms<T> shifts[kMaxStages];
+  // Forward: Z per stage and Q per pair, each [row_count], cleared by the caller.
+  double* sums;       // [students + teachers][row_count]
   double* pair_sums;  // [students · teachers][row_count]
   // Backward: factors of U, see relation_kl.h, and gradients [row_count, dim] or null, cleared by the caller.
-  Terms<T> alpha[kMaxStages];                 // per student
-  const Terms<T>* beta;                       // per pair
-  Terms<T> eta[kMaxStages];                   // per teacher
-  T scale;                                    // 1/(σ²τ)
+  Terms<T> alpha[kMaxStages];  // per student
+  const Terms<T>* beta;        // per pair
+  Terms<T> eta[kMaxStages];    // per teacher
+  T inverse_temperature;
   T* gradients[kMaxStages];
+};
+
+// Second order: a direction of a stage, by which its similarities move at ċ = ẋ_i·y_j + x_i·ẏ_j; null: it stands still.
+template <class T>
+struct RelationKlTangent {
+  // sums: Σ_j U R˙ per stage, then Σ_j U; pair_sums: Σ_j U^t [(R^t − R^s)/τ R˙^t − R˙^s]
+  RelationKl<T> relations;
+  Terms<T> tangents[kMaxStages];
+  T inverse_variance;
+  // Double backward: tangents of α, β, η.
+  Terms<T> alpha[kMaxStages];
+  const Terms<T>* beta;
+  Terms<T> eta[kMaxStages];
 };
 
 template <class T>
@@ -66,6 +80,16 @@ struct SoftmaxSums {
   double* sums;            // [row_count] or null, cleared by the caller
   T* weighted;             // [row_count, dim], cleared by the caller; with values
   T* maxima;               // [row_count]: only the largest c of each row is wanted, or null
+};
+
+// Second order: with ċ_ij = ẋ_i·y_j + x_i·ẏ_j the moving part of w_ij is w_ij (ċ_ij/τ − row_term_i − column_term_j).
+template <class T>
+struct SoftmaxTangent {
+  SoftmaxSums<T> softmax;    // values are the columns; sums and weighted are those of the moving part
+  Terms<T> tangents;         // ẋ, ẏ [count, dim] or null; Σ_j w_ij ẏ_j is part of weighted
+  T inverse_temperature;
+  const T* row_term;         // [row_count] or null
+  const T* column_term;      // [column_count] or null
 };
 
 template <class T>
@@ -87,6 +111,28 @@ struct NodeGradient {
   int64_t width;
   Terms<T> terms;        // d, [count]
   T* gradient;           // [row_count, dim], cleared by the caller
+};
+
+// Second order: K˙_ij = K_ij ċ_ij/σ², and values that move at ẋ_j = rates_j x_j (+ extra_j for the first of them).
+template <class T>
+struct KernelSumsTangent {
+  Sides<T> sides;
+  T scale;  // log2(e)/σ²
+  T inverse_variance;
+  Terms<T> tangents;  // ė [count, dim]
+  double* degrees;    // Σ_j K˙_ij [row_count] or null, cleared by the caller
+  int64_t parts;      // up to 2
+  Terms<T> values[2], rates[2];  // [count, width], [count]
+  int64_t widths[2];
+  T* outputs[2];      // Σ_j (K˙_ij x_j + K_ij ẋ_j) [row_count, width], cleared by the caller
+  const T* extra;     // [column_count, widths[0]] or null
+};
+
+template <class T>
+struct NodeGradientTangent {
+  NodeGradient<T> gradient;      // gradient: the tangent of the nodes' gradient, cleared by the caller
+  Terms<T> tangents;             // ė [count, dim]
+  Terms<T> left_rates, right_rates, extra, terms;  // Ġ' = left_rates ⊙ G', Ḣ' = right_rates ⊙ H' + extra; ḋ
 };
 
 template <class T>
@@ -114,6 +160,11 @@ struct Kernels {
   void (*softmax_sums)(const Host&, const SoftmaxSums<T>&);
   void (*kernel_sums)(const Host&, const KernelSums<T>&);
   void (*node_gradient)(const Host&, const NodeGradient<T>&);
+  void (*relation_kl_tangent)(const Host&, const RelationKlTangent<T>&);
+  void (*relation_kl_double_backward)(const Host&, const RelationKlTangent<T>&);
+  void (*softmax_tangent)(const Host&, const SoftmaxTangent<T>&);
+  void (*kernel_sums_tangent)(const Host&, const KernelSumsTangent<T>&);
+  void (*node_gradient_tangent)(const Host&, const NodeGradientTangent<T>&);
   void (*unit_rows)(const Host&, const UnitRows<T>&);
   void (*unit_rows_backward)(const Host&, const UnitRowsBackward<T>&);
 };

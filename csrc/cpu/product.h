@@ -1,4 +1,4 @@
-// Matrix products of a tile: packing, the register-blocked micro-kernel, and the two products that the ops are made of.
+// Matrix products of a tile: packing, the register-blocked micro-kernel, and the product that the ops are made of.
 #pragma once
 #include "vec.h"
 
@@ -19,24 +19,24 @@ constexpr int64_t kDepth = 256;  // of one micro-kernel call: its panel of 16 fl
 GKD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 GKD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 GKD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+GKD_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// c[r][n] (+)= Σ_k a[r][k·step] · b[k][n] for kMicroRows × kPanel.
-template <class T>
-GKD_INLINE void micro_kernel(const T* const* a, int64_t step, const T* b, int64_t depth, T* c, int64_t stride,
+// How element (r, k) of a left operand is found: at [r·lead + k], or (Across) at [k·lead + r].
+enum class Layout { Along, Across };
+
+// c[r][n] (+)= Σ_k a(r, k) · b[k][n] for kMicroRows × kPanel.
+template <Layout layout, class T>
+GKD_INLINE void micro_kernel(const T* a, int64_t lead, const T* b, int64_t depth, T* c, int64_t stride,
                              bool accumulate) {
   constexpr int N = Lanes<T>::count;
   Vec<T> sums[kMicroRows][2];
-  const T* rows[kMicroRows];
 #pragma GCC unroll 16
-  for (int r = 0; r < kMicroRows; ++r) {
-    sums[r][0] = sums[r][1] = Vec<T>{};
-    rows[r] = a[r];
-  }
+  for (int r = 0; r < kMicroRows; ++r) sums[r][0] = sums[r][1] = Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     const Vec<T> b0 = load(b + k * 2 * N), b1 = load(b + k * 2 * N + N);
 #pragma GCC unroll 16
     for (int r = 0; r < kMicroRows; ++r) {
-      const Vec<T> x = broadcast(rows[r][k * step]);
+      const Vec<T> x = broadcast(layout == Layout::Along ? a[r * lead + k] : a[k * lead + r]);
       sums[r][0] += x * b0;
       sums[r][1] += x * b1;
     }
@@ -53,16 +53,17 @@ GKD_INLINE void micro_kernel(const T* const* a, int64_t step, const T* b, int64_
   }
 }
 
-// A left operand of a product: element (r, k) at data[r·row + k·step].
+// A left operand of a product: kMicroRows rows from row m on begin at data + m·step. It is read to the end of the last
+// kMicroRows rows.
 template <class T>
 struct Left {
   const T* data;
-  int64_t row, step;
+  int64_t lead, step;
 };
 
 // c[m][n] (+)= Σ_k left(m, k) · panel(n)[k], n running through panels `panel_stride` apart. Writes m < count, n < width;
 // a c whose rows are padded to whole panels may be given with its padded width.
-template <class T>
+template <Layout layout, class T>
 void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T* panels, int64_t panel_stride, T* c,
               int64_t stride, bool accumulate) {
   constexpr int P = kPanel<T>;
@@ -73,21 +74,13 @@ void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T
     for (int64_t n = 0; n < width; n += P) {
       const T* b = panels + (n / P) * panel_stride + k0 * P;
       for (int64_t m = 0; m < count; m += kMicroRows) {
-        const T* a[kMicroRows];
-#pragma GCC unroll 16
-        for (int r = 0; r < kMicroRows; ++r) {
-          a[r] = left.data + smaller(m + r, count - 1) * left.row + k0 * left.step;
-        }
+        const T* a = left.data + m * left.step + k0 * (layout == Layout::Along ? 1 : left.lead);
         T* out = c + m * stride + n;
         if (m + kMicroRows <= count && n + P <= width) {
-          if (left.step == 1) {
-            micro_kernel<T>(a, 1, b, part, out, stride, add);
-          } else {
-            micro_kernel<T>(a, left.step, b, part, out, stride, add);
-          }
+          micro_kernel<layout>(a, left.lead, b, part, out, stride, add);
           continue;
         }
-        micro_kernel<T>(a, left.step, b, part, edge, P, false);
+        micro_kernel<layout>(a, left.lead, b, part, edge, int64_t(P), false);
         for (int64_t r = 0; r < smaller(kMicroRows, count - m); ++r) {
           for (int64_t x = 0; x < smaller(P, width - n); ++x) {
             out[r * stride + x] = add ? out[r * stride + x] + edge[r * P + x] : edge[r * P + x];
@@ -98,14 +91,25 @@ void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T
   }
 }
 
+// Rows [begin, end) as the left operand of similarities: [kMicroRows rows][dim][kMicroRows], zeros beyond the end.
+template <class T>
+void pack_rows(const T* rows, int64_t begin, int64_t end, int64_t dim, T* packed) {
+  for (int64_t i = begin; i < end; i += kMicroRows) {
+    const int64_t valid = smaller(kMicroRows, end - i);
+    for (int64_t k = 0; k < dim; ++k) {
+      for (int64_t r = 0; r < kMicroRows; ++r) *packed++ = r < valid ? rows[(i + r) * dim + k] : T(0);
+    }
+  }
+}
+
 template <class T>
 int64_t packed_columns(int64_t count, int64_t dim) {
-  return ceil_div(count, kPanel<T>) * kPanel<T> * dim;
+  return round_up(count, kPanel<T>) * dim;
 }
 
 template <class T>
 int64_t packed_values(int64_t count, int64_t dim) {
-  return ceil_div(dim, kPanel<T>) * kPanel<T> * count;
+  return round_up(dim, kPanel<T>) * count;
 }
 
 // Rows as columns of a product c = A·rowsᵀ: [panel of rows][dim][kPanel], zeros beyond the last row.

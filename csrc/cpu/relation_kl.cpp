@@ -55,7 +55,7 @@ RelationKl<T> arguments(const Stages& stages, double temperature, double bandwid
   args.teachers = stages.teachers;
   args.inner = T(kLog2E / (bandwidth * bandwidth));
   args.outer = T(kLog2E / temperature);
-  args.scale = T(1 / (bandwidth * bandwidth * temperature));
+  args.inverse_temperature = T(1 / temperature);
   for (int64_t q = 0; q < stages.count(); ++q) {
     args.stages[q] = sides_of<T>(stages.rows[q], stages.symmetric ? nullptr : &stages.columns[q], offset);
   }
@@ -75,8 +75,8 @@ void set_own_shifts(Call& call, RelationKl<T>& args, int64_t rows) {
   }
   kernels<T>().relation_kl_maxima(call.host(), args, maxima);
   for (int64_t q = 0; q < stages; ++q) {
-    double* shift = call.zeros<double>(rows);
-    for (int64_t i = 0; i < rows; ++i) shift[i] = T(std::exp2((maxima[q][i] - T(1)) * args.inner) * args.outer);
+    T* shift = maxima[q];
+    for (int64_t i = 0; i < rows; ++i) shift[i] = std::exp2((maxima[q][i] - T(1)) * args.inner) * args.outer;
     args.shifts[q] = {shift, shift};
   }
 }
@@ -107,37 +107,81 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
     for (int64_t p = 0; p < S * stages.teachers; ++p) {
       const int64_t s = p / stages.teachers, q = S + p % stages.teachers;
       loss[i * S * stages.teachers + p] =
-          T(args.pair_sums[p * rows + i] * kLn2 / args.sums[q * rows + i] - log_z[q] + log_z[s]);
+          T(args.pair_sums[p * rows + i] / (temperature * args.sums[q * rows + i]) - log_z[q] + log_z[s]);
     }
   }
   return {losses, log_sums.slice(0, 0, S).clone(), log_sums.slice(0, S, count).clone()};
 }
 
-// Upstream, losses and log-sums of one side.
+// Upstream, losses and log-sums of one side, and for the second order the tangents of losses and log-sums.
 template <class T>
 struct Statistics {
   const T* upstream;  // [count, S, T], or null: zero
   const T* losses;    // [count, S, T], or null
   const T *student_log_sums, *teacher_log_sums;
   int64_t count;
+  const T *loss_tangents, *student_log_sum_tangents, *teacher_log_sum_tangents;
 };
 
-// The factors of U on one side: α, β, η of relation_kl.h, or with each row's own shift the same without 1/Z.
+// Each stage's direction, undefined where it stands still, of rows and columns.
+struct Directions {
+  std::vector<at::Tensor> rows, columns;
+};
+
+Directions directions_of(const Stages& stages, at::TensorList tangents, const c10::List<bool>& moving,
+                         const std::optional<at::TensorList>& column_tangents) {
+  TORCH_CHECK(int64_t(moving.size()) == stages.count(), "moving must have ", stages.count(), " entries, got ",
+              moving.size());
+  TORCH_CHECK(stages.symmetric == !column_tangents.has_value(), "column_tangents and the column set go together");
+  auto spread = [&](const char* name, at::TensorList given, int64_t rows) {
+    std::vector<at::Tensor> out(stages.count());
+    size_t next = 0;
+    for (int64_t q = 0; q < stages.count(); ++q) {
+      if (!moving.get(q)) continue;
+      TORCH_CHECK(next < given.size(), name, " must have one for each moving stage, got ", given.size());
+      out[q] = matrix(name, given[next++], stages.type, rows, stages.rows[q].size(1));
+    }
+    TORCH_CHECK(next == given.size(), name, " must have one for each moving stage, got ", given.size());
+    return out;
+  };
+  Directions directions;
+  directions.rows = spread("tangents", tangents, stages.row_count);
+  directions.columns =
+      stages.symmetric ? directions.rows : spread("column_tangents", *column_tangents, stages.column_count);
+  return directions;
+}
+
+template <class T>
+void set_directions(RelationKlTangent<T>& second, const Directions& directions, double bandwidth) {
+  second.inverse_variance = T(1 / (bandwidth * bandwidth));
+  for (size_t q = 0; q < directions.rows.size(); ++q) {
+    if (!directions.rows[q].defined()) continue;
+    second.tangents[q] = {directions.rows[q].template const_data_ptr<T>(),
+                          directions.columns[q].template const_data_ptr<T>()};
+  }
+}
+
+// The factors of U on one side: α, β, η of relation_kl.h with 1/(σ²τ); with each row's own shift they hold no 1/Z.
+// Their tangents, for the second order:  α̇ = −α (log Z^s)˙,  β̇ = −β (log Z^t)˙,  η = Σ_s β_s h_s.
 template <class T>
 struct Factors {
   T *alpha[kMaxStages], *eta[kMaxStages];
-  std::vector<T*> beta;
-  double* shifts[kMaxStages];
+  T *alpha_tangents[kMaxStages], *eta_tangents[kMaxStages];
+  std::vector<T*> beta, beta_tangents;
+  T* shifts[kMaxStages];
 
-  Factors(Call& call, const RelationKl<T>& args, const Statistics<T>& side, bool shared) {
+  Factors(Call& call, const RelationKl<T>& args, const Statistics<T>& side, double scale, bool shared) {
     const int64_t S = args.students, R = args.teachers, count = side.count;
-    for (int64_t s = 0; s < S; ++s) alpha[s] = call.zeros<T>(count);
-    for (int64_t t = 0; t < R; ++t) eta[t] = call.zeros<T>(count);
-    for (int64_t p = 0; p < S * R; ++p) beta.push_back(call.zeros<T>(count));
+    for (int64_t s = 0; s < S; ++s) alpha[s] = call.zeros<T>(count), alpha_tangents[s] = call.zeros<T>(count);
+    for (int64_t t = 0; t < R; ++t) eta[t] = call.zeros<T>(count), eta_tangents[t] = call.zeros<T>(count);
+    for (int64_t p = 0; p < S * R; ++p) {
+      beta.push_back(call.zeros<T>(count));
+      beta_tangents.push_back(call.zeros<T>(count));
+    }
     for (int64_t q = 0; q < S + R; ++q) {
-      shifts[q] = shared ? nullptr : call.zeros<double>(count);
-      // l ≤ log2(e)/τ: without an upstream any shift will do that keeps U finite.
-      if (!shared) std::fill(shifts[q], shifts[q] + count, double(args.outer));
+      shifts[q] = shared ? nullptr : call.zeros<T>(count);
+      // R/τ ≤ 1/τ: without an upstream any shift will do that keeps U finite.
+      if (!shared) std::fill(shifts[q], shifts[q] + count, args.outer);
     }
     if (!side.upstream) return;
     for (int64_t i = 0; i < count; ++i) {
@@ -145,44 +189,114 @@ struct Factors {
       for (int64_t q = 0; q < S + R; ++q) {
         log_z[q] = q < S ? side.student_log_sums[q * count + i] : side.teacher_log_sums[(q - S) * count + i];
         inverse[q] = shared ? std::exp(double(args.outer) * kLn2 - log_z[q]) : 1;
-        if (!shared) shifts[q][i] = log_z[q] * kLog2E;
+        if (!shared) shifts[q][i] = T(log_z[q] * kLog2E);
       }
       for (int64_t p = 0; p < S * R; ++p) {
         const int64_t s = p / R, t = p % R;
-        const double g = side.upstream[i * S * R + p], b = g * inverse[S + t];
+        const double g = side.upstream[i * S * R + p] * scale, b = g * inverse[S + t];
+        // h = ℓ + log Z^t/Z^s
+        const double h = side.losses ? side.losses[i * S * R + p] + log_z[S + t] - log_z[s] : 0;
         alpha[s][i] += T(g * inverse[s]);
         beta[p][i] = T(b);
-        if (side.losses) eta[t][i] += T(b * (side.losses[i * S * R + p] + log_z[S + t] - log_z[s]));
+        eta[t][i] += T(b * h);
+        if (!side.loss_tangents) continue;
+        const double moved_s = side.student_log_sum_tangents[s * count + i];
+        const double moved_t = side.teacher_log_sum_tangents[t * count + i];
+        alpha_tangents[s][i] -= T(g * inverse[s] * moved_s);
+        beta_tangents[p][i] = T(-b * moved_t);
+        eta_tangents[t][i] += T(b * (side.loss_tangents[i * S * R + p] + moved_t - moved_s - moved_t * h));
       }
     }
   }
 };
 
+// The gradients, or along directions their tangents.
 template <class T>
 std::vector<at::Tensor> backward(const Stages& stages, double temperature, double bandwidth, int64_t offset,
                                  const Statistics<T>& row_side, const Statistics<T>& column_side,
-                                 const c10::List<bool>& needs) {
+                                 const c10::List<bool>& needs, const Directions* directions) {
   Call call;
-  RelationKl<T> args = arguments<T>(stages, temperature, bandwidth, offset);
+  RelationKlTangent<T> second{};
+  RelationKl<T>& args = second.relations = arguments<T>(stages, temperature, bandwidth, offset);
   const bool shared = shares_shift(temperature);
-  const Factors<T> row(call, args, row_side, shared);
+  const double scale = 1 / (bandwidth * bandwidth * temperature);
+  const Factors<T> row(call, args, row_side, scale, shared);
   std::optional<Factors<T>> other;
-  if (!stages.symmetric) other.emplace(call, args, column_side, shared);
+  if (!stages.symmetric) other.emplace(call, args, column_side, scale, shared);
   const Factors<T>& column = stages.symmetric ? row : *other;
-  std::vector<Terms<T>> beta;
-  for (size_t p = 0; p < row.beta.size(); ++p) beta.push_back({row.beta[p], column.beta[p]});
+  std::vector<Terms<T>> beta, beta_tangents;
+  for (size_t p = 0; p < row.beta.size(); ++p) {
+    beta.push_back({row.beta[p], column.beta[p]});
+    beta_tangents.push_back({row.beta_tangents[p], column.beta_tangents[p]});
+  }
   args.beta = beta.data();
+  second.beta = beta_tangents.data();
   std::vector<at::Tensor> gradients;
   for (int64_t q = 0; q < stages.count(); ++q) {
-    if (q < args.students) args.alpha[q] = {row.alpha[q], column.alpha[q]};
-    else args.eta[q - args.students] = {row.eta[q - args.students], column.eta[q - args.students]};
+    if (const int64_t t = q - args.students; t < 0) {
+      args.alpha[q] = {row.alpha[q], column.alpha[q]};
+      second.alpha[q] = {row.alpha_tangents[q], column.alpha_tangents[q]};
+    } else {
+      args.eta[t] = {row.eta[t], column.eta[t]};
+      second.eta[t] = {row.eta_tangents[t], column.eta_tangents[t]};
+    }
     if (!shared) args.shifts[q] = {row.shifts[q], column.shifts[q]};
     if (!needs.get(q)) continue;
     gradients.push_back(at::zeros_like(stages.rows[q]));
     args.gradients[q] = gradients.back().template mutable_data_ptr<T>();
   }
-  if (!gradients.empty()) kernels<T>().relation_kl_backward(call.host(), args);
+  if (gradients.empty()) return gradients;
+  if (!directions) {
+    kernels<T>().relation_kl_backward(call.host(), args);
+  } else {
+    set_directions(second, *directions, bandwidth);
+    kernels<T>().relation_kl_double_backward(call.host(), second);
+  }
   return gradients;
+}
+
+// The tangents of losses and log-sums.
+template <class T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, double temperature, double bandwidth,
+                                                       int64_t offset, const Statistics<T>& side,
+                                                       const Directions& directions) {
+  Call call;
+  RelationKlTangent<T> second{};
+  RelationKl<T>& args = second.relations = arguments<T>(stages, temperature, bandwidth, offset);
+  const int64_t rows = stages.row_count, S = stages.students, R = stages.teachers, count = stages.count();
+  const bool shared = shares_shift(temperature);
+  set_directions(second, directions, bandwidth);
+  auto log_sum = [&](int64_t q) {
+    return (q < S ? side.student_log_sums + q * rows : side.teacher_log_sums + (q - S) * rows);
+  };
+  for (int64_t q = 0; !shared && q < count; ++q) {
+    T* shifts = call.zeros<T>(rows);
+    for (int64_t i = 0; i < rows; ++i) shifts[i] = T(log_sum(q)[i] * kLog2E);
+    args.shifts[q] = {shifts, stages.symmetric ? shifts : call.zeros<T>(stages.column_count)};
+  }
+  args.sums = call.zeros<double>(2 * count * rows);
+  args.pair_sums = call.zeros<double>(S * R * rows);
+  kernels<T>().relation_kl_tangent(call.host(), second);
+
+  const auto options = stages.rows[0].options();
+  at::Tensor losses = at::empty({rows, S, R}, options);
+  at::Tensor log_sums[] = {at::empty({S, rows}, options), at::empty({R, rows}, options)};
+  T *loss = losses.mutable_data_ptr<T>(), *out[] = {log_sums[0].mutable_data_ptr<T>(), log_sums[1].mutable_data_ptr<T>()};
+  for (int64_t i = 0; i < rows; ++i) {
+    double inverse[kMaxStages], moved[kMaxStages];
+    for (int64_t q = 0; q < count; ++q) {
+      inverse[q] = 1 / (temperature * args.sums[(count + q) * rows + i]);
+      moved[q] = args.sums[q * rows + i] * inverse[q];
+      (q < S ? out[0][q * rows + i] : out[1][(q - S) * rows + i]) = T(moved[q]);
+    }
+    // ℓ̇ = Σ_j P^t [Δ L̇^t − L̇^s] − h (log Z^t)˙ + (log Z^s)˙, h = ℓ + log Z^t/Z^s
+    for (int64_t p = 0; p < S * R; ++p) {
+      const int64_t s = p / R, q = S + p % R;
+      const double h = side.losses[i * S * R + p] + log_sum(q)[i] - log_sum(s)[i];
+      loss[i * S * R + p] = T(args.pair_sums[p * rows + i] * inverse[q] - h * moved[q] + moved[s]);
+    }
+  }
+  return {losses, log_sums[0], log_sums[1]};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(
@@ -194,6 +308,62 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(
   return GKD_DISPATCH(stages.type, [&] { return forward<scalar_t>(stages, temperature, bandwidth, offset); });
 }
 
+// The tensors of one side: upstream, losses, log-sums, and for the second order the tangents of the last three.
+struct Side {
+  at::Tensor upstream, losses, student_log_sums, teacher_log_sums;
+  at::Tensor loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents;
+
+  // Checks those that are there.
+  void check(const char* side, const Stages& stages, int64_t count) {
+    const int64_t S = stages.students, R = stages.teachers;
+    const std::string prefix = side;
+    auto take = [&](const char* name, at::Tensor& x, std::vector<int64_t> shape) {
+      if (x.defined()) x = vector((prefix + name).c_str(), x, stages.type, std::move(shape));
+    };
+    take("upstream", upstream, {count, S, R});
+    take("losses", losses, {count, S, R});
+    take("student_log_sums", student_log_sums, {S, count});
+    take("teacher_log_sums", teacher_log_sums, {R, count});
+    take("loss_tangents", loss_tangents, {count, S, R});
+    take("student_log_sum_tangents", student_log_sum_tangents, {S, count});
+    take("teacher_log_sum_tangents", teacher_log_sum_tangents, {R, count});
+  }
+
+  template <class T>
+  Statistics<T> statistics(int64_t count) const {
+    auto data = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<T>() : nullptr; };
+    return {data(upstream), data(losses), data(student_log_sums), data(teacher_log_sums), count,
+            data(loss_tangents), data(student_log_sum_tangents), data(teacher_log_sum_tangents)};
+  }
+};
+
+at::Tensor given(const std::optional<at::Tensor>& x) { return x ? *x : at::Tensor(); }
+
+std::vector<at::Tensor> gradients_of(const Stages& stages, Side own, Side columns, double temperature,
+                                     double bandwidth, const c10::List<bool>& needs, int64_t offset,
+                                     const Directions* directions) {
+  TORCH_CHECK(int64_t(needs.size()) == stages.count(), "needs must have ", stages.count(), " entries, got ",
+              needs.size());
+  bool needs_teacher = false;
+  for (int64_t q = stages.students; q < stages.count(); ++q) needs_teacher = needs_teacher || needs.get(q);
+  own.check("", stages, stages.row_count);
+  if (stages.symmetric || !columns.upstream.defined()) columns = {};
+  columns.check("column_", stages, stages.column_count);
+  if (columns.upstream.defined()) {
+    TORCH_CHECK(columns.student_log_sums.defined() && columns.teacher_log_sums.defined() &&
+                    (columns.losses.defined() || !needs_teacher),
+                "column_upstream needs the columns' log-sums, and their losses for a teacher's gradient");
+    TORCH_CHECK(!directions || (columns.losses.defined() && columns.loss_tangents.defined() &&
+                                columns.student_log_sum_tangents.defined() &&
+                                columns.teacher_log_sum_tangents.defined()),
+                "column_upstream needs the columns' losses and the tangents of losses and log-sums");
+  }
+  return GKD_DISPATCH(stages.type, [&] {
+    return backward<scalar_t>(stages, temperature, bandwidth, offset, own.statistics<scalar_t>(stages.row_count),
+                              columns.statistics<scalar_t>(stages.column_count), needs, directions);
+  });
+}
+
 std::vector<at::Tensor> relation_kl_backward(
     const at::Tensor& upstream, at::TensorList students, at::TensorList teachers, const at::Tensor& losses,
     const at::Tensor& student_log_sums, const at::Tensor& teacher_log_sums, double temperature, double bandwidth,
@@ -203,31 +373,51 @@ std::vector<at::Tensor> relation_kl_backward(
     const std::optional<at::Tensor>& column_teacher_log_sums) {
   check_precision(product_precision);
   const Stages stages = stages_of(students, teachers, student_columns, teacher_columns);
-  const int64_t S = stages.students, R = stages.teachers, I = stages.row_count, J = stages.column_count;
-  TORCH_CHECK(int64_t(needs.size()) == S + R, "needs must have ", S + R, " entries, got ", needs.size());
-  bool needs_teacher = false;
-  for (int64_t q = S; q < S + R; ++q) needs_teacher = needs_teacher || needs.get(q);
-  const auto type = stages.type;
-  const at::Tensor own[] = {vector("upstream", upstream, type, {I, S, R}), vector("losses", losses, type, {I, S, R}),
-                            vector("student_log_sums", student_log_sums, type, {S, I}),
-                            vector("teacher_log_sums", teacher_log_sums, type, {R, I})};
-  at::Tensor other[4];
-  if (!stages.symmetric && column_upstream) {
-    TORCH_CHECK(column_student_log_sums && column_teacher_log_sums && (column_losses || !needs_teacher),
-                "column_upstream needs the columns' log-sums, and their losses for a teacher's gradient");
-    other[0] = vector("column_upstream", *column_upstream, type, {J, S, R});
-    if (needs_teacher) other[1] = vector("column_losses", *column_losses, type, {J, S, R});
-    other[2] = vector("column_student_log_sums", *column_student_log_sums, type, {S, J});
-    other[3] = vector("column_teacher_log_sums", *column_teacher_log_sums, type, {R, J});
-  }
-  return GKD_DISPATCH(type, [&] {
-    using T = scalar_t;
-    auto statistics = [&](const at::Tensor* x, int64_t count) {
-      auto data = [](const at::Tensor& a) { return a.defined() ? a.const_data_ptr<T>() : nullptr; };
-      return Statistics<T>{data(x[0]), data(x[1]), data(x[2]), data(x[3]), count};
-    };
-    return backward<T>(stages, temperature, bandwidth, offset, statistics(own, I), statistics(other, J), needs);
+  return gradients_of(stages, {upstream, losses, student_log_sums, teacher_log_sums},
+                      {given(column_upstream), given(column_losses), given(column_student_log_sums),
+                       given(column_teacher_log_sums)},
+                      temperature, bandwidth, needs, offset, nullptr);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl_tangent(
+    at::TensorList students, at::TensorList teachers, at::TensorList tangents, c10::List<bool> moving,
+    const at::Tensor& losses, const at::Tensor& student_log_sums, const at::Tensor& teacher_log_sums,
+    double temperature, double bandwidth, c10::string_view product_precision,
+    std::optional<at::TensorList> student_columns, std::optional<at::TensorList> teacher_columns,
+    std::optional<at::TensorList> column_tangents, int64_t offset) {
+  check_precision(product_precision);
+  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns);
+  const Directions directions = directions_of(stages, tangents, moving, column_tangents);
+  Side own{{}, losses, student_log_sums, teacher_log_sums};
+  own.check("", stages, stages.row_count);
+  return GKD_DISPATCH(stages.type, [&] {
+    return tangent<scalar_t>(stages, temperature, bandwidth, offset, own.statistics<scalar_t>(stages.row_count),
+                             directions);
   });
+}
+
+std::vector<at::Tensor> relation_kl_double_backward(
+    const at::Tensor& upstream, at::TensorList students, at::TensorList teachers, at::TensorList tangents,
+    c10::List<bool> moving, const at::Tensor& losses, const at::Tensor& student_log_sums,
+    const at::Tensor& teacher_log_sums, const at::Tensor& loss_tangents, const at::Tensor& student_log_sum_tangents,
+    const at::Tensor& teacher_log_sum_tangents, double temperature, double bandwidth,
+    c10::string_view product_precision, c10::List<bool> needs, std::optional<at::TensorList> student_columns,
+    std::optional<at::TensorList> teacher_columns, std::optional<at::TensorList> column_tangents, int64_t offset,
+    const std::optional<at::Tensor>& column_upstream, const std::optional<at::Tensor>& column_losses,
+    const std::optional<at::Tensor>& column_student_log_sums, const std::optional<at::Tensor>& column_teacher_log_sums,
+    const std::optional<at::Tensor>& column_loss_tangents,
+    const std::optional<at::Tensor>& column_student_log_sum_tangents,
+    const std::optional<at::Tensor>& column_teacher_log_sum_tangents) {
+  check_precision(product_precision);
+  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns);
+  const Directions directions = directions_of(stages, tangents, moving, column_tangents);
+  return gradients_of(stages,
+                      {upstream, losses, student_log_sums, teacher_log_sums, loss_tangents, student_log_sum_tangents,
+                       teacher_log_sum_tangents},
+                      {given(column_upstream), given(column_losses), given(column_student_log_sums),
+                       given(column_teacher_log_sums), given(column_loss_tangents),
+                       given(column_student_log_sum_tangents), given(column_teacher_log_sum_tangents)},
+                      temperature, bandwidth, needs, offset, &directions);
 }
 
 }  // namespace
@@ -235,6 +425,8 @@ std::vector<at::Tensor> relation_kl_backward(
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("relation_kl", &relation_kl);
   library.impl("relation_kl_backward", &relation_kl_backward);
+  library.impl("relation_kl_tangent", &relation_kl_tangent);
+  library.impl("relation_kl_double_backward", &relation_kl_double_backward);
 }
 
 }  // namespace gkd

@@ -1,208 +1,275 @@
-// relation_kl's tiles. Base-2 logits l = R·log2(e)/τ with R_ij = exp((c_ij − 1)/σ²), R_ii = 0, and U = 2^(l − shift).
-// The shift is log2(e)/τ ≥ l for everybody (Shared), or each row's own where that one could underflow: then a tile has
-// a U for its rows and another for its columns.
+// relation_kl's tiles. R_ij = exp((c_ij − 1)/σ²), R_ii = 0, and U_ij = exp(R_ij/τ − shift), computed in base 2.
+// The shift is 1/τ ≥ R/τ for everybody (shared), or each row's own where that one could underflow: then a tile has
+// a U for its rows and another, V, for its columns.
 #pragma once
 #include "tile.h"
 
 namespace gkd::GKD_ISA {
 
-// A similarity that the exponential turns into R = 0.
+// A similarity whose R is 0.
 template <class T>
 constexpr T kFar = T(-1e30);
 
-// The rows of logits and weights of all stages for one row of the tile.
-template <class T>
-struct StageRows {
-  T* logits;   // [stage][stride]
-  T* weights;  // [stage][stride], U of the row
-  T* mirrored; // [stage][stride], U of the columns; the same memory when the shift is shared
-};
+constexpr int kMostSums = 2;  // per stage
 
-// l and U of one row of one stage; c is overwritten with R.
-template <class T, bool Shared>
-GKD_INLINE void stage_row(const RelationKl<T>& args, int64_t stage, const Tile& t, int64_t r, T* c, T* logits,
-                          T* weights, T* mirrored) {
-  constexpr int N = Lanes<T>::count;
-  const int64_t own = own_column(t, r);
-  if (own >= 0) c[own] = kFar<T>;
-  const T inner = args.inner, outer = args.outer;
-  T shift = outer;
-  if constexpr (!Shared) shift = T(args.shifts[stage].row[t.i + r]);
-  for (int64_t x = 0; x < t.columns; x += N) {
-    const Vec<T> relation = exp2_nonpositive<T>((load(c + x) - T(1)) * inner);
-    store(c + x, relation);
-    if constexpr (Shared) {
-      store(weights + x, exp2_nonpositive<T>(relation * outer - shift));
-      store(logits + x, relation * outer);
-    } else {
-      const Vec<T> l = relation * outer;
-      Vec<T> column_shift;
-      for (int k = 0; k < N; ++k) column_shift[k] = T(args.shifts[stage].column[t.j + x + k]);
-      store(logits + x, l);
-      store(weights + x, exp2_nonpositive<T>(l - shift));
-      store(mirrored + x, exp2_nonpositive<T>(l - column_shift));
-    }
-  }
-}
-
-template <class T>
+// Fixed: S = T = Fixed, known to the compiler, so that 1 lives in registers; 0: any S and T.
+template <class T, bool Shared, int Fixed>
 struct RelationTiles {
+  static constexpr int N = Lanes<T>::count;
+  static constexpr int kFixedStages = 2 * Fixed, kFixedPairs = Fixed * Fixed;
+  static constexpr int kStages = Fixed ? kFixedStages : kMaxStages;
+  static constexpr int kPairs = Fixed ? kFixedPairs : kMaxPairs;
+  static constexpr int kGroup = 2;  // rows at a time
+
+  // R, U and V of all stages at one vector of G rows.
+  template <int G>
+  struct Relations {
+    Vec<T> r[kStages][G], u[kStages][G], v[kStages][G];
+    GKD_INLINE const Vec<T>& mirrored(int64_t q, int g) const { return Shared ? u[q][g] : v[q][g]; }
+  };
+
   const RelationKl<T>& args;
-  const T* columns[kMaxStages];
-  const T* values[kMaxStages];
-  T *tiles, *rows;
-  T* partial;  // column sums of one tile, per stage and pair
-  int64_t stride, stages, pairs;
+  const T *rows[kMaxStages], *columns[kMaxStages], *values[kMaxStages];
+  T* tiles;
+  T* partial;  // column sums of one tile
+  int64_t stride;
 
-  void multiply_stages(const Tile& t, T* c) {
-    for (int64_t q = 0; q < stages; ++q) {
-      similarities(t, args.stages[q].rows, columns[q], args.stages[q].dim, c + q * tile_elements(stride), stride);
+  GKD_INLINE int64_t students() const { return Fixed ? Fixed : args.students; }
+  GKD_INLINE int64_t teachers() const { return Fixed ? Fixed : args.teachers; }
+  GKD_INLINE int64_t stages() const { return students() + teachers(); }
+  GKD_INLINE int64_t pairs() const { return students() * teachers(); }
+  GKD_INLINE T* tile_of(int64_t worker) const { return tiles + worker * stages() * tile_elements(stride); }
+
+  // The similarities of all stages, with the diagonal out of reach.
+  GKD_INLINE void multiply_stages(const Tile& t, T* c) const {
+    for (int64_t q = 0; q < stages(); ++q) {
+      T* tile = c + q * tile_elements(stride);
+      similarities(t, rows[q], columns[q], args.stages[q].dim, tile, stride);
+      for (int64_t r = 0; r < t.rows; ++r) {
+        if (const int64_t own = own_column(t, r); own >= 0) tile[r * stride + own] = kFar<T>;
+      }
     }
   }
 
-  T* tile_of(int64_t worker) { return tiles + worker * stages * tile_elements(stride); }
-  StageRows<T> rows_of(int64_t worker) {
-    T* base = rows + worker * 3 * stages * stride;
-    return {base, base + stages * stride, base + 2 * stages * stride};
-  }
-};
-
-// Z = Σ_j U_ij per stage, Q = Σ_j U^t_ij (l^t_ij − l^s_ij) per pair.
-template <class T, bool Shared>
-struct RelationForward : RelationTiles<T> {
-  void tile(const Tile& t, int64_t worker) {
-    constexpr int N = Lanes<T>::count;
-    const RelationKl<T>& args = this->args;
-    const int64_t stride = this->stride, stages = this->stages, S = args.students, count = args.stages[0].row_count;
-    T* c = this->tile_of(worker);
-    const StageRows<T> rows = this->rows_of(worker);
-    T* below = this->partial + worker * (stages + this->pairs) * stride;
-    for (int64_t x = 0; x < (stages + this->pairs) * stride; ++x) below[x] = 0;
-    this->multiply_stages(t, c);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      for (int64_t q = 0; q < stages; ++q) {
-        T* u = rows.weights + q * stride;
-        T* v = Shared ? u : rows.mirrored + q * stride;
-        stage_row<T, Shared>(args, q, t, r, c + q * tile_elements(stride) + r * stride, rows.logits + q * stride, u, v);
-        T* column = below + q * stride;
-        Vec<T> total{};
-        for (int64_t x = 0; x < t.columns; x += N) {
-          total += x + N <= t.columns ? load(u + x) : keep<T>(load(u + x), t.columns - x);
-          store(column + x, load(column + x) + load(v + x));
-        }
-        args.sums[q * count + t.i + r] += sum<T>(total);
-      }
-      for (int64_t p = 0; p < this->pairs; ++p) {
-        const int64_t s = p / args.teachers, q = S + p % args.teachers;
-        const T *student = rows.logits + s * stride, *teacher = rows.logits + q * stride;
-        const T *u = rows.weights + q * stride, *v = Shared ? u : rows.mirrored + q * stride;
-        T* column = below + (stages + p) * stride;
-        Vec<T> total{};
-        for (int64_t x = 0; x < t.columns; x += N) {
-          const Vec<T> difference = load(teacher + x) - load(student + x);
-          const Vec<T> term = load(u + x) * difference;
-          total += x + N <= t.columns ? term : keep<T>(term, t.columns - x);
-          store(column + x, load(column + x) + (Shared ? term : load(v + x) * difference));
-        }
-        args.pair_sums[p * count + t.i + r] += sum<T>(total);
+  // Of the stages [first, first + Q) at row r and column x of the tile.
+  template <int Q, int G>
+  GKD_INLINE void relate(const Tile& t, const T* c, int64_t r, int64_t x, int64_t first, Relations<G>& out) const {
+    const T inner = args.inner, outer = args.outer;
+    Vec<T> w[Q * G], mirrored[Q * G];
+#pragma GCC unroll 8
+    for (int k = 0; k < Q * G; ++k) {
+      w[k] = load(c + (first + k / G) * tile_elements(stride) + (r + k % G) * stride + x) * inner - inner;
+    }
+    exp2_nonpositive<T>(w);
+#pragma GCC unroll 8
+    for (int k = 0; k < Q * G; ++k) {
+      const int64_t q = first + k / G;
+      out.r[q][k % G] = w[k];
+      if constexpr (Shared) {
+        w[k] = w[k] * outer - outer;
+      } else {
+        mirrored[k] = w[k] * outer - load(args.shifts[q].column + t.j + x);
+        w[k] = w[k] * outer - args.shifts[q].row[t.i + r + k % G];
       }
     }
+    if constexpr (Shared) {
+      exp2_normal<T>(w);
+    } else {
+      exp2_nonpositive<T>(w);
+      exp2_nonpositive<T>(mirrored);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < Q * G; ++k) {
+      out.u[first + k / G][k % G] = w[k];
+      if constexpr (!Shared) out.v[first + k / G][k % G] = mirrored[k];
+    }
+  }
+
+  template <int G>
+  GKD_INLINE void relations(const Tile& t, const T* c, int64_t r, int64_t x, Relations<G>& out) const {
+    constexpr int at_once = 2;
+    repeat<Fixed>(stages() / at_once, [&](int64_t k) GKD_LAMBDA { relate<at_once>(t, c, r, x, k * at_once, out); });
+    if (!Fixed && stages() % at_once) relate<1>(t, c, r, x, stages() - 1, out);
+  }
+
+  // What a stage or a pair adds to the sum of a row, and mirrored to that of a column.
+  struct Summand {
+    Vec<T> own, mirrored;
+  };
+
+  // Adds op's summands of G rows, Op::kSums per stage and one per pair, to the rows' sums, and to `below` for the columns.
+  template <int G, class Op>
+  GKD_INLINE void add_rows(const Op& op, const Tile& t, const T* c, int64_t r, T* below) const {
+    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages();
+    constexpr int kFixedSums = Op::kSums * kFixedStages;
+    Vec<T> stage_totals[Op::kSums * kStages][G], pair_totals[kPairs][G];
+    repeat<kFixedSums>(sums, [&](int64_t q) GKD_LAMBDA {
+      for (int g = 0; g < G; ++g) stage_totals[q][g] = Vec<T>{};
+    });
+    repeat<kFixedPairs>(pairs(), [&](int64_t p) GKD_LAMBDA {
+      for (int g = 0; g < G; ++g) pair_totals[p][g] = Vec<T>{};
+    });
+    for (int64_t x = 0; x < t.columns; x += N) {
+      Relations<G> now;
+      relations(t, c, r, x, now);
+      const auto summands = op.template summands<G>(now, r, x);
+      auto add = [&](Vec<T> (&totals)[G], T* column, auto summand) GKD_LAMBDA {
+        Vec<T> mirrored = load(column + x);
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) {
+          const Summand now = summand(g);
+          mirrored += now.mirrored;
+          totals[g] += x + N <= t.columns ? now.own : keep<T>(now.own, t.columns - x);
+        }
+        store(column + x, mirrored);
+      };
+      repeat<kFixedSums>(sums, [&](int64_t q) GKD_LAMBDA {
+        add(stage_totals[q], below + q * stride, [&](int g) GKD_LAMBDA { return summands.stage(q, g); });
+      });
+      repeat<kFixedPairs>(pairs(), [&](int64_t p) GKD_LAMBDA {
+        const int64_t s = p / teachers(), q = students() + p % teachers();
+        add(pair_totals[p], below + (sums + p) * stride, [&](int g) GKD_LAMBDA { return summands.pair(s, q, g); });
+      });
+    }
+    for (int g = 0; g < G; ++g) {
+      const int64_t i = t.i + r + g;
+      for (int64_t q = 0; q < sums; ++q) args.sums[q * count + i] += sum<T>(stage_totals[q][g]);
+      for (int64_t p = 0; p < pairs(); ++p) args.pair_sums[p * count + i] += sum<T>(pair_totals[p][g]);
+    }
+  }
+
+  // The sums of a tile whose similarities are in c.
+  template <class Op>
+  GKD_INLINE void add_tile(const Op& op, const Tile& t, const T* c, int64_t worker) const {
+    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages(), all = sums + pairs();
+    T* below = partial + worker * (kMostSums * stages() + pairs()) * stride;
+    for (int64_t x = 0; x < all * stride; ++x) below[x] = 0;
+    for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { add_rows<G>(op, t, c, r, below); });
     if (!t.mirror) return;
-    for (int64_t q = 0; q < stages + this->pairs; ++q) {
-      double* out = q < stages ? args.sums + q * count : args.pair_sums + (q - stages) * count;
-      for (int64_t x = 0; x < t.columns; ++x) out[t.j + x] += below[q * stride + x];
+    for (int64_t q = 0; q < all; ++q) {
+      double* out = (q < sums ? args.sums + q * count : args.pair_sums + (q - sums) * count) + t.j;
+      for (int64_t x = 0; x < t.columns; ++x) out[x] += below[q * stride + x];
     }
   }
 };
 
-// Student: M^s = R^s/(σ²τ) [U^s (α_i + α_j) − Σ_t U^t (β_it + β_jt)], α = a/Z^s, β = g/Z^t.
-// Teacher: M^t = R^t/(σ²τ) U^t [Σ_s (L^t − L^s)(β_is + β_js) − (η_i + η_j)], η = Σ_s β_s (ℓ_s + log Z^t/Z^s).
-// Without a shared shift U is P of the row or the column, each with its own factor. dE_i = Σ_j M_ij e_j.
-template <class T, bool Shared>
-struct RelationBackward : RelationTiles<T> {
-  // U_ij·f_i + U_ji·f_j
-  static GKD_INLINE Vec<T> both(const T* u, const T* v, Terms<T> f, int64_t i, int64_t j, int64_t x) {
-    const Vec<T> own = broadcast(f.row[i]), other = load(f.column + j + x);
-    if constexpr (Shared) return load(u + x) * (own + other);
-    return load(u + x) * own + load(v + x) * other;
-  }
+// Z = Σ_j U_ij per stage, Q = Σ_j U^t_ij (R^t_ij − R^s_ij) per pair.
+template <class T, bool Shared, int Fixed>
+struct RelationForward : RelationTiles<T, Shared, Fixed> {
+  using Tiles = RelationTiles<T, Shared, Fixed>;
+  using Summand = typename Tiles::Summand;
+  static constexpr int kSums = 1;
 
-  void student_row(const Tile& t, int64_t r, int64_t s, const StageRows<T>& rows, T* relation) {
-    const RelationKl<T>& args = this->args;
-    const int64_t stride = this->stride;
-    for (int64_t x = 0; x < t.columns; x += Lanes<T>::count) {
-      Vec<T> m = both(rows.weights + s * stride, rows.mirrored + s * stride, args.alpha[s], t.i + r, t.j, x);
-      for (int64_t k = 0; k < args.teachers; ++k) {
-        const int64_t q = args.students + k;
-        m -= both(rows.weights + q * stride, rows.mirrored + q * stride, args.beta[s * args.teachers + k], t.i + r, t.j,
-                  x);
-      }
-      store(relation + x, load(relation + x) * args.scale * m);
+  template <int G>
+  struct Summands {
+    const typename Tiles::template Relations<G>& now;
+
+    GKD_INLINE Summand stage(int64_t q, int g) const { return {now.u[q][g], now.mirrored(q, g)}; }
+    GKD_INLINE Summand pair(int64_t s, int64_t q, int g) const {
+      const Vec<T> difference = now.r[q][g] - now.r[s][g];
+      return {now.u[q][g] * difference, now.mirrored(q, g) * difference};
     }
+  };
+
+  template <int G>
+  GKD_INLINE Summands<G> summands(const typename Tiles::template Relations<G>& now, int64_t, int64_t) const {
+    return {now};
   }
 
-  void teacher_row(const Tile& t, int64_t r, int64_t k, const StageRows<T>& rows, T* relation) {
-    const RelationKl<T>& args = this->args;
-    const int64_t stride = this->stride, q = args.students + k;
-    const T *u = rows.weights + q * stride, *v = rows.mirrored + q * stride;
-    for (int64_t x = 0; x < t.columns; x += Lanes<T>::count) {
-      Vec<T> m = -both(u, v, args.eta[k], t.i + r, t.j, x);
-      for (int64_t s = 0; s < args.students; ++s) {
-        const Vec<T> difference = (load(rows.logits + q * stride + x) - load(rows.logits + s * stride + x)) * kLn2;
-        m += difference * both(u, v, args.beta[s * args.teachers + k], t.i + r, t.j, x);
-      }
-      store(relation + x, load(relation + x) * args.scale * m);
-    }
-  }
-
-  void tile(const Tile& t, int64_t worker) {
-    const RelationKl<T>& args = this->args;
-    const int64_t stride = this->stride;
+  void tile(const Tile& t, int64_t worker) const {
     T* c = this->tile_of(worker);
-    const StageRows<T> rows = this->rows_of(worker);
     this->multiply_stages(t, c);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      for (int64_t q = 0; q < this->stages; ++q) {
-        stage_row<T, Shared>(args, q, t, r, c + q * tile_elements(stride) + r * stride, rows.logits + q * stride,
-                             rows.weights + q * stride, rows.mirrored + q * stride);
-      }
-      for (int64_t q = 0; q < this->stages; ++q) {
-        if (!args.gradients[q]) continue;
-        T* relation = c + q * tile_elements(stride) + r * stride;
-        if (q < args.students) {
-          student_row(t, r, q, rows, relation);
-        } else {
-          teacher_row(t, r, q - args.students, rows, relation);
-        }
-      }
+    this->add_tile(*this, t, c, worker);
+  }
+};
+
+// Student: M^s = R^s [U^s (α_i + α_j) − Σ_t U^t (β_it + β_jt)], α = a/Z^s, β = g/Z^t.
+// Teacher: M^t = R^t U^t [Σ_s (R^t − R^s)/τ (β_is + β_js) − (η_i + η_j)], η = Σ_s β_s (ℓ_s + log Z^t/Z^s).
+// All factors hold 1/(σ²τ). Without a shared shift U is P of the row or the column, each with its own factor.
+// dE_i = Σ_j M_ij e_j.
+template <class T, bool Shared, int Fixed>
+struct RelationBackward : RelationTiles<T, Shared, Fixed> {
+  using Tiles = RelationTiles<T, Shared, Fixed>;
+  using Tiles::N;
+
+  // M of one stage at row r + g and column x; α, β, η as (row, columns) of one vector.
+  template <int G>
+  struct Weights {
+    const RelationBackward& op;
+    const typename Tiles::template Relations<G>& now;
+    int64_t i, j;
+
+    // U_ij f_i + V_ij f_j
+    GKD_INLINE Vec<T> both(int64_t q, int g, Terms<T> f) const {
+      if constexpr (Shared) return now.u[q][g] * (load(f.column + j) + f.row[i + g]);
+      return now.u[q][g] * f.row[i + g] + now.v[q][g] * load(f.column + j);
     }
-    for (int64_t q = 0; q < this->stages; ++q) {
-      if (!args.gradients[q]) continue;
-      const Sides<T>& sides = args.stages[q];
-      const T* m = c + q * tile_elements(stride);
-      add_to_rows(t, m, stride, this->values[q], sides.column_count, sides.dim, args.gradients[q]);
-      if (t.mirror) add_to_columns(t, m, stride, this->values[q], sides.row_count, sides.dim, args.gradients[q]);
+
+    GKD_INLINE Vec<T> student(int64_t s, int g) const {
+      const int64_t S = op.students(), K = op.teachers();
+      Vec<T> m = both(s, g, op.args.alpha[s]);
+      repeat<Fixed>(K, [&](int64_t k) GKD_LAMBDA { m -= both(S + k, g, op.args.beta[s * K + k]); });
+      return now.r[s][g] * m;
+    }
+
+    GKD_INLINE Vec<T> teacher(int64_t k, int g) const {
+      const int64_t S = op.students(), K = op.teachers(), q = S + k;
+      Vec<T> m = -both(q, g, op.args.eta[k]);
+      repeat<Fixed>(S, [&](int64_t s) GKD_LAMBDA {
+        m += (now.r[q][g] - now.r[s][g]) * op.args.inverse_temperature * both(q, g, op.args.beta[s * K + k]);
+      });
+      return now.r[q][g] * m;
+    }
+  };
+
+  // Turns the similarities of G rows into M.
+  template <int G>
+  GKD_INLINE void weigh_rows(const Tile& t, T* c, int64_t r) const {
+    const int64_t stages = this->stages(), S = this->students();
+    for (int64_t x = 0; x < t.columns; x += N) {
+      typename Tiles::template Relations<G> now;
+      this->relations(t, c, r, x, now);
+      const Weights<G> weights{*this, now, t.i + r, t.j + x};
+      repeat<Tiles::kFixedStages>(stages, [&](int64_t q) GKD_LAMBDA {
+        if (!this->args.gradients[q]) return;
+        T* out = c + q * tile_elements(this->stride) + r * this->stride + x;
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) {
+          store(out + g * this->stride, q < S ? weights.student(q, g) : weights.teacher(q - S, g));
+        }
+      });
     }
   }
 
-  static constexpr T kLn2 = T(0.6931471805599453);
+  void tile(const Tile& t, int64_t worker) const {
+    T* c = this->tile_of(worker);
+    this->multiply_stages(t, c);
+    for_row_groups<Tiles::kGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r); });
+    for (int64_t q = 0; q < this->stages(); ++q) {
+      T* gradient = this->args.gradients[q];
+      if (!gradient) continue;
+      const Sides<T>& sides = this->args.stages[q];
+      const T* m = c + q * tile_elements(this->stride);
+      add_to_rows(t, m, this->stride, this->values[q], sides.column_count, sides.dim, gradient);
+      if (t.mirror) add_to_columns(t, m, this->stride, this->values[q], sides.row_count, sides.dim, gradient);
+    }
+  }
 };
 
+// The largest similarity of each row and column off the diagonal.
 template <class T>
-struct RowMaxima : RelationTiles<T> {
+struct RowMaxima : RelationTiles<T, true, 0> {
   T* const* maxima;
 
-  // The largest similarity of each row and column off the diagonal.
-  void tile(const Tile& t, int64_t worker) {
+  void tile(const Tile& t, int64_t worker) const {
+    const int64_t stride = this->stride;
     T* c = this->tile_of(worker);
     this->multiply_stages(t, c);
-    for (int64_t q = 0; q < this->stages; ++q) {
+    for (int64_t q = 0; q < this->stages(); ++q) {
       T* out = maxima[q];
       for (int64_t r = 0; r < t.rows; ++r) {
-        const T* row = c + q * tile_elements(this->stride) + r * this->stride;
-        const int64_t own = own_column(t, r);
+        const T* row = c + q * tile_elements(stride) + r * stride;
         for (int64_t x = 0; x < t.columns; ++x) {
-          if (x == own) continue;
           if (row[x] > out[t.i + r]) out[t.i + r] = row[x];
           if (t.mirror && row[x] > out[t.j + x]) out[t.j + x] = row[x];
         }
@@ -211,48 +278,50 @@ struct RowMaxima : RelationTiles<T> {
   }
 };
 
-template <class T>
-RelationTiles<T> relation_tiles(const Host& host, const RelationKl<T>& args, bool backward) {
+template <class T, bool Shared, int Fixed>
+RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationKl<T>& args, bool backward) {
   const int64_t stages = args.students + args.teachers, pairs = args.students * args.teachers;
   const int64_t stride = block_rows(host, args.stages[0].row_count);
-  RelationTiles<T> op{args, {}, {}, nullptr, nullptr, nullptr, stride, stages, pairs};
+  RelationTiles<T, Shared, Fixed> tiles{args, {}, {}, {}, nullptr, nullptr, stride};
   for (int64_t q = 0; q < stages; ++q) {
     const Sides<T>& sides = args.stages[q];
-    op.columns[q] = columns_of(host, sides.columns, sides.column_count, sides.dim);
-    if (backward && args.gradients[q]) op.values[q] = values_of(host, sides.columns, sides.column_count, sides.dim);
+    tiles.rows[q] = rows_of(host, sides.rows, sides.row_count, sides.dim, stride);
+    tiles.columns[q] = columns_of(host, sides.columns, sides.column_count, sides.dim);
+    if (backward && args.gradients[q]) tiles.values[q] = values_of(host, sides.columns, sides.column_count, sides.dim);
   }
-  op.tiles = allocate<T>(host, host.workers * stages * tile_elements(stride));
-  op.rows = allocate<T>(host, host.workers * 3 * stages * stride);
-  op.partial = backward ? nullptr : allocate<T>(host, host.workers * (stages + pairs) * stride);
-  return op;
+  tiles.tiles = allocate<T>(host, host.workers * stages * tile_elements(stride));
+  if (!backward) tiles.partial = allocate<T>(host, host.workers * (kMostSums * stages + pairs) * stride);
+  return tiles;
 }
 
 template <class T>
 void relation_kl_maxima(const Host& host, const RelationKl<T>& args, T* const* maxima) {
-  RowMaxima<T> op{relation_tiles(host, args, false), maxima};
+  RowMaxima<T> op{relation_tiles<T, true, 0>(host, args, false), maxima};
   walk(host, args.stages[0], op);
+}
+
+// Calls f.operator()<Shared, Fixed>() as suits the arguments.
+template <class T, class F>
+void specialise(const RelationKl<T>& args, const F& f) {
+  if (args.shifts[0].row) return f.template operator()<false, 0>();
+  if (args.students == 1 && args.teachers == 1) return f.template operator()<true, 1>();
+  return f.template operator()<true, 0>();
 }
 
 template <class T>
 void relation_kl(const Host& host, const RelationKl<T>& args) {
-  if (args.shifts[0].row) {
-    RelationForward<T, false> op{relation_tiles(host, args, false)};
+  specialise(args, [&]<bool Shared, int Fixed>() {
+    RelationForward<T, Shared, Fixed> op{relation_tiles<T, Shared, Fixed>(host, args, false)};
     walk(host, args.stages[0], op);
-  } else {
-    RelationForward<T, true> op{relation_tiles(host, args, false)};
-    walk(host, args.stages[0], op);
-  }
+  });
 }
 
 template <class T>
 void relation_kl_backward(const Host& host, const RelationKl<T>& args) {
-  if (args.shifts[0].row) {
-    RelationBackward<T, false> op{relation_tiles(host, args, true)};
+  specialise(args, [&]<bool Shared, int Fixed>() {
+    RelationBackward<T, Shared, Fixed> op{relation_tiles<T, Shared, Fixed>(host, args, true)};
     walk(host, args.stages[0], op);
-  } else {
-    RelationBackward<T, true> op{relation_tiles(host, args, true)};
-    walk(host, args.stages[0], op);
-  }
+  });
 }
 
 }  // namespace gkd::GKD_ISA

@@ -7,46 +7,66 @@ namespace gkd::GKD_ISA {
 
 template <class T>
 struct SoftmaxTiles {
+  static constexpr int N = Lanes<T>::count;
+  static constexpr int kGroup = 4;  // rows at a time
+
   const SoftmaxSums<T>& args;
-  const T *columns, *values;
+  const T *rows, *columns, *values;
   T* tiles;
   int64_t stride;
 
-  void tile(const Tile& t, int64_t worker) {
-    constexpr int N = Lanes<T>::count;
-    T* c = tiles + worker * tile_elements(stride);
-    similarities(t, args.sides.rows, columns, args.sides.dim, c, stride);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      T* row = c + r * stride;
-      if (args.maxima) {
-        T largest = args.maxima[t.i + r];
-        for (int64_t x = 0; x < t.columns; ++x) largest = row[x] > largest ? row[x] : largest;
-        args.maxima[t.i + r] = largest;
-        continue;
-      }
-      const T shift = args.row_shift ? args.row_shift[t.i + r] : T(0);
-      Vec<T> total{};
-      for (int64_t x = 0; x < t.columns; x += N) {
-        Vec<T> v = load(row + x) * args.scale - shift;
-        if (args.column_shift) v -= load(args.column_shift + t.j + x);
-        Vec<T> w = exp2_nonpositive<T>(v);
-        if (args.column_factor) w *= load(args.column_factor + t.j + x);
-        store(row + x, w);
-        total += x + N <= t.columns ? w : keep<T>(w, t.columns - x);
-      }
-      if (args.sums) args.sums[t.i + r] += sum<T>(total);
+  template <int G>
+  GKD_INLINE void weigh_rows(const Tile& t, T* c, int64_t r) const {
+    T shift[G];
+    Vec<T> totals[G];
+    for (int g = 0; g < G; ++g) {
+      shift[g] = args.row_shift ? args.row_shift[t.i + r + g] : T(0);
+      totals[g] = Vec<T>{};
     }
+    for (int64_t x = 0; x < t.columns; x += N) {
+      Vec<T> w[G];
+      const Vec<T> column_shift = args.column_shift ? load(args.column_shift + t.j + x) : Vec<T>{};
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) w[g] = load(c + (r + g) * stride + x) * args.scale - (column_shift + shift[g]);
+      exp2_nonpositive<T>(w);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        if (args.column_factor) w[g] *= load(args.column_factor + t.j + x);
+        store(c + (r + g) * stride + x, w[g]);
+        totals[g] += x + N <= t.columns ? w[g] : keep<T>(w[g], t.columns - x);
+      }
+    }
+    if (!args.sums) return;
+    for (int g = 0; g < G; ++g) args.sums[t.i + r + g] += sum<T>(totals[g]);
+  }
+
+  void find_maxima(const Tile& t, const T* c) const {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      T& largest = args.maxima[t.i + r];
+      for (int64_t x = 0; x < t.columns; ++x) largest = c[r * stride + x] > largest ? c[r * stride + x] : largest;
+    }
+  }
+
+  void tile(const Tile& t, int64_t worker) const {
+    T* c = tiles + worker * tile_elements(stride);
+    similarities(t, rows, columns, args.sides.dim, c, stride);
+    if (args.maxima) return find_maxima(t, c);
+    for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r); });
     if (values) add_to_rows(t, c, stride, values, args.sides.column_count, args.sides.dim, args.weighted);
   }
 };
 
 template <class T>
 void softmax_sums(const Host& host, const SoftmaxSums<T>& args) {
-  const int64_t stride = block_rows(host, args.sides.row_count);
-  SoftmaxTiles<T> op{args, columns_of(host, args.sides.columns, args.sides.column_count, args.sides.dim),
-                     args.values ? values_of(host, args.values, args.sides.column_count, args.sides.dim) : nullptr,
-                     allocate<T>(host, host.workers * tile_elements(stride)), stride};
-  walk(host, args.sides, op);
+  const Sides<T>& sides = args.sides;
+  const int64_t stride = block_rows(host, sides.row_count);
+  SoftmaxTiles<T> op{args,
+                     rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
+                     columns_of(host, sides.columns, sides.column_count, sides.dim),
+                     args.values ? values_of(host, args.values, sides.column_count, sides.dim) : nullptr,
+                     allocate<T>(host, host.workers * tile_elements(stride)),
+                     stride};
+  walk(host, sides, op);
 }
 
 }  // namespace gkd::GKD_ISA

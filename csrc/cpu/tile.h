@@ -37,8 +37,8 @@ GKD_INLINE int64_t block_rows(const Host& host, int64_t count) {
   return count < 8 * kBlock ? kSmallBlock : kBlock;
 }
 
-// Tiles are `stride` columns wide in memory: a block, in whole panels.
-GKD_INLINE int64_t tile_elements(int64_t block) { return block * block; }
+// Of a tile in memory: a block wide, in whole panels, and in whole micro-kernels high.
+GKD_INLINE int64_t tile_elements(int64_t block) { return round_up(block, kMicroRows) * block; }
 
 // Symmetric: upper tiles only. In round r the blocks with i + j ≡ r (mod blocks) meet: no two of these tiles share a
 // block, so workers never write the same rows, and every block is served in the order of the rounds, whoever serves it.
@@ -74,6 +74,17 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
   }
 }
 
+// A matrix packed once per call as left operand of similarities, a block after the other.
+template <class T>
+const T* rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block) {
+  const int64_t blocks = ceil_div(count, block), elements = round_up(block, kMicroRows) * dim;
+  T* packed = allocate<T>(host, blocks * elements);
+  parallel(host, blocks, [&](int64_t p, int64_t) {
+    pack_rows(rows, p * block, smaller(count, (p + 1) * block), dim, packed + p * elements);
+  });
+  return packed;
+}
+
 // A matrix packed once per call as columns of products.
 template <class T>
 const T* columns_of(const Host& host, const T* rows, int64_t count, int64_t dim) {
@@ -92,29 +103,45 @@ const T* values_of(const Host& host, const T* rows, int64_t count, int64_t dim) 
   return packed;
 }
 
-// c[r][x] = rows[i + r] · columns[j + x] for the whole tile, padded to whole panels.
+// c[r][x] = rows[i + r] · columns[j + x] for the whole tile, padded to whole panels; `block`: of the packed rows.
 template <class T>
-GKD_INLINE void similarities(const Tile& tile, const T* rows, const T* columns, int64_t dim, T* c, int64_t stride,
+GKD_INLINE void similarities(const Tile& tile, const T* rows, const T* columns, int64_t dim, T* c, int64_t block,
                              bool accumulate = false) {
-  const int64_t padded = ceil_div(tile.columns, kPanel<T>) * kPanel<T>;
-  multiply<T>(tile.rows, padded, dim, Left<T>{rows + tile.i * dim, dim, 1}, columns + tile.j * dim, kPanel<T> * dim, c,
-              stride, accumulate);
+  const T* left = rows + (tile.i / block) * round_up(block, kMicroRows) * dim;
+  multiply<Layout::Across, T>(tile.rows, round_up(tile.columns, kPanel<T>), dim, {left, kMicroRows, dim},
+                              columns + tile.j * dim, kPanel<T> * dim, c, block, accumulate);
+}
+
+// c[r][x] = row_tangents[i + r] · columns[j + x] + rows[i + r] · column_tangents[j + x]; what stands still is null.
+template <class T>
+GKD_INLINE void moving_similarities(const Tile& t, const T* rows, const T* columns, const T* row_tangents,
+                                    const T* column_tangents, int64_t dim, T* c, int64_t block) {
+  if (row_tangents) similarities(t, row_tangents, columns, dim, c, block);
+  if (column_tangents) similarities(t, rows, column_tangents, dim, c, block, row_tangents != nullptr);
 }
 
 // out[i + r] += Σ_x w[r][x] values[j + x]; `count`: rows of the matrix that was packed as values.
 template <class T>
-GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t stride, const T* values, int64_t count, int64_t dim,
+GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const T* values, int64_t count, int64_t dim,
                             T* out) {
-  multiply<T>(tile.rows, dim, tile.columns, Left<T>{w, stride, 1}, values + tile.j * kPanel<T>, count * kPanel<T>,
-              out + tile.i * dim, dim, true);
+  multiply<Layout::Along, T>(tile.rows, dim, tile.columns, {w, block, block}, values + tile.j * kPanel<T>,
+                             count * kPanel<T>, out + tile.i * dim, dim, true);
 }
 
 // out[j + x] += Σ_r w[r][x] values[i + r].
 template <class T>
-GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t stride, const T* values, int64_t count,
+GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t block, const T* values, int64_t count,
                                int64_t dim, T* out) {
-  multiply<T>(tile.columns, dim, tile.rows, Left<T>{w, 1, stride}, values + tile.i * kPanel<T>, count * kPanel<T>,
-              out + tile.j * dim, dim, true);
+  multiply<Layout::Across, T>(tile.columns, dim, tile.rows, {w, block, 1}, values + tile.i * kPanel<T>,
+                              count * kPanel<T>, out + tile.j * dim, dim, true);
+}
+
+// Calls body.operator()<G>(r) for groups of G rows and <1> for those left over.
+template <int G, class F>
+GKD_INLINE void for_row_groups(int64_t rows, const F& body) {
+  int64_t r = 0;
+  for (; r + G <= rows; r += G) body.template operator()<G>(r);
+  for (; r < rows; ++r) body.template operator()<1>(r);
 }
 
 // The tile's element on the diagonal in row r, or -1.

@@ -8,8 +8,19 @@
 #endif
 
 #define GKD_INLINE inline __attribute__((always_inline))
+#define GKD_LAMBDA __attribute__((always_inline))
 
 namespace gkd::GKD_ISA {
+
+template <int... K>
+struct Sequence {};
+
+template <int N, int... K>
+struct CountTo : CountTo<N - 1, N - 1, K...> {};
+template <int... K>
+struct CountTo<0, K...> {
+  using Type = Sequence<K...>;
+};
 
 template <class T>
 struct Lanes;
@@ -18,8 +29,10 @@ template <>
 struct Lanes<float> {
   using Vector = float __attribute__((vector_size(GKD_VECTOR_BYTES)));
   using Unaligned = float __attribute__((vector_size(GKD_VECTOR_BYTES), aligned(4), may_alias));
-  using Integers = int32_t __attribute__((vector_size(GKD_VECTOR_BYTES)));
+  using Integer = int32_t;
+  using Integers = Integer __attribute__((vector_size(GKD_VECTOR_BYTES)));
   static constexpr int count = GKD_VECTOR_BYTES / 4;
+  using Indices = CountTo<count>::Type;
   static constexpr int mantissa = 23;
   static constexpr float lowest_exponent = -127.0f;
   static constexpr float round = 12582912.0f + 127.0f;  // 1.5·2^23 + exponent bias
@@ -29,8 +42,10 @@ template <>
 struct Lanes<double> {
   using Vector = double __attribute__((vector_size(GKD_VECTOR_BYTES)));
   using Unaligned = double __attribute__((vector_size(GKD_VECTOR_BYTES), aligned(8), may_alias));
-  using Integers = int64_t __attribute__((vector_size(GKD_VECTOR_BYTES)));
+  using Integer = int64_t;
+  using Integers = Integer __attribute__((vector_size(GKD_VECTOR_BYTES)));
   static constexpr int count = GKD_VECTOR_BYTES / 8;
+  using Indices = CountTo<count>::Type;
   static constexpr int mantissa = 52;
   static constexpr double lowest_exponent = -1023.0;
   static constexpr double round = 6755399441055744.0 + 1023.0;  // 1.5·2^52 + exponent bias
@@ -54,19 +69,28 @@ GKD_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+// Lane k of the result is lane k + W of v.
+template <class T, int W, int... K>
+GKD_INLINE Vec<T> rotate(Vec<T> v, Sequence<K...>) {
+  return __builtin_shufflevector(v, v, ((K + W) % int(sizeof...(K)))...);
+}
+
 // 0 for the lanes from `valid` on, which lie beyond the matrix.
 template <class T>
 GKD_INLINE Vec<T> keep(Vec<T> v, int64_t valid) {
-  Vec<T> kept = v;
-  for (int k = 0; k < Lanes<T>::count; ++k) kept[k] = k < valid ? v[k] : T(0);
-  return kept;
+  typename Lanes<T>::Integers lane{};
+  for (int k = 0; k < Lanes<T>::count; ++k) lane[k] = k;
+  return lane < typename Lanes<T>::Integer(valid) ? v : Vec<T>{};
 }
 
-template <class T>
+// The lanes' sum, in halves.
+template <class T, int W = Lanes<T>::count / 2>
 GKD_INLINE T sum(Vec<T> v) {
-  T total = 0;
-  for (int k = 0; k < Lanes<T>::count; ++k) total += v[k];
-  return total;
+  if constexpr (W == 0) {
+    return v[0];
+  } else {
+    return sum<T, W / 2>(v + rotate<T, W>(v, typename Lanes<T>::Indices{}));
+  }
 }
 
 // v, but not below `bound`; NaN stays NaN.
@@ -76,38 +100,62 @@ GKD_INLINE Vec<T> at_least(Vec<T> v, T bound) {
   return bounds > v ? bounds : v;
 }
 
-// 2^f for f in [-1/2, 1/2], 1 at 0: relative error 9e-8 (minimax) resp. 2e-16 (series).
-GKD_INLINE Vec<float> exp2_fraction(Vec<float> f) {
-  Vec<float> p = broadcast(0.0013264727252429581f);
-  p = p * f + 0.009671512785774137f;
-  p = p * f + 0.05550733744471675f;
-  p = p * f + 0.2402224208311185f;
-  p = p * f + 0.693146977597677f;
-  return p * f + 1.0f;
-}
-
-GKD_INLINE Vec<double> exp2_fraction(Vec<double> f) {
-  // (ln 2)^k / k!
-  constexpr double series[] = {
-      0.6931471805599453,    0.2402265069591007,    0.055504108664821576,  0.009618129107628477,
-      0.0013333558146428441, 0.00015403530393381606, 1.5252733804059838e-05, 1.3215486790144305e-06,
-      1.0178086009239696e-07, 7.054911620801121e-09, 4.44553827187081e-10, 2.5678435993488196e-11,
-      1.3691488853904124e-12};
-  Vec<double> p = broadcast(series[12]);
-#pragma GCC unroll 16
-  for (int k = 11; k >= 0; --k) p = p * f + series[k];
-  return p * f + 1.0;
-}
-
-// 2^v for v ≤ 0, 0 below the normal numbers; NaN stays NaN: the scale is multiplied, not added to the exponent's bits.
+// 2^f = 1 + f·(series) for f in [-1/2, 1/2], highest power first: relative error 9e-8 (minimax) resp. 2e-16 (Taylor).
 template <class T>
-GKD_INLINE Vec<T> exp2_nonpositive(Vec<T> v) {
+struct Exp2Series;
+
+template <>
+struct Exp2Series<float> {
+  static constexpr float terms[] = {0.0013264727252429581f, 0.009671512785774137f, 0.05550733744471675f,
+                                    0.2402224208311185f, 0.693146977597677f, 1.0f};
+};
+
+template <>
+struct Exp2Series<double> {
+  static constexpr double terms[] = {
+      1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,   7.054911620801121e-09,
+      1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
+      0.0013333558146428441,  0.009618129107628477,   0.055504108664821576,   0.2402265069591007,
+      0.6931471805599453,     1.0};
+};
+
+// body(0), body(1), … : N of them known to the compiler and unrolled, or with N = 0 a loop to `count`.
+template <int N, class F>
+GKD_INLINE void repeat(int64_t count, const F& body) {
+  if constexpr (N > 0) {
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < N; ++k) body(k);
+  } else {
+    for (int64_t k = 0; k < count; ++k) body(k);
+  }
+}
+
+#define GKD_EACH _Pragma("GCC unroll 16") for (int k = 0; k < count; ++k)
+
+// v ← 2^v for v ≤ 0 whose 2^v is a normal number; NaN stays NaN: the scale is multiplied, not added to the exponent's
+// bits. Step by step for several vectors, because one alone waits for its own results most of the time.
+template <class T, int count>
+GKD_INLINE void exp2_normal(Vec<T> (&v)[count]) {
   using I = typename Lanes<T>::Integers;
-  v = at_least<T>(v, Lanes<T>::lowest_exponent);
-  const Vec<T> rounded = v + Lanes<T>::round;
-  const Vec<T> fraction = v - (rounded - Lanes<T>::round);
-  const Vec<T> scale = (Vec<T>)((I)rounded << Lanes<T>::mantissa);
-  return exp2_fraction(fraction) * scale;
+  constexpr auto& series = Exp2Series<T>::terms;
+  constexpr int degree = sizeof(series) / sizeof(T) - 1;
+  Vec<T> scale[count], p[count];
+  GKD_EACH scale[k] = v[k] + Lanes<T>::round;
+  GKD_EACH v[k] -= scale[k] - Lanes<T>::round;
+  GKD_EACH scale[k] = (Vec<T>)((I)scale[k] << Lanes<T>::mantissa);
+  GKD_EACH p[k] = v[k] * series[0] + series[1];
+#pragma GCC unroll 16
+  for (int term = 2; term <= degree; ++term) {
+    GKD_EACH p[k] = p[k] * v[k] + series[term];
+  }
+  GKD_EACH v[k] = p[k] * scale[k];
+}
+
+// v ← 2^v for v ≤ 0, 0 below the normal numbers.
+template <class T, int count>
+GKD_INLINE void exp2_nonpositive(Vec<T> (&v)[count]) {
+  GKD_EACH v[k] = at_least<T>(v[k], Lanes<T>::lowest_exponent);
+  exp2_normal<T>(v);
 }
 
 }  // namespace gkd::GKD_ISA

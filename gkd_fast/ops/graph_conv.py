@@ -25,17 +25,50 @@ K_ij = exp((e_i·e_j − 1)·v) with v = 1/σ², K_ii = 1, degrees = row sums of
 row: Y_i = Σ_j K_ij H_j/deg_i.  symmetric: r = deg^-1/2, Y = r ⊙ K (r ⊙ H).  With G' = G/deg, H' = H (row) or
 G' = r ⊙ G, H' = r ⊙ H (symmetric):  dE_i = Σ_j≠i v K_ij (G'_i·H'_j + G'_j·H'_i + d_i + d_j) e_j,
 dH = K G' (row) or r ⊙ K G' (symmetric), and d are the node terms.
+
+Second order. The derivative of the gradients contracted with cotangents is their tangent along these cotangents,
+because second derivatives are symmetric; so the gradient of the upstream is the tangent of the output. Along ė and ḣ,
+K˙_ij = v K_ij (ė_i·e_j + e_i·ė_j) for i ≠ j, deg˙_i = Σ_j K˙_ij, and with deg^-p, deg^-q the factors of G' and H'
+(row: p, q = 1, 0; symmetric: ½, ½) and λ = deg˙/deg:  Ġ' = −pλ G',  Ḣ' = −qλ H' + deg^-q ḣ.  Three passes over tiles
+remain, each an op of its own; what lies between them is in ``_double_backward`` below.
+
+    graph_degrees_tangent(nodes, tangent, inverse_variance, product_precision, column_nodes=None,
+               column_tangent=None, offset=0) -> degree tangents [I]
+        tangent: ė, [I, D].  column_tangent: the columns' own, [J, D], with column_nodes.
+    graph_conv_tangent(nodes, tangent, values, rates, extra, inverse_variance, product_precision, column_nodes=None,
+               column_tangent=None, offset=0) -> sums
+        tangent: ė, or None: K stands still, and the rates are 0 and not read.
+        values: tensors x [J, K] of the columns; rates: for each, a [J] with ẋ_j = a_j x_j, to which for the first
+        comes extra [J, K] (None: zero).
+        sums: for each of the values  Σ_j (K˙_ij x_j + K_ij ẋ_j), [I, K], of the ROW set.
+    graph_conv_double_backward(nodes, tangent, left, right, left_rates, right_rates, extra, terms, term_tangents,
+               inverse_variance, product_precision, column_nodes=None, column_tangent=None, column_left=None,
+               column_right=None, column_left_rates=None, column_right_rates=None, column_extra=None,
+               column_terms=None, column_term_tangents=None, offset=0) -> tangent of the nodes' gradient
+        tangent: as above.  left, right: G', H', [I, K]; left_rates, right_rates [I] and extra [I, K] (or None):
+        Ġ'_i = a_i G'_i,  Ḣ'_i = b_i H'_i + extra_i.  terms, term_tangents: the node terms d and ḋ, [I].
+        With a column set all column_* are needed, the columns' own (column_extra where there is extra).
+        With m_ij = G'_i·H'_j + G'_j·H'_i + d_i + d_j:  Σ_j≠i v [(K˙_ij m_ij + K_ij ṁ_ij) e_j + K_ij m_ij ė_j], [I, D].
 """
 
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import PT2, flags, refuse_column_gradient, refuse_forward_mode, refuse_second_order, scatter
+from gkd_fast.ops.autograd import (
+    PT2,
+    flags,
+    refuse_column_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
+    scatter,
+)  # fmt: skip
+
+# With G the upstream and H the messages, G' = deg^-p G and H' = deg^-q H: the powers (p, q).
+POWERS = {"row": (1.0, 0.0), "symmetric": (0.5, 0.5)}
 
 torch.library.define(
     "gkd_fast::graph_degrees",
-    "(Tensor nodes, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, int offset=0) "
-    "-> Tensor",
+    "(Tensor nodes, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, int offset=0) -> Tensor",
     tags=PT2,
 )
 torch.library.define(
@@ -51,6 +84,27 @@ torch.library.define(
     "str normalization, str product_precision, bool[] needs, Tensor? column_nodes=None, "
     "Tensor? column_messages=None, int offset=0, Tensor? column_upstream=None, Tensor? column_degrees=None, "
     "Tensor? node_terms=None, Tensor? column_node_terms=None) -> Tensor[]",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::graph_degrees_tangent",
+    "(Tensor nodes, Tensor tangent, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, "
+    "Tensor? column_tangent=None, int offset=0) -> Tensor",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::graph_conv_tangent",
+    "(Tensor nodes, Tensor? tangent, Tensor[] values, Tensor[] rates, Tensor? extra, Tensor inverse_variance, "
+    "str product_precision, Tensor? column_nodes=None, Tensor? column_tangent=None, int offset=0) -> Tensor[]",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::graph_conv_double_backward",
+    "(Tensor nodes, Tensor? tangent, Tensor left, Tensor right, Tensor left_rates, Tensor right_rates, Tensor? extra, "
+    "Tensor terms, Tensor term_tangents, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, "
+    "Tensor? column_tangent=None, Tensor? column_left=None, Tensor? column_right=None, "
+    "Tensor? column_left_rates=None, Tensor? column_right_rates=None, Tensor? column_extra=None, "
+    "Tensor? column_terms=None, Tensor? column_term_tangents=None, int offset=0) -> Tensor",
     tags=PT2,
 )
 
@@ -71,9 +125,24 @@ def _(upstream, nodes, messages, output, degrees, inverse_variance, normalizatio
     return [x.new_empty(x.shape) for x, needed in zip((nodes, messages), needs, strict=True) if needed]
 
 
+@torch.library.register_fake("gkd_fast::graph_degrees_tangent")
+def _(nodes, tangent, inverse_variance, product_precision, *columns, **named_columns):
+    return nodes.new_empty(nodes.shape[0])
+
+
+@torch.library.register_fake("gkd_fast::graph_conv_tangent")
+def _(nodes, tangent, values, rates, extra, inverse_variance, product_precision, *columns, **named_columns):
+    return [x.new_empty(nodes.shape[0], x.shape[1]) for x in values]
+
+
+@torch.library.register_fake("gkd_fast::graph_conv_double_backward")
+def _(nodes, *arguments, **named_columns):
+    return nodes.new_empty(nodes.shape)
+
+
 def _setup_context(ctx, inputs, output):
     nodes, messages, inverse_variance, ctx.normalization, ctx.product_precision, column_nodes, *_ = inputs
-    refuse_column_gradient("gkd_fast::graph_conv", column_nodes is not None)
+    refuse_column_gradient("gkd_fast::graph_conv", "gkd_fast::graph_conv_backward", column_nodes is not None)
     if ctx.needs_input_grad[2]:
         raise NotImplementedError("graph_conv has no gradient with respect to the bandwidth")
     ctx.mark_non_differentiable(output[1])
@@ -84,32 +153,108 @@ def _backward(ctx, upstream, _):
     nodes, messages, inverse_variance, output, degrees = ctx.saved_tensors
     needs = flags(ctx.needs_input_grad[:2])
     gradients = torch.ops.gkd_fast.graph_conv_backward(
-        upstream.contiguous(), nodes, messages, output, degrees, inverse_variance, ctx.normalization,
+        upstream.contiguous(), nodes, messages, output.detach(), degrees, inverse_variance, ctx.normalization,
         ctx.product_precision, needs,
     )  # fmt: skip
     return *scatter(gradients, needs), *[None] * 8
 
 
 torch.library.register_autograd("gkd_fast::graph_conv", _backward, setup_context=_setup_context)
-refuse_second_order("gkd_fast::graph_conv_backward")
-refuse_second_order("gkd_fast::graph_degrees")
 
 
 def node_terms(
-    upstream: Tensor, output: Tensor, messages: Tensor, messages_gradient: Tensor | None, degrees: Tensor, normalization: str
+    upstream: Tensor,
+    output: Tensor,
+    messages: Tensor,
+    messages_gradient: Tensor | None,
+    degrees: Tensor,
+    normalization: str,
 ) -> Tensor:
-    """d_i = −(G_i·Y_i)/deg_i (row) or −(G_i·Y_i + H_i·dH_i)/(2 deg_i) (symmetric), ``[I]``."""
-    products = (upstream * output).sum(dim=1)
-    if normalization == "row":
-        return -products / degrees
-    return -(products + (messages * messages_gradient).sum(dim=1)) / (2 * degrees)
+    """d_i = −(p G_i·Y_i + q H_i·dH_i)/deg_i, ``[I]``; the messages' gradient dH is needed for "symmetric" alone."""
+    left_power, right_power = POWERS[normalization]
+    total = left_power * _dots(upstream, output)
+    if right_power:
+        total = total + right_power * _dots(messages, messages_gradient)
+    return -total / degrees
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=1)
+
+
+def _setup_double_context(ctx, inputs, output):
+    upstream, nodes, messages, y, degrees, inverse_variance, *settings, ctx.needed, column_nodes = inputs[:10]
+    refuse_column_gradient(
+        "gkd_fast::graph_conv_backward", "gkd_fast::graph_conv_double_backward", column_nodes is not None
+    )
+    ctx.normalization, ctx.product_precision = settings
+    ctx.set_materialize_grads(False)
+    messages_gradient = scatter(output, ctx.needed)[1]
+    ctx.save_for_backward(upstream, nodes, messages, y, degrees, inverse_variance, messages_gradient)
+
+
+def _double_backward(ctx, cotangents):
+    # Output, degrees and the messages' gradient are functions of nodes and messages: their part of the derivative is in
+    # the gradients of these.
+    upstream, nodes, messages, output, degrees, inverse_variance, messages_gradient = ctx.saved_tensors
+    nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
+    needs_upstream, needs_nodes, needs_messages = ctx.needs_input_grad[:3]
+    settings = inverse_variance, ctx.product_precision
+    left_power, right_power = POWERS[ctx.normalization]
+    left_scale, right_scale = (degrees.pow(-power)[:, None] for power in (left_power, right_power))
+    left, right = left_scale * upstream, right_scale * messages
+    extra = None if messages_tangent is None else right_scale * messages_tangent
+    growth = torch.zeros_like(degrees)
+    if nodes_tangent is not None:
+        growth = torch.ops.gkd_fast.graph_degrees_tangent(nodes, nodes_tangent, *settings) / degrees
+    left_rates, right_rates = -left_power * growth, -right_power * growth
+
+    moves_messages_gradient = needs_messages or (needs_nodes and right_power > 0)
+    values, rates = [right], [right_rates]
+    if moves_messages_gradient:
+        values, rates = [right, left], [right_rates, left_rates]
+        if messages_gradient is None and right_power:
+            (messages_gradient,) = torch.ops.gkd_fast.graph_conv_backward(
+                upstream, nodes, messages, output, degrees, inverse_variance, ctx.normalization,
+                ctx.product_precision, [False, True],
+            )  # fmt: skip
+    sums = torch.ops.gkd_fast.graph_conv_tangent(nodes, nodes_tangent, values, rates, extra, *settings)
+    output_tangent = left_scale * sums[0] + left_rates[:, None] * output
+    messages_gradient_tangent = nodes_gradient_tangent = None
+    if moves_messages_gradient:
+        messages_gradient_tangent = right_scale * sums[1]
+        if right_power:
+            messages_gradient_tangent = messages_gradient_tangent + right_rates[:, None] * messages_gradient
+    if needs_nodes:
+        terms = node_terms(upstream, output, messages, messages_gradient, degrees, ctx.normalization)
+        # ḋ = −(p G·Ẏ + q (ḣ·dH + H·dḢ))/deg − λ d
+        term_tangents = (
+            node_terms(upstream, output_tangent, messages, messages_gradient_tangent, degrees, ctx.normalization)
+            - growth * terms
+        )
+        if right_power and messages_tangent is not None:
+            term_tangents = term_tangents - right_power * _dots(messages_tangent, messages_gradient) / degrees
+        nodes_gradient_tangent = torch.ops.gkd_fast.graph_conv_double_backward(
+            nodes, nodes_tangent, left, right, left_rates, right_rates, extra, terms, term_tangents, *settings
+        )
+    return (
+        output_tangent if needs_upstream else None,
+        nodes_gradient_tangent,
+        messages_gradient_tangent if needs_messages else None,
+        *[None] * 13,
+    )
+
+
+torch.library.register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
+for _op in ("graph_degrees", "graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"):
+    refuse_derivative(f"gkd_fast::{_op}")
 
 
 def graph_conv(
     nodes: Tensor, messages: Tensor, inverse_variance: Tensor, normalization: str, product_precision: str
 ) -> Tensor:
     """The convolution ``[B, K]`` of unit rows; see the head of this file."""
-    refuse_forward_mode("graph_conv", (nodes, messages))
+    refuse_forward_mode((nodes, messages))
     return torch.ops.gkd_fast.graph_conv(nodes, messages, inverse_variance, normalization, product_precision)[0]
 
 

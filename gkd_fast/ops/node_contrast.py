@@ -20,12 +20,41 @@
         A teacher's gradient reads the students of all columns, student_columns [J, D], column_upstream [J, S, T]
         (None: zero) and column_log_sums [P, J]:  dT_i = (1/τ)(Σ_j g_j P_ji s_j − g_own s_own).
         gradients: of the ROW set, complete, [I, D] in the unit rows' type.
+
+Second order. Along directions ṡ, ṫ of the stages, ċ_ij = ṡ_i·t_j + s_i·ṫ_j and z_i the log-sums:
+ż_i = (1/τ) Σ_j P_ij ċ_ij,  P˙_ij = P_ij (ċ_ij/τ − ż_i).  The derivative of the gradients contracted with cotangents is
+their tangent along these cotangents, because second derivatives are symmetric; so the gradient of the upstream is the
+tangent of the losses.
+
+    node_contrast_tangent(students, teachers, tangents, moving, log_sums, weighted, wanted, temperature,
+                  product_precision, teacher_columns=None, teacher_column_tangents=None, offset=0)
+                  -> (loss_tangents, log_sum_tangents)
+        moving: S + T bools, students first: which stages have a direction; the others stand still.
+        tangents: the directions of the moving stages, [I, D].
+        teacher_column_tangents: those of the moving teachers' columns, [J, D], with teacher_columns.
+        The tangents of node_contrast's losses [I, S, T] and log_sums [P, I]:  ℓ̇_i = ż_i − ċ_own/τ.
+    node_contrast_double_backward(upstream, students, teachers, tangents, moving, log_sums, weighted,
+                  log_sum_tangents, wanted, temperature, product_precision, needs, teacher_columns=None,
+                  student_columns=None, teacher_column_tangents=None, student_column_tangents=None, offset=0,
+                  column_upstream=None, column_log_sums=None, column_log_sum_tangents=None) -> gradients
+        The tangents of node_contrast_backward's gradients at a fixed upstream: those that ``needs`` (as there) asks
+        for, of the ROW set, complete.  column_*: as there; student_column_tangents: of the moving students' columns.
+            dṠ_i = (g_i/τ)(Σ_j (P˙_ij t_j + P_ij ṫ_j) − ṫ_own)
+            dṪ_i = (1/τ)(Σ_j g_j (P˙_ji s_j + P_ji ṡ_j) − g_own ṡ_own)
 """
 
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import PT2, flags, refuse_column_gradient, refuse_forward_mode, refuse_second_order, scatter
+from gkd_fast.ops.autograd import (
+    PT2,
+    flags,
+    refuse_column_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
+    scatter,
+    tangents_of,
+)  # fmt: skip
 
 # Weighted sums up to this size are kept for the backward pass; beyond it they are recomputed there.
 KEEP_WEIGHTED_BYTES = 256 * 2**20
@@ -42,6 +71,22 @@ torch.library.define(
     "float temperature, str product_precision, bool[] needs, Tensor[]? teacher_columns=None, "
     "Tensor[]? student_columns=None, int offset=0, Tensor? column_upstream=None, Tensor? column_log_sums=None) "
     "-> Tensor[]",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::node_contrast_tangent",
+    "(Tensor[] students, Tensor[] teachers, Tensor[] tangents, bool[] moving, Tensor log_sums, Tensor weighted, "
+    "bool[] wanted, float temperature, str product_precision, Tensor[]? teacher_columns=None, "
+    "Tensor[]? teacher_column_tangents=None, int offset=0) -> (Tensor, Tensor)",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::node_contrast_double_backward",
+    "(Tensor upstream, Tensor[] students, Tensor[] teachers, Tensor[] tangents, bool[] moving, Tensor log_sums, "
+    "Tensor weighted, Tensor log_sum_tangents, bool[] wanted, float temperature, str product_precision, bool[] needs, "
+    "Tensor[]? teacher_columns=None, Tensor[]? student_columns=None, Tensor[]? teacher_column_tangents=None, "
+    "Tensor[]? student_column_tangents=None, int offset=0, Tensor? column_upstream=None, "
+    "Tensor? column_log_sums=None, Tensor? column_log_sum_tangents=None) -> Tensor[]",
     tags=PT2,
 )
 
@@ -61,9 +106,21 @@ def _(upstream, students, teachers, log_sums, weighted, wanted, temperature, pro
     return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
 
 
+@torch.library.register_fake("gkd_fast::node_contrast_tangent")
+def _(students, teachers, tangents, moving, log_sums, *settings, **named_columns):
+    return log_sums.new_empty(students[0].shape[0], len(students), len(teachers)), torch.empty_like(log_sums)
+
+
+@torch.library.register_fake("gkd_fast::node_contrast_double_backward")
+def _(upstream, students, teachers, tangents, moving, log_sums, weighted, log_sum_tangents, wanted, temperature,
+      product_precision, needs, *columns, **named_columns):  # fmt: skip
+    stages = [*students, *teachers]
+    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+
+
 def _setup_context(ctx, inputs, output):
     students, teachers, ctx.wanted, ctx.temperature, ctx.product_precision, _, teacher_columns, _ = inputs
-    refuse_column_gradient("gkd_fast::node_contrast", teacher_columns is not None)
+    refuse_column_gradient("gkd_fast::node_contrast", "gkd_fast::node_contrast_backward", teacher_columns is not None)
     ctx.num_students = len(students)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*students, *teachers, *output[1:])
@@ -82,14 +139,52 @@ def _backward(ctx, upstream, *_):
 
 
 torch.library.register_autograd("gkd_fast::node_contrast", _backward, setup_context=_setup_context)
-refuse_second_order("gkd_fast::node_contrast_backward")
+
+
+def _setup_double_context(ctx, inputs, output):
+    upstream, students, teachers, log_sums, weighted, *ctx.settings, ctx.needed, teacher_columns, student_columns = (
+        inputs[:11]
+    )
+    refuse_column_gradient(
+        "gkd_fast::node_contrast_backward", "gkd_fast::node_contrast_double_backward",
+        teacher_columns is not None or student_columns is not None,
+    )  # fmt: skip
+    ctx.num_students = len(students)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*students, *teachers, upstream, log_sums, weighted)
+
+
+def _double_backward(ctx, cotangents):
+    # Log-sums and weighted sums are functions of the stages: their part of the derivative is in the stages' gradients.
+    *stages, upstream, log_sums, weighted = ctx.saved_tensors
+    stages = stages[: ctx.num_students], stages[ctx.num_students :]
+    tangents, moving = tangents_of(cotangents, ctx.needed)
+    loss_tangents, log_sum_tangents = torch.ops.gkd_fast.node_contrast_tangent(
+        *stages, tangents, moving, log_sums, weighted, *ctx.settings
+    )
+    needs_upstream, needs = ctx.needs_input_grad[0], flags(ctx.needs_input_grad[1]) + flags(ctx.needs_input_grad[2])
+    gradients = []
+    if any(needs):
+        gradients = torch.ops.gkd_fast.node_contrast_double_backward(
+            upstream, *stages, tangents, moving, log_sums, weighted, log_sum_tangents, *ctx.settings, needs
+        )
+    gradients = scatter(gradients, needs)
+    students_gradients, teachers_gradients = gradients[: ctx.num_students], gradients[ctx.num_students :]
+    return loss_tangents if needs_upstream else None, students_gradients, teachers_gradients, *[None] * 11
+
+
+torch.library.register_autograd(
+    "gkd_fast::node_contrast_backward", _double_backward, setup_context=_setup_double_context
+)
+refuse_derivative("gkd_fast::node_contrast_tangent")
+refuse_derivative("gkd_fast::node_contrast_double_backward")
 
 
 def node_contrast(
     students: list[Tensor], teachers: list[Tensor], wanted: list[bool], temperature: float, product_precision: str
 ) -> Tensor:
     """Losses ``[B, S, T]`` of unit rows; see the head of this file."""
-    refuse_forward_mode("node_contrast", (*students, *teachers))
+    refuse_forward_mode((*students, *teachers))
     x = students[0]
     keep = (
         torch.is_grad_enabled()

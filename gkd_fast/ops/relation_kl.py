@@ -18,11 +18,40 @@
         column_teacher_log_sums [T, J] are needed, and column_losses [J, S, T] where a teacher's gradient is wanted.
         gradients: of the ROW set, complete (M is symmetric), [I, D] in the unit rows' type.
     The row set's upstream must be part of column_upstream where the rows are among the columns.
+
+Second order. Along directions of the stages (L = R/τ, dots mark tangents, ċ_ij = ė_i·e_j + e_i·ė_j):
+L̇ = L ċ/σ² off the diagonal, (log Z)˙_i = Σ_j P_ij L̇_ij, P˙ = P (L̇ − (log Z)˙). The derivative of the loss's gradients
+contracted with cotangents is their tangent along these cotangents, because second derivatives are symmetric; so the
+gradient of the upstream is the tangent of the losses.
+
+    relation_kl_tangent(students, teachers, tangents, moving, losses, student_log_sums, teacher_log_sums, temperature,
+                bandwidth, product_precision, student_columns=None, teacher_columns=None, column_tangents=None,
+                offset=0) -> (loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents)
+        moving: S + T bools, students first: which stages have a direction; the others stand still.
+        tangents: the directions of the moving stages, [I, D_q].  column_tangents: the columns' own, [J, D_q].
+        The tangents of relation_kl's three results, in their shapes:
+            ℓ̇_ist = Σ_j P^t_ij [(log P^t_ij − log P^s_ij − ℓ_ist) L̇^t_ij − L̇^s_ij] + (log Z^s)˙_i.
+    relation_kl_double_backward(upstream, students, teachers, tangents, moving, losses, student_log_sums,
+                teacher_log_sums, loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents, temperature,
+                bandwidth, product_precision, needs, student_columns=None, teacher_columns=None, column_tangents=None,
+                offset=0, column_upstream=None, column_losses=None, column_student_log_sums=None,
+                column_teacher_log_sums=None, column_loss_tangents=None, column_student_log_sum_tangents=None,
+                column_teacher_log_sum_tangents=None) -> gradients
+        The tangents of relation_kl_backward's gradients at a fixed upstream: those that ``needs`` (as there) asks
+        for, of the ROW set, complete.  column_*: as in relation_kl_backward; column_upstream None: zero.
 """
 
 import torch
 
-from gkd_fast.ops.autograd import PT2, flags, refuse_column_gradient, refuse_forward_mode, refuse_second_order, scatter
+from gkd_fast.ops.autograd import (
+    PT2,
+    flags,
+    refuse_column_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
+    scatter,
+    tangents_of,
+)  # fmt: skip
 
 torch.library.define(
     "gkd_fast::relation_kl",
@@ -39,10 +68,31 @@ torch.library.define(
     "-> Tensor[]",
     tags=PT2,
 )
+torch.library.define(
+    "gkd_fast::relation_kl_tangent",
+    "(Tensor[] students, Tensor[] teachers, Tensor[] tangents, bool[] moving, Tensor losses, Tensor student_log_sums, "
+    "Tensor teacher_log_sums, float temperature, float bandwidth, str product_precision, "
+    "Tensor[]? student_columns=None, Tensor[]? teacher_columns=None, Tensor[]? column_tangents=None, int offset=0) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=PT2,
+)
+torch.library.define(
+    "gkd_fast::relation_kl_double_backward",
+    "(Tensor upstream, Tensor[] students, Tensor[] teachers, Tensor[] tangents, bool[] moving, Tensor losses, "
+    "Tensor student_log_sums, Tensor teacher_log_sums, Tensor loss_tangents, Tensor student_log_sum_tangents, "
+    "Tensor teacher_log_sum_tangents, float temperature, float bandwidth, str product_precision, bool[] needs, "
+    "Tensor[]? student_columns=None, Tensor[]? teacher_columns=None, Tensor[]? column_tangents=None, int offset=0, "
+    "Tensor? column_upstream=None, Tensor? column_losses=None, Tensor? column_student_log_sums=None, "
+    "Tensor? column_teacher_log_sums=None, Tensor? column_loss_tangents=None, "
+    "Tensor? column_student_log_sum_tangents=None, Tensor? column_teacher_log_sum_tangents=None) -> Tensor[]",
+    tags=PT2,
+)
 
 
 @torch.library.register_fake("gkd_fast::relation_kl")
-def _(students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0):
+def _(
+    students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0
+):
     x = students[0]
     rows, s, t = x.shape[0], len(students), len(teachers)
     return x.new_empty(rows, s, t), x.new_empty(s, rows), x.new_empty(t, rows)
@@ -55,9 +105,22 @@ def _(upstream, students, teachers, losses, student_log_sums, teacher_log_sums, 
     return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
 
 
+@torch.library.register_fake("gkd_fast::relation_kl_tangent")
+def _(students, teachers, tangents, moving, losses, student_log_sums, teacher_log_sums, *settings, **named_columns):
+    return tuple(torch.empty_like(x) for x in (losses, student_log_sums, teacher_log_sums))
+
+
+@torch.library.register_fake("gkd_fast::relation_kl_double_backward")
+def _(upstream, students, teachers, tangents, moving, losses, student_log_sums, teacher_log_sums, loss_tangents,
+      student_log_sum_tangents, teacher_log_sum_tangents, temperature, bandwidth, product_precision, needs,
+      *columns, **named_columns):  # fmt: skip
+    stages = [*students, *teachers]
+    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+
+
 def _setup_context(ctx, inputs, output):
     students, teachers, ctx.temperature, ctx.bandwidth, ctx.product_precision, student_columns, _, _ = inputs
-    refuse_column_gradient("gkd_fast::relation_kl", student_columns is not None)
+    refuse_column_gradient("gkd_fast::relation_kl", "gkd_fast::relation_kl_backward", student_columns is not None)
     ctx.num_students = len(students)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*students, *teachers, *output)
@@ -68,7 +131,7 @@ def _backward(ctx, upstream, *_):
     students, teachers = stages[: ctx.num_students], stages[ctx.num_students :]
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
     gradients = torch.ops.gkd_fast.relation_kl_backward(
-        upstream.contiguous(), students, teachers, losses, student_log_sums, teacher_log_sums,
+        upstream.contiguous(), students, teachers, losses.detach(), student_log_sums, teacher_log_sums,
         ctx.temperature, ctx.bandwidth, ctx.product_precision, needs,
     )  # fmt: skip
     gradients = scatter(gradients, needs)
@@ -76,10 +139,43 @@ def _backward(ctx, upstream, *_):
 
 
 torch.library.register_autograd("gkd_fast::relation_kl", _backward, setup_context=_setup_context)
-refuse_second_order("gkd_fast::relation_kl_backward")
+
+
+def _setup_double_context(ctx, inputs, output):
+    upstream, students, teachers, losses, student_log_sums, teacher_log_sums, *settings, student_columns = inputs[:11]
+    refuse_column_gradient(
+        "gkd_fast::relation_kl_backward", "gkd_fast::relation_kl_double_backward", student_columns is not None
+    )
+    ctx.settings, ctx.wanted = settings[:3], settings[3]
+    ctx.num_students = len(students)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*students, *teachers, upstream, losses, student_log_sums, teacher_log_sums)
+
+
+def _double_backward(ctx, cotangents):
+    # Losses and log-sums are functions of the stages: their part of the derivative is in the stages' gradients.
+    *stages, upstream, losses, student_log_sums, teacher_log_sums = ctx.saved_tensors
+    students, teachers = stages[: ctx.num_students], stages[ctx.num_students :]
+    statistics = losses, student_log_sums, teacher_log_sums
+    tangents, moving = tangents_of(cotangents, ctx.wanted)
+    moved = torch.ops.gkd_fast.relation_kl_tangent(students, teachers, tangents, moving, *statistics, *ctx.settings)
+    needs_upstream, needs = ctx.needs_input_grad[0], flags(ctx.needs_input_grad[1]) + flags(ctx.needs_input_grad[2])
+    gradients = []
+    if any(needs):
+        gradients = torch.ops.gkd_fast.relation_kl_double_backward(
+            upstream, students, teachers, tangents, moving, *statistics, *moved, *ctx.settings, needs
+        )
+    gradients = scatter(gradients, needs)
+    students_gradients, teachers_gradients = gradients[: ctx.num_students], gradients[ctx.num_students :]
+    return moved[0] if needs_upstream else None, students_gradients, teachers_gradients, *[None] * 14
+
+
+torch.library.register_autograd("gkd_fast::relation_kl_backward", _double_backward, setup_context=_setup_double_context)
+refuse_derivative("gkd_fast::relation_kl_tangent")
+refuse_derivative("gkd_fast::relation_kl_double_backward")
 
 
 def relation_kl(students, teachers, temperature: float, bandwidth: float, product_precision: str) -> torch.Tensor:
     """Losses ``[B, S, T]`` of unit rows; see the head of this file."""
-    refuse_forward_mode("relation_kl", (*students, *teachers))
+    refuse_forward_mode((*students, *teachers))
     return torch.ops.gkd_fast.relation_kl(students, teachers, temperature, bandwidth, product_precision)[0]

@@ -14,7 +14,7 @@ gives e = 0, 1/‖x‖ = 0 and so zero gradient.
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import PT2
+from gkd_fast.ops.autograd import PT2, refuse_forward_mode
 
 torch.library.define("gkd_fast::unit_rows", "(Tensor[] rows, ScalarType dtype) -> (Tensor[], Tensor[])", tags=PT2)
 torch.library.define(
@@ -81,5 +81,8 @@ torch.library.register_autograd("gkd_fast::unit_rows", _backward, setup_context=
 
 
 def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The L2-normalised rows of every tensor of ``rows``, in ``dtype``."""
-    return torch.ops.gkd_fast.unit_rows(rows, dtype)[0]
+    """The L2-normalised rows of every tensor of ``rows``, in ``dtype``; without gradient where the tensor has none."""
+    refuse_forward_mode(rows)
+    unit = torch.ops.gkd_fast.unit_rows(rows, dtype)[0]
+    # An op's outputs need gradient together; frozen stages must not have theirs computed.
+    return [e if x.requires_grad else e.detach() for e, x in zip(unit, rows, strict=True)]

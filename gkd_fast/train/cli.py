@@ -16,8 +16,8 @@ from gkd_fast.train.run import CONFIG_FILE, Interrupted
 COMMANDS = {
     "teacher": "Trains a teacher: teacher_network with teacher_training, by cross-entropy on all its branches.",
     "student": "Trains a student: student_network with student_training, by --method; all but ce need --teacher.",
-    "compare": "Trains students by several methods on paired seeds (--compare.methods, --compare.seeds), with a teacher "
-    "of its own where --teacher names none, and reports tables, JSON and pictures.",
+    "compare": "Trains students by several methods on paired seeds (--compare.methods, --compare.seeds), with a "
+    "teacher of its own where --teacher names none, and reports tables, JSON and pictures.",
     "evaluate": "Accuracy of trained weights on the validation and test images. The options of a run's own folder are "
     "taken from there; other weights are taken for those of student_network.",
 }

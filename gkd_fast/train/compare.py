@@ -102,7 +102,7 @@ def summarize(config: Config, teacher: dict, results: dict[tuple[str, int], dict
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}",
         "options": asdict(config),
     }
-    summary["conclusions"] = conclude(summary)
+    summary["conclusion"] = conclude(summary)
     return summary
 
 
@@ -115,27 +115,27 @@ def describe(values: list[float]) -> dict:
     return {"mean": statistics.fmean(values), "std": spread, "half_width": half_width, "values": values}
 
 
-def conclude(summary: dict) -> list[str]:
-    """What the paired differences show, one sentence each; "inconclusive" where an interval holds 0."""
+def conclude(summary: dict) -> str:
+    """What the paired differences show, in one sentence; "inconclusive" where an interval holds 0."""
     arms, baseline = summary["arms"], summary["baseline"]
-    sentences = []
+    found = []
     if "ce" in arms:
         margin = summary["teacher"]["test_accuracy"] - arms["ce"]["test_accuracy"]["mean"]
-        sentences.append(f"teacher − ce = {margin:+.2f} points.")
+        found.append(f"teacher − ce = {margin:+.2f} points")
     for method, arm in arms.items():
         if method == baseline:
             continue
-        difference = arm["difference"]
-        named = f"{method} − {baseline} = {difference['mean']:+.2f}"
-        if difference["half_width"] is None:
-            sentences.append(f"{named} points on a single seed: nothing can be concluded.")
-            continue
-        found = f"{named} ± {difference['half_width']:.2f} points (95 % interval, {len(summary['seeds'])} paired seeds)"
-        if abs(difference["mean"]) <= difference["half_width"]:
-            sentences.append(f"{found}: inconclusive, the interval holds 0.")
+        # Without a teacher, ce is what the baseline is held against.
+        sign, better, worse = (-1, baseline, method) if method == "ce" else (1, method, baseline)
+        mean, half_width = sign * arm["difference"]["mean"], arm["difference"]["half_width"]
+        named = f"{better} − {worse} = {mean:+.2f}"
+        if half_width is None:
+            found.append(f"{named} points on a single seed, from which nothing can be concluded")
+        elif abs(mean) <= half_width:
+            found.append(f"{named} ± {half_width:.2f} points, inconclusive since the interval holds 0")
         else:
-            sentences.append(f"{found}: {method} is {'better' if difference['mean'] > 0 else 'worse'} here.")
-    return sentences
+            found.append(f"{named} ± {half_width:.2f} points, so {better} is {'better' if mean > 0 else 'worse'} here")
+    return f"Over {len(summary['seeds'])} paired seeds (± 95 % intervals): " + "; ".join(found) + "."
 
 
 def _teacher(config: Config, folder: Path, console: Console) -> dict:

@@ -3,10 +3,12 @@
 import dataclasses
 from dataclasses import dataclass, field
 
+from gkd_fast.meta import SECOND_DERIVATIVES
 from gkd_fast.train.data import DataConfig
 
 METHOD_NAMES = ("ce", "kd", "gkd", "gkd-constant", "gkd-permuted", "gkd-nograph", "gkd-nokd")
 PRECISIONS = ("fp32", "bf16", "fp16")
+OUTER_BATCHES = ("current", "held-out")
 
 
 class TrainError(Exception):
@@ -124,7 +126,9 @@ class MetaConfig:
         momentum: of the meta-network's SGD.
         nesterov: Nesterov momentum of the meta-network's SGD.
         weight_decay: of the meta-network's SGD.
-        backend: of the graph terms in the meta-step, which needs their second derivatives: reference has them.
+        second_derivatives: exact, or differences: estimated from two gradients per unrolled step.
+        outer_batch: whose outer loss: that of the current batch, or of a held-out one: as many training images of
+            which none is in the current batch.
     """
 
     width: int = 128
@@ -139,9 +143,12 @@ class MetaConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    backend: str = "reference"
+    second_derivatives: str = "exact"
+    outer_batch: str = "current"
 
     def __post_init__(self) -> None:
+        _one_of(self, SECOND_DERIVATIVES, "second_derivatives")
+        _one_of(self, OUTER_BATCHES, "outer_batch")
         _at_least(self, 1, "width", "interval", "graph_steps")
         _at_least(self, 0, "label_steps", "inner_lr", "inner_momentum", "inner_weight_decay")
         _at_least(self, 0, "lr", "momentum", "weight_decay")
@@ -167,7 +174,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, str):
-            self.methods = [name for name in self.methods.replace(",", " ").split()]
+            self.methods = self.methods.replace(",", " ").split()
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be a list of different methods, got {self.methods}")
         for method in self.methods:
@@ -185,7 +192,7 @@ class Config:
         method: what student trains with: ce, kd, gkd, gkd-constant, gkd-permuted, gkd-nograph or gkd-nokd.
         teacher: the teacher's weights for student and compare; compare trains one where there is none.
         resume: go on from the last good checkpoint in output.
-        precision: fp32, bf16 or fp16 (autocast; the meta-step is always in fp32).
+        precision: fp32, bf16 or fp16 (autocast; with fp16 the meta-step is in fp32).
         device: auto or cpu.
         threads: of PyTorch, where not its own choice.
         save_every: steps between two checkpoints within an epoch; the end of an epoch has one always.
@@ -225,8 +232,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        _one_of(self, PRECISIONS, "precision")
         if self.device not in ("auto", "cpu"):
             raise ValueError(f"device must be auto or cpu, got {self.device!r}")
         _at_least(self, 0, "seed")
@@ -267,6 +273,11 @@ def relevant_options(config: Config, role: str) -> dict:
 def check_method(name: str) -> None:
     if name not in METHOD_NAMES:
         raise ValueError(f"method must be one of {', '.join(METHOD_NAMES)}, got {name!r}")
+
+
+def _one_of(config, names: tuple[str, ...], field: str) -> None:
+    if getattr(config, field) not in names:
+        raise ValueError(f"{field} must be one of {', '.join(names)}, got {getattr(config, field)!r}")
 
 
 def _at_least(config, least: float, *names: str) -> None:

@@ -5,6 +5,7 @@ import os
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -65,7 +66,7 @@ def measure_costs(config: Config, backends: list[str] | None = None) -> list[dic
             )
             for case, (method, backend) in cases.items()
         }
-        seconds = {case: [] for case in cases}
+        seconds: dict[str, list[float]] = {case: [] for case in cases}
         for _ in range(1 + config.compare.cost_repeats):  # the first round warms up
             for case, distiller in distillers.items():
                 clock = Clock(accelerator.device, running=True)
@@ -78,7 +79,7 @@ def measure_costs(config: Config, backends: list[str] | None = None) -> list[dic
                     "case": case,
                     "seconds": statistics.median(seconds[case][1:]),
                     "fastest_seconds": min(seconds[case][1:]),
-                    "peak_bytes": peak_bytes(lambda: distiller.train_step(images, labels), accelerator.device),
+                    "peak_bytes": peak_bytes(partial(distiller.train_step, images, labels), accelerator.device),
                 }
             )
     return rows

@@ -148,41 +148,58 @@ class Distiller:
         """Whether a meta-step follows the training step on the batch of this index within the epoch."""
         return self.pair_weights is not None and batch_index % self.meta.interval == 0
 
-    def meta_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def meta_step(
+        self, images: Tensor, labels: Tensor, outer_batch: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One step of the meta-network on the gradient through unrolled steps of the student, which are then undone.
 
-        It runs without autocast whatever the training's precision: second derivatives would need a loss scale of
-        their own in half precision. With several processes each unrolls on its own share of the batch, and the
+        It follows the training's precision but for float16, whose second derivatives would need a loss scale of their
+        own: then it runs without autocast. With several processes each unrolls on its own share of the batch, and the
         gradients are averaged.
+
+        Args:
+            images: ``[B, C, H, W]``, of the unrolled steps.
+            labels: ``[B]``.
+            outer_batch: images and labels of the outer loss; those of the unrolled steps by default.
 
         Returns:
             ``meta_gradient_norm``, a scalar.
         """
+        gradients = self.hypergradient(images, labels, outer_batch)
+        if self.accelerator is not None:
+            gradients = [self.accelerator.reduce(g, "mean") for g in gradients]
+        for parameter, gradient in zip(self.pair_weights.parameters(), gradients):
+            parameter.grad = gradient
+        self.meta_optimizer.step()
+        self.meta_optimizer.zero_grad()
+        return {"meta_gradient_norm": torch.stack([g.norm() for g in gradients]).norm()}
+
+    def hypergradient(
+        self, images: Tensor, labels: Tensor, outer_batch: tuple[Tensor, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Gradient of the outer loss at the meta-network's parameters, as in :meth:`meta_step`; changes nothing."""
         self.objective.train()
-        teacher_outputs = self.teacher_outputs(images)
-        meta_parameters = list(self.pair_weights.parameters())
-        with graph_backend(self.criterion, self.meta.backend), UnrolledSGD(
+        with self._meta_autocast():
+            teacher_outputs = self.teacher_outputs(images)
+            outer_outputs = teacher_outputs if outer_batch is None else self.teacher_outputs(outer_batch[0])
+        outer_images, outer_labels = outer_batch or (images, labels)
+        with UnrolledSGD(
             self.unrolled_parameters(),
             [self.student, self.criterion],
             lr=self.meta.inner_lr,
             momentum=self.meta.inner_momentum,
             weight_decay=self.meta.inner_weight_decay,
             nesterov=self.meta.inner_nesterov,
+            second_derivatives=self.meta.second_derivatives,
         ) as unrolled:
             for _ in range(self.meta.graph_steps):
                 unrolled.step(lambda: self._graph_objective(images, labels, teacher_outputs))
             for _ in range(self.meta.label_steps):
                 unrolled.step(lambda: self._label_objective(images, labels, teacher_outputs))
-            gradients = unrolled.hypergradient(
-                lambda: self._label_objective(images, labels, teacher_outputs), meta_parameters
+            return unrolled.hypergradient(
+                lambda: self._label_objective(outer_images, outer_labels, outer_outputs),
+                self.pair_weights.parameters(),
             )
-        if self.accelerator is not None:
-            gradients = [self.accelerator.reduce(g, "mean") for g in gradients]
-        for parameter, gradient in zip(meta_parameters, gradients):
-            parameter.grad = gradient
-        self.meta_optimizer.step()
-        self.meta_optimizer.zero_grad()
-        return {"meta_gradient_norm": torch.stack([g.norm() for g in gradients]).norm()}
 
     def gradient_shares(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Norm of each term's gradient at the student's parameters over the sum of these norms; changes nothing."""
@@ -212,15 +229,18 @@ class Distiller:
         return None if self.teacher is None else self.teacher(images)
 
     def _graph_objective(self, images: Tensor, labels: Tensor, teacher_outputs) -> Tensor:
-        """Node and relation terms, with gradient through the weights too."""
-        embeddings = self.criterion.embed(self.student(images).features, teacher_outputs.features)
-        weights = self.pair_weights(*embeddings)
-        terms = self.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
-        return torch.stack([terms[name] for name in ("node", "relation") if name in terms]).sum()
+        """Node and relation terms, with gradient through the weights too, which are float32 as in a training step."""
+        with self._meta_autocast():
+            embeddings = self.criterion.embed(self.student(images).features, teacher_outputs.features)
+        weights = self.pair_weights(*([_at_least_float32(x) for x in side] for side in embeddings))
+        with self._meta_autocast():
+            terms = self.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
+            return torch.stack([terms[name] for name in ("node", "relation") if name in terms]).sum()
 
     def _label_objective(self, images: Tensor, labels: Tensor, teacher_outputs) -> Tensor:
-        terms = self.plain_objective.label_terms(self.student(images), teacher_outputs, labels)
-        return torch.stack(list(terms.values())).sum()
+        with self._meta_autocast():
+            terms = self.plain_objective.label_terms(self.student(images), teacher_outputs, labels)
+            return torch.stack(list(terms.values())).sum()
 
     def _training_weights(self, batch: int, device: torch.device) -> nn.Module | None:
         if self.method.weights == "permuted":
@@ -230,18 +250,9 @@ class Distiller:
     def _autocast(self):
         return contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
 
-
-@contextlib.contextmanager
-def graph_backend(criterion: GraphKDLoss, backend: str):
-    """The criterion's graph terms are computed by this backend inside."""
-    owners = {module: module.backend for module in criterion.modules() if hasattr(module, "backend")}
-    try:
-        for module in owners:
-            module.backend = backend
-        yield
-    finally:
-        for module, own in owners.items():
-            module.backend = own
+    def _meta_autocast(self):
+        scaled = self.accelerator is not None and self.accelerator.mixed_precision == "fp16"
+        return contextlib.nullcontext() if scaled else self._autocast()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -54,7 +54,6 @@ class PlainHead(nn.Module):
         super().__init__()
         linear = convolution.linears[0]
         self.projection = nn.Identity() if linear.in_features == embed_dim else linear
-        self.bandwidth = convolution.bandwidth
 
     def forward(self, nodes: Tensor) -> Tensor:
         return self.projection(nodes)
@@ -86,6 +85,13 @@ def batch_permutation(size: int, seed: int, step: int, device: torch.device) -> 
     """A permutation that depends on nothing but its arguments, so that a resumed run draws it again."""
     generator = torch.Generator().manual_seed(stream_seed(seed, "permutation", step))
     return torch.randperm(size, generator=generator).to(device)
+
+
+def held_out(images: int, batch: list[int], seed: int) -> list[int]:
+    """As many of the training images as the batch has (fewer where there are not as many), none of them in it."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed)).tolist()
+    taken = set(batch)
+    return [k for k in order if k not in taken][: len(batch)]
 
 
 def stream_seed(seed: int, purpose: str, index: int = 0) -> int:

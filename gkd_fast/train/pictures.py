@@ -38,7 +38,7 @@ def _draw_accuracy(summary: dict) -> Figure:
     left.axvline(summary["teacher"]["test_accuracy"], color="0.5", linestyle=":", label="teacher")
     left.legend(frameon=False)
     left.set(xlabel="test accuracy after the last epoch, %", yticks=range(len(arms)), yticklabels=list(arms))
-    left.invert_yaxis()
+    left.set_ylim(len(arms) - 0.5, -0.5)
     right.axvline(0, color="0.5")
     right.set(xlabel=f"paired difference to {baseline}, points")
     figure.suptitle(f"{len(summary['seeds'])} seeds; bars are 95 % intervals of the mean")
@@ -89,4 +89,3 @@ def _draw_pair_weights(method: str, weights: dict) -> Figure:
             axes.text(t, s, text, ha="center", va="center", fontsize="small", bbox={"color": "white", "pad": 1})
     figure.suptitle(f"Pair weights of {method}, before and after meta-learning, on the same embeddings")
     return figure
-

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+
 def print_result(result: dict, console: Console) -> None:
     """The outcome of one training or evaluation."""
     test, validation = result["test_accuracy"], result["validation_accuracy"]
@@ -34,8 +35,7 @@ def print_comparison(summary: dict, pictures: list[Path], console: Console) -> N
     console.print(_meta_table(summary))
     if "costs" in summary:
         console.print(_cost_table(summary))
-    for sentence in summary["conclusions"]:
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    console.print(summary["conclusion"], highlight=False, markup=False, soft_wrap=True)
     console.print("pictures: " + ", ".join(map(str, pictures)), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -79,16 +79,24 @@ def _meta_table(summary: dict) -> Table:
 
 def _cost_table(summary: dict) -> Table:
     table = Table(title="A training step without and with the graph terms")
-    for name in ("batch size", "method, backend", "ms (median)", "peak MiB"):
+    for name in ("batch size", "method, backend", "ms", "peak MiB", "graph terms: ms", "peak MiB"):
         table.add_column(name, justify="left" if name == "method, backend" else "right")
-    last = None
+    without: dict = {}
     for row in summary["costs"]:
-        if last not in (None, row["batch_size"]):
+        if row["case"] == "kd":
             table.add_section()
-        last = row["batch_size"]
-        table.add_row(str(last), row["case"], f"{1000 * row['seconds']:.1f}", f"{row['peak_bytes'] / 2**20:.1f}")
-    table.caption = f"{summary['machine']}; both networks included"
+            without, added = row, ("", "")
+        else:
+            added = _cost(row["seconds"] - without["seconds"], row["peak_bytes"] - without["peak_bytes"])
+        table.add_row(str(row["batch_size"]), row["case"], *_cost(row["seconds"], row["peak_bytes"]), *added)
+    table.caption = (
+        f"{summary['machine']}\nmedians of whole steps, both networks included; graph terms: what they add to kd"
+    )
     return table
+
+
+def _cost(seconds: float, peak: int) -> tuple[str, str]:
+    return f"{1000 * seconds:.1f}", f"{peak / 2**20:.1f}"
 
 
 def _spread(numbers: dict, sign: str = "") -> str:

@@ -22,7 +22,7 @@ from gkd_fast.train.config import Config, TrainError, TrainingConfig, relevant_o
 from gkd_fast.train.data import Images, Splits, epoch_order, load_splits
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.evaluation import accuracy, load_batches
-from gkd_fast.train.methods import stream_seed
+from gkd_fast.train.methods import held_out, stream_seed
 from gkd_fast.train.metrics import MetricsLog
 from gkd_fast.train.progress import Display
 
@@ -52,6 +52,7 @@ class Position:
     term_sums: dict[str, float] = field(default_factory=dict)
     term_steps: int = 0
     gradient_shares: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float | list[float]] = field(default_factory=dict)
     train_step_seconds: list[float] = field(default_factory=list)
     meta_step_seconds: list[float] = field(default_factory=list)
     best: dict[str, float] | None = None
@@ -153,6 +154,9 @@ class Run:
         if not self._epoch_batches(0):
             size = self.training.batch_size
             raise TrainError(f"an epoch has no batch: {len(self.splits.train)} images, batch size {size}")
+        beside = len(self.splits.train) - len(self._epoch_batches(0)[0])
+        if self.distiller.pair_weights is not None and self.config.meta.outer_batch == "held-out" and beside < 2:
+            raise TrainError(f"outer_batch held-out needs 2 training images beside a batch, there are {beside}")
         self._open()
         epochs = self.training.epochs
         with self._stoppable(), self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0))):
@@ -198,7 +202,9 @@ class Run:
         started = time.perf_counter()
         for images, labels in self._load(self.splits.train, batches[position.batch :]):
             if position.batch == 0 and self._diagnosing():
+                # Of a whole batch: the last of an epoch may be short.
                 position.gradient_shares = self.distiller.gradient_shares(images, labels)
+                position.diagnostics = self.distiller.criterion.diagnostics()
             self._step(images, labels)
             position.batch += 1
             position.step += 1
@@ -223,8 +229,18 @@ class Run:
         self._pending.append(self.distiller.train_step(images, labels))
         clock.lap(self.position.train_step_seconds)
         if self.distiller.meta_due(batch):
-            self.distiller.meta_step(images, labels)
+            self.distiller.meta_step(images, labels, self._outer_batch())
             clock.lap(self.position.meta_step_seconds)
+
+    def _outer_batch(self) -> tuple[Tensor, Tensor] | None:
+        """The images and labels of the meta-step's outer loss; None: those of the current batch."""
+        if self.config.meta.outer_batch == "current":
+            return None
+        position, mine = self.position, self.accelerator.process_index
+        current = self._epoch_batches(position.epoch)[position.batch]
+        seed = stream_seed(self.config.seed, f"held-out {mine}", position.step)
+        chosen = held_out(len(self.splits.train), current, seed)
+        return next(iter(load_batches(self.splits.train, [chosen], 0, self.accelerator.device)))
 
     def _finish_epoch(self) -> None:
         position = self.position
@@ -244,7 +260,7 @@ class Run:
             }
         if self._diagnosing():
             record["gradient_shares"] = position.gradient_shares
-            record["diagnostics"] = self.distiller.criterion.diagnostics()
+            record["diagnostics"] = position.diagnostics
         self.metrics.write(record)
         self.display.epoch_done(record)
         position.epoch, position.batch, position.term_sums, position.term_steps = position.epoch + 1, 0, {}, 0

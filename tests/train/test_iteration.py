@@ -36,7 +36,9 @@ def _parameters(distiller: Distiller) -> dict[str, torch.Tensor]:
 def _close(found: dict, expected: dict, tolerance: float = 1e-10) -> None:
     assert found.keys() == expected.keys()
     for name in found:
-        torch.testing.assert_close(found[name].detach(), expected[name].detach(), rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            found[name].detach(), expected[name].detach(), rtol=tolerance, atol=tolerance, msg=name
+        )
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
