@@ -3,7 +3,6 @@
 import os
 
 import torch
-
 from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, unit_rows
 from gkd_fast.kernels.autotune import autotuned
 from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations

@@ -6,7 +6,6 @@ from functools import wraps
 
 import torch
 import triton
-
 from gkd_fast.kernels import table
 from gkd_fast.kernels.table import Tiles
 

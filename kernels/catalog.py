@@ -4,16 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-
 from gkd_fast.kernels.graph_conv import INVERSE, INVERSE_ROOT, ONE, TERMS_ROWS
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_strip, graph_sums, graph_terms
 from gkd_fast.kernels.launch import PRODUCTS, Product, divide, padded_width
 from gkd_fast.kernels.node_contrast import EPILOGUE_ROWS
 from gkd_fast.kernels.node_contrast_tiles import (
-    contrast_differences, contrast_gradients, contrast_losses, contrast_sums,
+    contrast_differences,
+    contrast_gradients,
+    contrast_losses,
+    contrast_sums,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl import STATISTICS_BLOCK
 from gkd_fast.kernels.relation_kl_tiles import relation_factors, relation_gradients, relation_losses, relation_sums
@@ -24,6 +23,9 @@ from gkd_fast.kernels.tile import COUNTS
 from gkd_fast.kernels.unit_rows import BLOCK_ROWS as UNIT_ROWS
 from gkd_fast.kernels.unit_rows import BLOCK_WIDTH as UNIT_WIDTH
 from gkd_fast.kernels.unit_rows import unit_rows_forward, unit_rows_gradient
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
@@ -122,7 +124,12 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     build = _Builder(arch, PRODUCTS[dtype], dim)
     if padded_width(dim) > largest_width(arch, dtype):
         return [*build.strips(*stages), *build.unit_rows(sum(stages))]
-    return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(), *build.unit_rows(sum(stages))]
+    return [
+        *build.relation_kl(*stages),
+        *build.node_contrast(*stages),
+        *build.graph_conv(),
+        *build.unit_rows(sum(stages)),
+    ]
 
 
 class _Builder:
@@ -159,14 +166,25 @@ class _Builder:
                 "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep, exponentials=1,
                 name="contrast_sums" if keep else "contrast_sums without weighted", pairs=students * teachers,
             )  # fmt: skip
-        epilogue = {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "TYPE": self.product.TYPE, "SUM": self.product.SUM}
+        epilogue = {
+            "WIDTH": self.width,
+            "BLOCK_ROWS": EPILOGUE_ROWS,
+            "TYPE": self.product.TYPE,
+            "SUM": self.product.SUM,
+        }
         constants = {"S": students, "T": teachers, "KEEP": True, "OWN_SHIFT": False, **epilogue}
         yield self._small("node_contrast", contrast_losses, "forward", constants, lists, EPILOGUE_ROWS)
         constants = {"S": students, "T": teachers, **epilogue}
         lists = {"own": teachers, "gradients": students}
         yield self._small("node_contrast", contrast_differences, "backward", constants, lists, EPILOGUE_ROWS)
         for by_column, rows, columns in ((False, students, teachers), (True, teachers, students)):
-            constants = {"STAGES": rows, "PARTNERS": columns, "BY_COLUMN": by_column, "SCALED": self.product.scaled, "STRIP": False}
+            constants = {
+                "STAGES": rows,
+                "PARTNERS": columns,
+                "BY_COLUMN": by_column,
+                "SCALED": self.product.scaled,
+                "STRIP": False,
+            }
             lists = {"rows": rows, "columns": columns, "own": columns, "gradients": rows}
             yield self._walk(
                 "node_contrast", contrast_gradients, "backward", constants, lists, products=2, exponentials=1,
@@ -267,7 +285,8 @@ class _Builder:
             lambda batch: (triton.cdiv(batch, rows) * launches, 1), None, (),
         )  # fmt: skip
 
-    def _make(self, op, fn, direction, constants, lists, warps, stages, rows, columns, products, exponentials, polynomials,
+    def _make(self, op, fn, direction, constants, lists, warps, stages, rows, columns, products, exponentials,
+              polynomials,
               exemption, grid, name, of_columns):  # fmt: skip
         signature = {}
         for argument in fn.arg_names:

@@ -4,15 +4,22 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch import Tensor
-
 from gkd_fast.kernels import graph_conv_strips as strips
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
 from gkd_fast.kernels.launch import (
-    SMALL_BATCH, architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two,
+    SMALL_BATCH,
+    architecture,
+    column_pieces,
+    divide,
+    matrices,
+    multiprocessors,
+    on_device,
+    padded_width,
+    power_of_two,
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.table import POLYNOMIALS, largest_width, tiles
+from torch import Tensor
 
 # Factors of a value's row, as in ``graph_conv_tiles``.
 ONE, INVERSE, INVERSE_ROOT, OWN_INVERSE_ROOT = range(4)
@@ -48,7 +55,9 @@ class Graph:
         """Tile sizes, grid and compile-time arguments of a kernel that walks tiles."""
         config = tiles(kernel, self.arch, self.product.name, padded_width(self.dim, *widths))
         row_blocks = triton.cdiv(self.row_count, config.rows)
-        parts = divide(row_blocks, self.column_count, config.columns, self.row_count, multiprocessors(self.nodes.device))
+        parts = divide(
+            row_blocks, self.column_count, config.columns, self.row_count, multiprocessors(self.nodes.device)
+        )
         constants = {
             "WIDTH": padded_width(self.dim), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             "POLYNOMIALS": POLYNOMIALS[self.arch], "num_warps": config.warps, "num_stages": config.stages,
@@ -86,7 +95,8 @@ def _degrees(graph: Graph) -> Tensor:
     with on_device(graph.nodes):
         for piece in column_pieces([graph.columns], graph.product.torch_type):
             graph_degree_sums[grid](
-                graph.nodes, piece.matrices[0], degrees, graph.inverse_variance, graph.dim, graph.row_count, piece.count,
+                graph.nodes, piece.matrices[0], degrees, graph.inverse_variance, graph.dim, graph.row_count,
+                piece.count,
                 graph.offset - piece.start, parts, int(piece.start > 0), **constants,
             )  # fmt: skip
         return degrees[0] if parts == 1 else degrees.sum(dim=0)
@@ -244,7 +254,9 @@ def _nodes_gradient(graph, own, other, terms, column_terms, is_row) -> Tensor:
         powers_of = powers[0], powers[1]
     if graph.is_wide(width):
         factors = [
-            None if side.degrees is None else (factor_of(side.degrees, message_factor), factor_of(side.degrees, upstream_factor))
+            None
+            if side.degrees is None
+            else (factor_of(side.degrees, message_factor), factor_of(side.degrees, upstream_factor))
             for side in (own, other)
         ]
         return strips.nodes_gradient(graph, own, other, factors, terms, column_terms, powers)
@@ -266,7 +278,8 @@ def _nodes_gradient(graph, own, other, terms, column_terms, is_row) -> Tensor:
             graph_gradients[grid](
                 graph.nodes, piece_nodes, own.messages, own.upstream, piece_messages,
                 piece_upstream[0] if has_upstream else piece_messages, own.degrees, column_degrees, terms,
-                column_terms[piece.start :], gradient, powers, graph.inverse_variance, graph.dim, width, graph.row_count,
+                column_terms[piece.start :], gradient, powers, graph.inverse_variance, graph.dim, width,
+                graph.row_count,
                 piece.count, graph.offset - piece.start, parts, int(piece.start > 0), HAS_UPSTREAM=has_upstream,
                 MESSAGE_FACTOR=message_factor, UPSTREAM_FACTOR=upstream_factor, SCALED=graph.product.scaled,
                 PREPARED=not graph.is_small, **constants,

@@ -2,12 +2,11 @@
 
 import torch
 import triton
-from torch import Tensor
-
 from gkd_fast.kernels.graph_conv_tiles import graph_strip
 from gkd_fast.kernels.launch import Columns, column_pieces, on_device, power_of_two
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.table import POLYNOMIALS, tiles
+from torch import Tensor
 
 
 def _strip(graph, rows: Tensor, start: int, piece: Columns, sums, gradient=None) -> Tensor:
@@ -67,7 +66,9 @@ def nodes_gradient(graph, own, other, factors, terms, column_terms, powers) -> T
         for strip in row_strips(graph.row_count, widest):
             rows = graph.nodes[strip].to(dtype)
             h = prepared(own.messages[strip], None if message_factor is None else message_factor[strip], message_power)
-            g = prepared(own.upstream[strip], None if upstream_factor is None else upstream_factor[strip], upstream_power)
+            g = prepared(
+                own.upstream[strip], None if upstream_factor is None else upstream_factor[strip], upstream_power
+            )
             for piece in column_pieces([graph.columns], dtype, most=strip_columns(len(rows), 3)):
                 here = slice(piece.start, piece.start + piece.count)
                 of_message, of_upstream = (

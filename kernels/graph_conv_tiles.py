@@ -6,10 +6,23 @@ kernel applies the column factors itself; otherwise the caller brings columns th
 
 import triton
 import triton.language as tl
-
 from gkd_fast.kernels.tile import (
-    COUNTS, add_product, bounded_exp2, column_range, convert, load_rows, load_tile, load_vector, number, product, replace_diagonal,
-    replace_missing, store_rows, store_tile, store_vector, touches_edge,
+    COUNTS,
+    add_product,
+    bounded_exp2,
+    column_range,
+    convert,
+    load_rows,
+    load_tile,
+    load_vector,
+    number,
+    product,
+    replace_diagonal,
+    replace_missing,
+    store_rows,
+    store_tile,
+    store_vector,
+    touches_edge,
 )  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -222,7 +235,8 @@ def graph_gradients(
             if PREPARED:
                 other = load_rows(column_upstream, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE)
             else:
-                other = load_values(column_upstream, column_degrees, powers + 1, j, column_count, width, UPSTREAM_FACTOR,
+                other = load_values(column_upstream, column_degrees, powers + 1, j, column_count, width,
+                                    UPSTREAM_FACTOR,
                                     SCALED, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, SUM)  # fmt: skip
             m = add_product(h, tl.trans(other), m, PRECISION)
         if SCALED:

@@ -1,17 +1,15 @@
 """What the launchers share: product types, tile sizes, the division of the columns, the device."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from gkd_fast.kernels import table
-from gkd_fast.kernels.tile import INTERPRETED
+from torch import Tensor
 
 # Up to this many rows an op is launched whole: no copies of the columns, no division among programs.
 SMALL_BATCH = 256
@@ -129,7 +127,10 @@ class Columns:
 
 
 def column_pieces(
-    columns: Sequence[Tensor], dtype: torch.dtype, factors: Sequence[Tensor | None] | None = None, most: int | None = None
+    columns: Sequence[Tensor],
+    dtype: torch.dtype,
+    factors: Sequence[Tensor | None] | None = None,
+    most: int | None = None,
 ) -> Iterator[Columns]:
     """The columns in the product's type, rows multiplied by their factors, ``COLUMN_BYTES`` or ``most`` at a time.
 

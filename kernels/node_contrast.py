@@ -2,17 +2,27 @@
 
 import torch
 import triton
-from torch import Tensor
-
 from gkd_fast.kernels import node_contrast_strips as strips
 from gkd_fast.kernels.launch import (
-    architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two, product_of,
+    architecture,
+    column_pieces,
+    divide,
+    matrices,
+    multiprocessors,
+    on_device,
+    padded_width,
+    power_of_two,
+    product_of,
 )  # fmt: skip
 from gkd_fast.kernels.node_contrast_tiles import (
-    contrast_differences, contrast_gradients, contrast_losses, contrast_sums,
+    contrast_differences,
+    contrast_gradients,
+    contrast_losses,
+    contrast_sums,
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
 from gkd_fast.kernels.table import largest_width, tiles
+from torch import Tensor
 
 LOG2E = 1.4426950408889634
 # Up to this 2/τ the sums of exp((c − 1)/τ) cannot underflow in float32, nor the weights in float16, scaled by 2^14.
@@ -36,7 +46,10 @@ class Problem:
             raise ValueError(f"wanted must have {self.S * self.T} entries, got {len(wanted)}")
         if len(wanted) > MOST_PAIRS:
             raise ValueError(f"node_contrast takes at most {MOST_PAIRS} stage pairs, got {len(wanted)}")
-        self.row_count, self.wanted = len(self.students[0]), sum(1 << p for p, is_wanted in enumerate(wanted) if is_wanted)
+        self.row_count, self.wanted = (
+            len(self.students[0]),
+            sum(1 << p for p, is_wanted in enumerate(wanted) if is_wanted),
+        )
         self.pairs = [divmod(p, self.T) for p, is_wanted in enumerate(wanted) if is_wanted]
         self.product = product_of(product_precision, students[0])
         self.device, self.arch = students[0].device, architecture(students[0].device)
@@ -135,7 +148,9 @@ def node_contrast_backward(
             problem, all_teachers, all_students, (upstream, log_sums), column_side, weighted, needs,
             offset if teacher_columns is not None else 0,
         )  # fmt: skip
-    gradients = [torch.empty_like(x) for x, needed in zip((*problem.students, *problem.teachers), needs, strict=True) if needed]
+    gradients = [
+        torch.empty_like(x) for x, needed in zip((*problem.students, *problem.teachers), needs, strict=True) if needed
+    ]
     num_students = sum(needs[:S])
     student_offset = offset if teacher_columns is not None else 0
     with on_device(upstream):
@@ -169,7 +184,9 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offse
     row_blocks = triton.cdiv(problem.row_count, config.rows)
     count = 0 if side is None else len(columns[0])
     upstream, log_sums = (own_upstream, own_upstream) if side is None else side
-    parts = divide(row_blocks * len(gradients), count, config.columns, problem.row_count, multiprocessors(problem.device))
+    parts = divide(
+        row_blocks * len(gradients), count, config.columns, problem.row_count, multiprocessors(problem.device)
+    )
     partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
     power = upstream
     if problem.product.scaled:

@@ -4,13 +4,12 @@ import math
 
 import torch
 import triton
-from torch import Tensor
-
 from gkd_fast.kernels import node_contrast as host
 from gkd_fast.kernels.launch import column_pieces, on_device, power_of_two
 from gkd_fast.kernels.node_contrast_tiles import contrast_gradients, contrast_sums
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.table import tiles
+from torch import Tensor
 
 LOG2E = 1 / math.log(2)
 
@@ -63,9 +62,7 @@ def _forward(problem, s, t, strip, columns, offset, shift, shifts, out):
         weighted *= torch.exp2((shift if shifts is None else shifts) - log_sums * LOG2E)[:, None]
 
 
-def node_contrast_backward(
-    problem, teachers, students, own_side, column_side, weighted, needs, offset
-) -> list[Tensor]:
+def node_contrast_backward(problem, teachers, students, own_side, column_side, weighted, needs, offset) -> list[Tensor]:
     rows, S = problem.row_count, problem.S
     stages = [*problem.students, *problem.teachers]
     gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(stages, needs, strict=True)]

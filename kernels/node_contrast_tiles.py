@@ -2,10 +2,21 @@
 
 import triton
 import triton.language as tl
-
 from gkd_fast.kernels.tile import (
-    COUNTS, add_product, column_range, convert, load_rows, load_tile, load_vector, number, pick, product, replace_missing, store_rows,
-    store_tile, store_vector,
+    COUNTS,
+    add_product,
+    column_range,
+    convert,
+    load_rows,
+    load_tile,
+    load_vector,
+    number,
+    pick,
+    product,
+    replace_missing,
+    store_rows,
+    store_tile,
+    store_vector,
 )  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -33,7 +44,9 @@ def set_bits_below(bits, place, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_own(matrix, i, offset, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr):
+def load_own(
+    matrix, i, offset, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr
+):
     """The rows' own partners, rounded as the tiles' entries are."""
     return load_rows(matrix + number(offset, tl.int64) * dim, i, count, dim, BLOCK, WIDTH, TYPE).to(SUM)
 
@@ -87,8 +100,8 @@ def contrast_sums(
         elif KEEP:
             total = add_product(convert(weights, TYPE), columns, total, PRECISION)
     if (is_last != 0) & (parts == 1):
-        store_contrast(z, row_shift, own_similarity * scale, losses + pair, log_sums + number(place, tl.int64) * row_count, i,
-                       row_count, S * T, BLOCK_ROWS)  # fmt: skip
+        store_contrast(z, row_shift, own_similarity * scale, losses + pair,
+                       log_sums + number(place, tl.int64) * row_count, i, row_count, S * T, BLOCK_ROWS)  # fmt: skip
         if KEEP and not STRIP:
             total = total / z[:, None]
     else:
@@ -98,7 +111,9 @@ def contrast_sums(
 
 
 @triton.jit
-def store_contrast(z, row_shift, own_logit, loss, log_sums, i, row_count, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def store_contrast(
+    z, row_shift, own_logit, loss, log_sums, i, row_count, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
     """log Z and ℓ = log Z − c_own/τ of a block of rows."""
     log_z = tl.log2(z) + row_shift
     row = i + tl.arange(0, BLOCK_ROWS)
@@ -209,7 +224,9 @@ def contrast_gradients(
             else:
                 weights = tl.exp2(logits - shift[:, None]) * g[:, None]
             if STRIP:
-                store_tile(gradients[0], convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+                store_tile(
+                    gradients[0], convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS
+                )
             else:
                 total = add_product(convert(weights, TYPE), other, total, PRECISION)
     if STRIP:

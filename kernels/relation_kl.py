@@ -5,18 +5,30 @@ from collections.abc import Iterator
 
 import torch
 import triton
-from torch import Tensor
-
 from gkd_fast.kernels.launch import (
-    Columns, Product, architecture, column_pieces, divide, matrices, multiprocessors, on_device, padded_width, power_of_two,
+    Columns,
+    Product,
+    architecture,
+    column_pieces,
+    divide,
+    matrices,
+    multiprocessors,
+    on_device,
+    padded_width,
+    power_of_two,
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl_tiles import (
-    num_factors, relation_factors, relation_gradients, relation_losses, relation_sums,
+    num_factors,
+    relation_factors,
+    relation_gradients,
+    relation_losses,
+    relation_sums,
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
 from gkd_fast.kernels.table import POLYNOMIALS, Tiles, largest_width, relation_group, tiles
+from torch import Tensor
 
 LOG2E = 1.4426950408889634
 # Up to this 1/τ the sums of exp(L − 1/τ) cannot underflow in float32.
@@ -37,7 +49,9 @@ class Problem:
         self.columns, self.offset = self.rows, 0
         if self.has_columns:
             count = student_columns[0].shape[0]
-            self.columns = matrices("student_columns", student_columns) + matrices("teacher_columns", teacher_columns, count)
+            self.columns = matrices("student_columns", student_columns) + matrices(
+                "teacher_columns", teacher_columns, count
+            )
             self.offset = offset
             if [x.shape[1] for x in self.columns] != [x.shape[1] for x in self.rows]:
                 raise ValueError("rows and columns of a stage must share a width")
@@ -52,7 +66,9 @@ class Problem:
 
     def groups(self, kernel: str) -> Iterator[tuple[list[int], list[int]]]:
         """Blocks of stage pairs: the students and the teachers that share a launch."""
-        most_students, most_teachers = relation_group(kernel, self.arch, self.product.name, self.width(range(len(self.rows))))
+        most_students, most_teachers = relation_group(
+            kernel, self.arch, self.product.name, self.width(range(len(self.rows)))
+        )
         for s in range(0, self.num_students, most_students):
             for t in range(0, self.num_teachers, most_teachers):
                 yield (
@@ -134,7 +150,8 @@ def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_
     for piece in problem.pieces(stages):
         strips = problem.similarities(stages, piece)
         relation_sums[(row_blocks, parts)](
-            tuple(problem.rows[q] for q in stages), strips or piece.matrices, tuple(c.shape[1] for c in columns), sums, shifts,
+            tuple(problem.rows[q] for q in stages), strips or piece.matrices, tuple(c.shape[1] for c in columns), sums,
+            shifts,
             *out, rows, piece.count, problem.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last),
             *strides, problem.inner, problem.outer, **problem.constants(students, teachers, config),
         )  # fmt: skip

@@ -7,10 +7,24 @@ or each row's largest logit where sums under the bound could underflow.
 
 import triton
 import triton.language as tl
-
 from gkd_fast.kernels.tile import (
-    COUNTS, NOWHERE, add_product, bounded_exp2, column_range, convert, load_rows, load_tile, load_vector, number, product, replace_diagonal,
-    replace_missing, store_rows, store_tile, store_vector, touches_edge,
+    COUNTS,
+    NOWHERE,
+    add_product,
+    bounded_exp2,
+    column_range,
+    convert,
+    load_rows,
+    load_tile,
+    load_vector,
+    number,
+    product,
+    replace_diagonal,
+    replace_missing,
+    store_rows,
+    store_tile,
+    store_vector,
+    touches_edge,
 )  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -33,8 +47,8 @@ def relations(
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_sums(
-    rows, columns, dims, sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, column_count, offset, parts,
-    accumulate, is_last, loss_row_stride, loss_stride, inner: tl.float64, outer: tl.float64, S: tl.constexpr,
+    rows, columns, dims, sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, column_count, offset,
+    parts, accumulate, is_last, loss_row_stride, loss_stride, inner: tl.float64, outer: tl.float64, S: tl.constexpr,
     T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
@@ -95,7 +109,7 @@ def store_losses(
     total, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride, loss_stride, outer,
     S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ℓ = Q/(τ Z^t) − log Z^t + log Z^s and the log-sums of a block of rows, from its sums in ``relation_sums``' order."""
+    """ℓ = Q/(τ Z^t) − log Z^t + log Z^s and the log-sums of a block of rows, from sums in ``relation_sums``' order."""
     row = tl.arange(0, BLOCK_ROWS)
     students = ()
     for q in tl.static_range(S + T):
@@ -299,7 +313,8 @@ def relation_gradients(
         teachers = ()
         for t in tl.static_range(T):
             stage = stage_weights(
-                own, columns, dims, S + t, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
+                own, columns, dims, S + t, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S,
+                T,
                 OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
             )  # fmt: skip
             new = ()
@@ -318,7 +333,8 @@ def relation_gradients(
         for s in tl.static_range(S):
             if (WANTED >> S) | ((WANTED >> s) & 1):
                 stage = stage_weights(
-                    own, columns, dims, s, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
+                    own, columns, dims, s, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S,
+                T,
                     OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
                 )  # fmt: skip
                 if (WANTED >> s) & 1:

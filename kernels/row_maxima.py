@@ -3,12 +3,19 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from gkd_fast.kernels.launch import Product, architecture, column_pieces, on_device, padded_width
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.table import largest_width, tiles
-from gkd_fast.kernels.tile import COUNTS, load_rows, load_vector, product, replace_diagonal, replace_missing, store_vector
+from gkd_fast.kernels.tile import (
+    COUNTS,
+    load_rows,
+    load_vector,
+    product,
+    replace_diagonal,
+    replace_missing,
+    store_vector,
+)
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -33,7 +40,7 @@ def row_maxima_kernel(
 
 
 def row_maxima(out: Tensor, rows: Tensor, columns: Tensor, offset: int, except_own: bool, product: Product) -> Tensor:
-    """out_i = max_j c_ij, without row i's own column i + offset if ``except_own`` (then −1e30 where it is the only one)."""
+    """out_i = max_j c_ij, without row i's own column i + offset if ``except_own`` (−1e30 where it is the only one)."""
     if padded_width(rows.shape[1]) > largest_width(architecture(rows.device), product.name):
         return _maxima_of_strips(out, rows, columns, offset, except_own, product)
     # The walk of the degrees: one product per step and a reduction.

@@ -20,7 +20,8 @@ KERNELS = (
     "graph_gradients",
 )  # fmt: skip
 TYPES = {
-    "bfloat16": "short", "float16": "short", "tf32": "tf32", "tf32x3": "tf32x3", "float32": "ieee", "float64": "float64",
+    "bfloat16": "short", "float16": "short", "tf32": "tf32", "tf32x3": "tf32x3", "float32": "ieee",
+    "float64": "float64",
 }  # fmt: skip
 
 _LINES = """
@@ -122,7 +123,7 @@ def largest_width(arch: str, product: str) -> int:
 
 
 def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:
-    """The most students and teachers that share one launch of relation_kl; the others' registers or memory end at one."""
+    """The most students and teachers that share one launch of relation_kl."""
     return (1, 2) if arch == "sm_90" and TYPES[product] == "short" and width <= 128 else (1, 1)
 
 

@@ -3,16 +3,17 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from gkd_fast.kernels.launch import on_device
 from gkd_fast.kernels.tile import convert, number, pick
+from torch import Tensor
 
 BLOCK_ROWS, BLOCK_WIDTH = 8, 128
 
 
 @triton.jit
-def load_block(matrix, i, k, count, dim, row_stride, stride, TYPE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def load_block(
+    matrix, i, k, count, dim, row_stride, stride, TYPE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     row = i + tl.arange(0, ROWS).to(tl.int64)
     column = k + tl.arange(0, WIDTH).to(tl.int64)
     mask = (row[:, None] < count) & (column[None, :] < dim)

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter or are compiled, in processes of their own: ``TRITON_INTERPRET`` decides at import."""
+"""Kernels are interpreted or compiled, in processes of their own: ``TRITON_INTERPRET`` decides at import."""
 
 import os
 from pathlib import Path

@@ -3,10 +3,10 @@
 import os
 
 import pytest
+from gkd_fast.kernels import ARCHITECTURES, Specialization, compile, specializations
 
 from bench.gpu import disassembly
 from bench.gpu.devices import LIMITS
-from gkd_fast.kernels import ARCHITECTURES, Specialization, compile, specializations
 
 # Shared memory that one program may take, in bytes.
 SHARED_MEMORY = {arch: limits.shared_memory - limits.reserved_shared for arch, limits in LIMITS.items()}
@@ -50,7 +50,13 @@ def complaints(spec: Specialization) -> list[str]:
     if spec.products and not binary.has(WIDE_LOADS):
         found.append("no load of 16 bytes")
     may_be_small = (spec.arch, spec.dtype, spec.kernel) in SMALLER_TILES
-    if spec.products and not may_be_small and spec.dtype in FULL_TYPES and spec.dim <= 128 and min(spec.block_rows, spec.block_columns) < 64:
+    if (
+        spec.products
+        and not may_be_small
+        and spec.dtype in FULL_TYPES
+        and spec.dim <= 128
+        and min(spec.block_rows, spec.block_columns) < 64
+    ):
         found.append(f"tile {spec.block_rows}×{spec.block_columns}")
     return [f"{spec.kernel}: {complaint}" for complaint in found]
 

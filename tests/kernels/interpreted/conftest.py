@@ -1,10 +1,9 @@
-"""Every tensor that a launcher allocates is NaN and lies between NaNs, so that what is not written or not ours shows."""
+"""Every tensor that a launcher allocates is NaN and lies between NaNs, so what is not written or not ours shows."""
 
 import math
 
 import pytest
 import torch
-
 from gkd_fast.kernels import launch, strips
 
 MARGIN = 64

@@ -5,10 +5,10 @@ from contextlib import nullcontext
 from unittest import mock
 
 import torch
+from gkd_fast.kernels import table
 from torch import Tensor
 
 from gkd_fast import functional
-from gkd_fast.kernels import table
 
 from .conftest import between_nans
 
@@ -52,7 +52,12 @@ def judge(function: Callable, inputs: list[Tensor], tiles: dict | None = None) -
         error = (ours - exact).abs().max().item()
         # Where the reference itself leaves float16's range nothing is conceded.
         allowed = (theirs - exact).abs().max().nan_to_num(0, 0).item()
-        assert error <= allowed + TOLERANCE[dtype] * scale, ("value" if k == 0 else f"gradient {k - 1}", error, allowed, scale)
+        assert error <= allowed + TOLERANCE[dtype] * scale, (
+            "value" if k == 0 else f"gradient {k - 1}",
+            error,
+            allowed,
+            scale,
+        )
 
 
 def plain_in(dtype: torch.dtype, function: Callable, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:

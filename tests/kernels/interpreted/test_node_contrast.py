@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
+from gkd_fast.kernels import table
 
 from gkd_fast import functional, ops
-from gkd_fast.kernels import table
 
 from .judge import BATCHES, between_nans, features, judge
 
@@ -92,7 +92,7 @@ def test_column_sets(division, name, kept):
         if kept:
             torch.testing.assert_close(results[2], weighted[:, rows])
         found = torch.ops.gkd_fast.node_contrast_backward(
-            between_nans(upstream[rows]), *part, *results[1:], *options, needs, teachers, students, rows.start, upstream,
-            log_sums,
+            between_nans(upstream[rows]), *part, *results[1:], *options, needs, teachers, students, rows.start,
+            upstream, log_sums,
         )  # fmt: skip
         torch.testing.assert_close(found, [g[rows] for g in gradients])

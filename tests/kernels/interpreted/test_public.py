@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from gkd_fast.kernels import autotune, table
+from gkd_fast.kernels.relation_kl import relation_kl
 from torch.autograd import gradcheck
 
 from gkd_fast import GraphKDLoss, functional, ops, reference
-from gkd_fast.kernels import autotune, table
-from gkd_fast.kernels.relation_kl import relation_kl
 
 from .judge import features
 
@@ -46,9 +46,7 @@ LOSSES = {
     "relation_kl own shift": lambda a, b, t: functional.relation_kl([a, b], t, temperature=0.012, backend="triton"),
     "node_contrast": lambda a, b, t: functional.node_contrast([a, b], t, temperature=0.4, backend="triton"),
     "graph_conv symmetric": lambda a, b, t: functional.graph_conv(a, b, bandwidth=0.7, backend="triton"),
-    "graph_conv row": lambda a, b, t: functional.graph_conv(
-        a, t, bandwidth=0.7, normalization="row", backend="triton"
-    ),
+    "graph_conv row": lambda a, b, t: functional.graph_conv(a, t, bandwidth=0.7, normalization="row", backend="triton"),
 }
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from gkd_fast.kernels import table
 
 from gkd_fast import functional, ops
-from gkd_fast.kernels import table
 
 from .judge import BATCHES, between_nans, features, judge
 
@@ -78,7 +78,9 @@ def test_column_sets(division, name, temperature):
         students, teachers = unit[:1], unit[1:]
         whole = torch.ops.gkd_fast.relation_kl(students, teachers, *options)
         upstream = torch.randn(37, 1, 1, dtype=D64)
-        gradients = torch.ops.gkd_fast.relation_kl_backward(upstream, students, teachers, *whole, *options, [True, True])
+        gradients = torch.ops.gkd_fast.relation_kl_backward(
+            upstream, students, teachers, *whole, *options, [True, True]
+        )
         part = [[between_nans(x[rows]) for x in side] for side in (students, teachers)]
         columns = students, teachers, rows.start
         losses, *log_sums = torch.ops.gkd_fast.relation_kl(*part, *options, *columns)
@@ -95,7 +97,5 @@ def test_column_sets(division, name, temperature):
         mixed = torch.ops.gkd_fast.relation_kl_backward(alone, students, teachers, *whole, *options, [True, True])
         both = torch.ops.gkd_fast.relation_kl_backward(*arguments, alone, *whole)
         torch.testing.assert_close(both, [g[rows] for g in mixed])
-        others = torch.ops.gkd_fast.relation_kl_backward(
-            torch.zeros_like(arguments[0]), *arguments[1:], alone, *whole
-        )
+        others = torch.ops.gkd_fast.relation_kl_backward(torch.zeros_like(arguments[0]), *arguments[1:], alone, *whole)
         torch.testing.assert_close([a + b for a, b in zip(without, others)], both)
