@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test bench clean
+.PHONY: install demo test test-kernels bench clean
 
 install: $(VENV)/installed
 
@@ -20,6 +20,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels
+
+# Every kernel's default configuration, compiled for every architecture; needs no GPU.
+test-kernels: install
+	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py
 
 # Measures what runs/bench.json has not; remove it to measure all again.
 bench: install

@@ -1,8 +1,11 @@
 """The Triton kernels of the ops, one file per op, and their registration with PyTorch's dispatcher."""
 
+import os
+
 import torch
 
 from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, unit_rows
+from gkd_fast.kernels.autotune import autotuned
 from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
 
 __all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
@@ -22,6 +25,7 @@ OPS = {
 
 def register(key: str) -> str | None:
     """Make the launchers the ops' implementation for a dispatch key, "CUDA" or "CPU"; the reason if that cannot be."""
+    explore = os.environ.get("GKD_FAST_AUTOTUNE") == "1"
     for name, launcher in OPS.items():
-        torch.library.impl(f"gkd_fast::{name}", key, launcher)
+        torch.library.impl(f"gkd_fast::{name}", key, autotuned(launcher) if explore else launcher)
     return None

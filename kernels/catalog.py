@@ -146,7 +146,7 @@ class _Builder:
         constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
         yield self._small("relation_kl", relation_factors, "backward", constants, {}, STATISTICS_BLOCK)
         constants = {"EXCEPT_OWN": True, "WIDTH": self.width}
-        yield self._walk("relation_kl", row_maxima_kernel, "forward", constants, {}, products=1, kernel="maxima")
+        yield self._walk("relation_kl", row_maxima_kernel, "forward", constants, {}, products=1)
 
     def node_contrast(self, students: int, teachers: int):
         lists = {"students": students, "teachers": teachers, "own": teachers}
@@ -198,10 +198,11 @@ class _Builder:
         for fn, direction in ((unit_rows_forward, "forward"), (unit_rows_gradient, "backward")):
             yield self._small("unit_rows", fn, direction, constants, lists, UNIT_ROWS, launches=stages)
 
-    def _walk(self, op, fn, direction, constants, lists, *, products, bounded=0, exponentials=0, name=None, kernel=None,
+    def _walk(self, op, fn, direction, constants, lists, *, products, bounded=0, exponentials=0, name=None,
               value_columns=(), pairs=1, walks=1):  # fmt: skip
         """A kernel that walks tiles of the columns."""
-        config = tiles(kernel or fn.__name__, self.arch, self.product.name, self.width)
+        kernel = graph_degree_sums.__name__ if fn is row_maxima_kernel else fn.__name__
+        config = tiles(kernel, self.arch, self.product.name, self.width)
         constants = {
             **constants, "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             **self.product.constants(),

@@ -12,7 +12,7 @@ from gkd_fast.kernels.table import POLYNOMIALS, tiles
 
 def _strip(graph, rows: Tensor, start: int, piece: Columns, sums, gradient=None) -> Tensor:
     """Weights of one strip; ``gradient``: (products, terms, column terms, powers)."""
-    config = tiles("graph_strip", graph.arch, graph.product.name, 16)
+    config = tiles("strip", graph.arch, graph.product.name, 16)
     similarities = multiply(rows, piece.matrices[0].T)
     weights = torch.empty_like(similarities, dtype=graph.product.torch_type)
     products, terms, column_terms, powers = gradient or (sums, sums, sums, sums)

@@ -15,8 +15,8 @@ from gkd_fast.kernels.tile import INTERPRETED
 
 # Up to this many rows an op is launched whole: no copies of the columns, no division among programs.
 SMALL_BATCH = 256
-# Columns are copied in the product's type this much at a time.
-COLUMN_BYTES = 16 * 2**20
+# Columns are copied in the product's type this much at a time; two copies live while the next one is made.
+COLUMN_BYTES = 8 * 2**20
 # Tiles in float16 are scaled by a power of two to at most this.
 LARGEST_FLOAT16 = 2.0**14
 
@@ -58,6 +58,11 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has "
+            f'{major}.{minor}: use backend="reference"'
+        )
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_86")
 
 
@@ -69,13 +74,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def product_of(precision: str, x: Tensor) -> Product:
-    """The product type of an op call; float64 rows are multiplied in float64, whatever the precision."""
+    """The product type of an op call; float64 rows are multiplied in float64, whatever the precision.
+
+    "float32" is three tf32 products, whose errors are near float32's, unless the device has none or PyTorch was told
+    "ieee": without matrix units float32 would be slower than plain PyTorch.
+    """
     if precision not in PRODUCTS:
         raise ValueError(f"product_precision must be one of {tuple(PRODUCTS)}, got {precision!r}")
     if x.dtype == torch.float64:
         return PRODUCTS["float64"]
-    if precision == "float64":
-        return PRODUCTS["float32"]
+    if precision in ("float32", "float64"):
+        strict = torch.version.hip or torch.backends.cuda.matmul.fp32_precision == "ieee"
+        return PRODUCTS["float32" if strict else "tf32x3"]
     return PRODUCTS[precision]
 
 

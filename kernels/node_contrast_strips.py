@@ -10,13 +10,13 @@ from gkd_fast.kernels import node_contrast as host
 from gkd_fast.kernels.launch import column_pieces, on_device, power_of_two
 from gkd_fast.kernels.node_contrast_tiles import contrast_gradients, contrast_sums
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
-from gkd_fast.kernels.table import Tiles, tiles
+from gkd_fast.kernels.table import tiles
 
 LOG2E = 1 / math.log(2)
 
 
-def _launch(problem, kernel: str, rows: int) -> tuple[tuple[int, int], dict]:
-    config: Tiles = tiles(kernel, problem.arch, problem.product.name, 16)
+def _launch(problem, rows: int) -> tuple[tuple[int, int], dict]:
+    config = tiles("strip", problem.arch, problem.product.name, 16)
     constants = problem.constants(config) | {"WIDTH": 16, "STRIP": True}
     return (triton.cdiv(rows, config.rows), 1), constants
 
@@ -46,7 +46,7 @@ def _forward(problem, s, t, strip, columns, offset, shift, shifts, out):
     own = columns[strip.start + offset : strip.stop + offset].to(problem.product.torch_type)
     own_similarities = (student.to(losses.dtype) * own.to(losses.dtype)).sum(dim=1)
     sums = losses.new_empty(rows)
-    grid, constants = _launch(problem, "contrast_sums", rows)
+    grid, constants = _launch(problem, rows)
     for piece in _pieces(problem, columns, rows):
         similarities = multiply(student, piece.matrices[0].T)
         weights = torch.empty_like(similarities, dtype=problem.product.torch_type)
@@ -99,7 +99,7 @@ def _add_sums(problem, s, t, rows, columns, side, gradient, by_column):
     upstream, log_sums = side
     power = power_of_two(upstream.abs().amax() / problem.temperature) if problem.product.scaled else upstream
     rows = rows.to(problem.product.torch_type)
-    grid, constants = _launch(problem, "contrast_gradients", len(rows))
+    grid, constants = _launch(problem, len(rows))
     stages, partners = (problem.T, problem.S) if by_column else (problem.S, problem.T)
     for piece in _pieces(problem, columns, len(rows)):
         similarities = multiply(rows, piece.matrices[0].T)

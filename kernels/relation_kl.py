@@ -16,7 +16,7 @@ from gkd_fast.kernels.relation_kl_tiles import (
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
-from gkd_fast.kernels.table import POLYNOMIALS, largest_width, relation_group, tiles
+from gkd_fast.kernels.table import POLYNOMIALS, Tiles, largest_width, relation_group, tiles
 
 LOG2E = 1.4426950408889634
 # Up to this 1/τ the sums of exp(L − 1/τ) cannot underflow in float32.
@@ -63,6 +63,9 @@ class Problem:
     def width(self, stages) -> int:
         """The padded width of a launch; strips hold no rows."""
         return 16 if self.is_wide else padded_width(*(self.rows[q].shape[1] for q in stages))
+
+    def tiles(self, kernel: str, stages) -> Tiles:
+        return tiles("strip" if self.is_wide else kernel, self.arch, self.product.name, self.width(stages))
 
     def stages(self, students: list[int], teachers: list[int]) -> list[int]:
         return students + [self.num_students + t for t in teachers]
@@ -119,7 +122,7 @@ def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_
     """The losses of one group of stage pairs, written to their places."""
     stages = problem.stages(students, teachers)
     x, rows = problem.rows[0], problem.row_count
-    config = tiles("relation_sums", problem.arch, problem.product.name, problem.width(stages))
+    config = problem.tiles("relation_sums", stages)
     row_blocks = triton.cdiv(rows, config.rows)
     columns = [problem.columns[q] for q in stages]
     parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(x.device))
@@ -230,7 +233,7 @@ def _backward(problem, students, teachers, own, other, gradients, scale):
     if not wanted:
         return
     rows = problem.row_count
-    config = tiles("relation_gradients", problem.arch, problem.product.name, problem.width(stages))
+    config = problem.tiles("relation_gradients", stages)
     row_blocks = triton.cdiv(rows, config.rows)
     columns = [problem.columns[q] for q in stages]
     parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(own[0].device))

@@ -36,7 +36,8 @@ def row_maxima(out: Tensor, rows: Tensor, columns: Tensor, offset: int, except_o
     """out_i = max_j c_ij, without row i's own column i + offset if ``except_own`` (then −1e30 where it is the only one)."""
     if padded_width(rows.shape[1]) > largest_width(architecture(rows.device), product.name):
         return _maxima_of_strips(out, rows, columns, offset, except_own, product)
-    config = tiles("maxima", architecture(rows.device), product.name, padded_width(rows.shape[1]))
+    # The walk of the degrees: one product per step and a reduction.
+    config = tiles("graph_degree_sums", architecture(rows.device), product.name, padded_width(rows.shape[1]))
     with on_device(rows):
         for piece in column_pieces([columns], product.torch_type):
             row_maxima_kernel[(triton.cdiv(len(rows), config.rows),)](

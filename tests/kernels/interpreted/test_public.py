@@ -5,7 +5,8 @@ import torch
 from torch.autograd import gradcheck
 
 from gkd_fast import GraphKDLoss, functional, ops, reference
-from gkd_fast.kernels import table
+from gkd_fast.kernels import autotune, table
+from gkd_fast.kernels.relation_kl import relation_kl
 
 from .judge import features
 
@@ -56,6 +57,18 @@ def test_gradients_against_finite_differences(name):
     inputs = [x.detach().clone().requires_grad_() for x in features(18, 2, 2, 2)]
     with table.forced(16, 16):
         assert gradcheck(LOSSES[name], inputs, fast_mode=True)
+
+
+def test_autotuning_prints_the_fastest_tiles(monkeypatch, capsys):
+    monkeypatch.setattr(autotune, "CANDIDATES", [table.Tiles(16, 16, 4, 1), table.Tiles(32, 32, 4, 1)])
+    monkeypatch.setattr(table, "overrides", {})
+    rows = ops.unit_rows(features(20, 9, 9, dtype=torch.float32), torch.float32)
+    arguments = ([rows[0].detach()], [rows[1].detach()], 0.1, 1.0, "float32")
+    expected = relation_kl(*arguments)
+    torch.testing.assert_close(autotune.autotuned(relation_kl)(*arguments), expected)
+    ((key, chosen),) = table.overrides.items()
+    assert key[0] == "relation_sums" and table.tiles(*key) == chosen
+    assert f"relation_sums {chosen}" in capsys.readouterr().out
 
 
 def test_same_bits_every_time():
