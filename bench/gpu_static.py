@@ -298,7 +298,7 @@ def arithmetic(kernels: list[KernelReport], work: Work) -> list[str]:
 def _kernel_arithmetic(kernel: KernelReport, work: Work, device: devices.Device, seconds: float) -> str:
     programs, steps = kernel.programs[work.batch], kernel.steps[work.batch]
     prediction, clocks = kernel.predicted[work.device][work.batch], kernel.clocks[work.device]
-    grid = f"{programs:,} programs, {device.multiprocessors} · {prediction['resident']} at a time: {prediction['waves']} waves"
+    grid = f"{programs:,} programs, {device.multiprocessors} · {prediction['resident']} at a time ({prediction['waves']} in turn)"
     if not kernel.tile[1]:
         return f"{grid}; {seconds * 1e3:.4f} ms."
     in_turn = " + ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.TURNS if clocks.get(unit))
@@ -306,7 +306,7 @@ def _kernel_arithmetic(kernel: KernelReport, work: Work, device: devices.Device,
     busiest = max((*units.TURNS, "issue"), key=lambda unit: clocks.get(unit, 0))
     beside = ", ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.BESIDE if clocks.get(unit))
     return (
-        f"{kernel.tile[0]} rows × {kernel.tile[1]} columns, {grid} of {steps:,} steps. A step: {in_turn} = {total:,.0f} clocks, of "
+        f"{kernel.tile[0]} rows × {kernel.tile[1]} columns, {grid}, {steps:,} steps each. A step: {in_turn} = {total:,.0f} clocks, of "
         f"which the busiest unit ({busiest}) takes {clocks[busiest]:,.0f}, so step(k) = {total:,.0f} + (k − 1) · "
         f"{clocks[busiest]:,.0f}; beside it {beside}. At {device.gigahertz} GHz, with what stands outside the loop, "
         f"*{seconds * 1e3:.3f} ms*."
