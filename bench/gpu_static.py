@@ -8,6 +8,7 @@ B200 with the unit that limits it. ``--check`` holds the model against published
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", nargs="+", type=int, default=[128])
     parser.add_argument("--stages", nargs="+", type=int, default=[1], help="S = T; graph_conv has none")
     parser.add_argument("--op", nargs="+", choices=(*cases.OPS, "unit_rows"), help="only these ops")
+    parser.add_argument("--tiles", metavar="RxCwWsS", help="instead of the table: rows x columns w warps s stages")
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--mix", action="store_true", help="print each kernel's instructions and clocks per step too")
     parser.add_argument("--check", action="store_true", help="only the model's error on kernels with published times")
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         for dtype in arguments.dtype
         for dim in arguments.dim
         for stages in arguments.stages
-        for spec in chosen(arch, dtype, dim, stages, arguments.op)
+        for spec in chosen(arch, dtype, dim, stages, arguments.op, arguments.tiles)
     ]
     if not kernels:
         console.print("no kernel was chosen")
@@ -103,10 +105,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def chosen(arch: str, dtype: str, dim: int, stages: int, ops: list[str] | None) -> list:
-    from gkd_fast.kernels import specializations
+def chosen(arch: str, dtype: str, dim: int, stages: int, ops: list[str] | None, tiles: str | None) -> list:
+    from gkd_fast.kernels import specializations, table
 
-    specs = specializations(arch, dtype, dim, (stages, stages))
+    with table.forced(**vars(table.Tiles.parse(tiles))) if tiles else nullcontext():
+        specs = specializations(arch, dtype, dim, (stages, stages))
     return [spec for spec in specs if ops is None or spec.op in ops]
 
 

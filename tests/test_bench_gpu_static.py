@@ -16,6 +16,7 @@ from bench.gpu.devices import DEVICES, LIMITS
 from bench.gpu.disassembly import Binary, Instruction, _amd_flow, _nvidia_flow, inner_loop, parse_amd, parse_nvidia
 
 kernels = pytest.importorskip("gkd_fast.kernels", reason="Triton is not installed")
+table = pytest.importorskip("gkd_fast.kernels.table")
 attention = pytest.importorskip("bench.gpu.attention")
 
 A100, H100, H200, B200 = DEVICES
@@ -199,7 +200,9 @@ def test_a_step_holds_all_the_products(arch):
     """The matrix instructions that were read multiply what the tile sizes say."""
     device = next(device for device in DEVICES if device.arch == arch)
     device = dataclasses.replace(device, shared_bytes=10**9)  # operands come at once
-    for spec in [attention.attention(arch, 128, 128, 128, 8, 2), *kernels.specializations(arch, "bfloat16", 128)]:
+    with table.forced(64, 64, 4, 2):
+        specs = kernels.specializations(arch, "bfloat16", 128)
+    for spec in [attention.attention(arch, 128, 128, 128, 8, 2), *specs]:
         if spec.products and not spec.exemption:
             kernel = gpu_static.compiled(spec)
             expected = spec.products * spec.block_rows * spec.block_columns * spec.dim / device.products["16-bit"]
@@ -208,7 +211,8 @@ def test_a_step_holds_all_the_products(arch):
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_the_plans_name_kernels_of_the_catalogue(stages):
-    specs = kernels.specializations("sm_90", "bfloat16", 128, (stages, stages))
+    with table.forced(64, 64, 4, 2):
+        specs = kernels.specializations("sm_90", "bfloat16", 128, (stages, stages))
     assert {spec.op for spec in specs} == {*cases.OPS, "unit_rows"}
     for op in {spec.op for spec in specs}:
         names = {(spec.kernel, spec.direction) for spec in specs if spec.op == op}
@@ -224,7 +228,8 @@ def test_the_plans_name_kernels_of_the_catalogue(stages):
 def test_memory_of_a_large_batch_is_bounded(op, megabytes):
     """Beyond inputs, outputs and gradients; node_contrast keeps its weighted sums [B, D], as its operator says."""
     allocations = pytest.importorskip("bench.gpu.allocations")
-    assert allocations.op_peak(op, 262_144, 128, 1, "bfloat16") < megabytes * 1e6
+    with table.forced(64, 64, 4, 2):
+        assert allocations.op_peak(op, 262_144, 128, 1, "bfloat16") < megabytes * 1e6
 
 
 def test_allocations_are_counted_while_they_live():
