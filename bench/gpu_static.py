@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         save(arguments.json, kernels, times)
     if arguments.markdown:
-        report.write_section(arguments.markdown, SECTION, markdown(kernels, times))
+        report.write_section(arguments.markdown, SECTION, markdown(kernels, times, arguments.tiles))
     return 0
 
 
@@ -316,6 +316,12 @@ def _kernel_arithmetic(kernel: KernelReport, work: Work, device: devices.Device,
     )
 
 
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
 def memory_table(batch: int, dim: int) -> tuple[list[str], list[list[str]]]:
     from bench.gpu import allocations
 
@@ -328,8 +334,10 @@ def memory_table(batch: int, dim: int) -> tuple[list[str], list[list[str]]]:
     return ["op", "type", "B", "D", "op alone, MB", "float32 unit rows, MB"], rows
 
 
-def markdown(kernels: list[KernelReport], times: list[dict]) -> str:
-    parts = ["### Predicted and measured times", report.markdown_table(*time_table(kernels, times))]
+def markdown(kernels: list[KernelReport], times: list[dict], tiles: str | None) -> str:
+    sizes = f"all with the tile sizes {tiles}" if tiles else "with the tile sizes of the table"
+    parts = [f"Commit {machine.commit()}, Triton {triton_version()}, {sizes}."]
+    parts += ["### Predicted and measured times", report.markdown_table(*time_table(kernels, times))]
     if lines := arithmetic(kernels, SPELLED_OUT):
         parts += ["### relation_kl on an H100, B = 16,384, D = 128, bfloat16, spelled out", "\n".join(lines)]
         parts += ["### Memory", report.markdown_table(*memory_table(max(BATCHES), SPELLED_OUT.dim))]
