@@ -9,7 +9,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from gkd_fast.kernels.graph_conv import INVERSE, INVERSE_ROOT, ONE, TERMS_ROWS
-from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
+from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_strip, graph_sums, graph_terms
 from gkd_fast.kernels.launch import PRODUCTS, Product, divide, padded_width
 from gkd_fast.kernels.node_contrast import EPILOGUE_ROWS
 from gkd_fast.kernels.node_contrast_tiles import (
@@ -18,7 +18,8 @@ from gkd_fast.kernels.node_contrast_tiles import (
 from gkd_fast.kernels.relation_kl import STATISTICS_BLOCK
 from gkd_fast.kernels.relation_kl_tiles import relation_factors, relation_gradients, relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima_kernel
-from gkd_fast.kernels.table import MULTIPROCESSORS, POLYNOMIALS, relation_group, tiles
+from gkd_fast.kernels.strips import MOST_ROWS
+from gkd_fast.kernels.table import MULTIPROCESSORS, POLYNOMIALS, largest_width, relation_group, tiles
 from gkd_fast.kernels.tile import COUNTS
 from gkd_fast.kernels.unit_rows import BLOCK_ROWS as UNIT_ROWS
 from gkd_fast.kernels.unit_rows import BLOCK_WIDTH as UNIT_WIDTH
@@ -112,13 +113,15 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     Args:
         arch: one of ``ARCHITECTURES``.
         dtype: product precision: "float64", "float32" (ieee), "tf32x3", "tf32", "bfloat16" or "float16".
-        dim: width of the unit rows and of the messages; at most ``launch.LARGEST_WIDTH``.
+        dim: width of the unit rows and of the messages; above ``table.largest_width`` the kernels that work on strips.
         stages: number of student and of teacher stages; more than share a launch count as one launch's group.
     """
     target(arch)
     if dtype not in PRODUCTS:
         raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
     build = _Builder(arch, PRODUCTS[dtype], dim)
+    if padded_width(dim) > largest_width(arch, dtype):
+        return [*build.strips(*stages), *build.unit_rows(sum(stages))]
     return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(), *build.unit_rows(sum(stages))]
 
 
@@ -190,6 +193,41 @@ class _Builder:
         )  # fmt: skip
         constants = {"VALUE_WIDTH": self.width, "SUM": self.product.SUM, "BLOCK_ROWS": TERMS_ROWS}
         yield self._small("graph_conv", graph_terms, "backward", constants, {}, TERMS_ROWS)
+
+    def strips(self, students: int, teachers: int):
+        """What wide rows need beside cuBLAS."""
+        scaled, S, T = self.product.scaled, students, teachers
+        most = relation_group("relation_sums", self.arch, self.product.name, self.width)
+        pairs = {"S": min(S, most[0]), "T": min(T, most[1]), "OWN_SHIFT": False}
+        lists = dict.fromkeys(("rows", "columns", "dims"), pairs["S"] + pairs["T"]) | {"gradients": pairs["S"]}
+        backward = {"WANTED": (1 << pairs["S"]) - 1, "SCALED": scaled}
+        yield self._strip("relation_kl", relation_sums, "forward", pairs, lists)
+        yield self._strip("relation_kl", relation_gradients, "backward", pairs | backward, lists, ("gradients",))
+        lists = {"students": S, "teachers": T, "own": T}
+        constants = {"S": S, "T": T, "KEEP": True, "OWN_SHIFT": False}
+        yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, ("weighted",))
+        for by_column, rows, columns in ((False, S, T), (True, T, S)):
+            constants = {"STAGES": rows, "PARTNERS": columns, "BY_COLUMN": by_column, "SCALED": scaled}
+            lists = {"rows": rows, "columns": columns, "own": columns, "gradients": 1}
+            name = f"contrast_gradients of {'teachers' if by_column else 'students'}"
+            yield self._strip("node_contrast", contrast_gradients, "backward", constants, lists, ("gradients",), name)
+        for gradient in (False, True):
+            constants, name = {"GRADIENT": gradient, "SCALED": scaled}, f"graph_strip{', gradient' if gradient else ''}"
+            direction = "backward" if gradient else "forward"
+            yield self._strip("graph_conv", graph_strip, direction, constants, {}, ("weights",), name)
+
+    def _strip(self, op, fn, direction, constants, lists, of_products=(), name=None):
+        config = tiles("strip", self.arch, self.product.name, self.width)
+        constants = {
+            **constants, "STRIP": True, "WIDTH": 16, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+            "POLYNOMIALS": self.polynomials, **self.product.constants(),
+        }  # fmt: skip
+        constants = {key: value for key, value in constants.items() if key in fn.arg_names}
+        return self._make(
+            op, fn, direction, constants, lists, config.warps, config.stages, config.rows, config.columns, 0, 0, 0,
+            "cuBLAS multiplies wide rows", lambda batch: (triton.cdiv(min(batch, MOST_ROWS), config.rows), 1), name,
+            of_products,
+        )  # fmt: skip
 
     def unit_rows(self, stages: int):
         constants = {"TYPE": self.product.SUM, "ROWS": UNIT_ROWS, "WIDTH": UNIT_WIDTH}

@@ -119,6 +119,10 @@ def graph_sums(
     BOOST: tl.constexpr = 14 if SCALED else 0
     rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
     part_rows = number(part, tl.int64) * row_count
+    if TERMS != ONE:
+        # Before the walk, when registers are free.
+        g = load_rows(upstream, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
+        along = tl.sum(g * load_rows(convolved, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM), 1)
     degrees = tl.zeros([BLOCK_ROWS], SUM)
     total = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], SUM)
     for j in range(start, stop, BLOCK_COLUMNS):
@@ -158,12 +162,10 @@ def graph_sums(
         degrees = tl.load(row_degrees + i + row, mask=row < row_count - i, other=1)
     if (is_last != 0) & (parts == 1):
         total = total * row_factor(degrees, ROW_FACTOR)[:, None]
+        if TERMS == INVERSE_ROOT:
+            h = load_rows(messages, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
+            along = 0.5 * (along + tl.sum(h * total, 1))
         if TERMS != ONE:
-            g = load_rows(upstream, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
-            along = tl.sum(g * load_rows(convolved, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM), 1)
-            if TERMS == INVERSE_ROOT:
-                h = load_rows(messages, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
-                along = 0.5 * (along + tl.sum(h * total, 1))
             store_vector(terms, -along / degrees, i, row_count, BLOCK_ROWS)
     store_rows(before, total, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH)
 

@@ -57,8 +57,13 @@ def contrast_sums(
     student, teacher = pick(students, pair // T), pick(teachers, pair % T)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     scale = number(scale, SUM)
-    if not STRIP:
+    # Before the walk, when registers are free.
+    if STRIP:
+        own_similarity = load_vector(pick(own, pair % T), i, row_count, BLOCK_ROWS)
+    else:
         rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
+        partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
+        own_similarity = tl.sum(rows.to(SUM) * partner, 1)
     pair_rows = (number(part, tl.int64) * (tl.num_programs(1) // parts) + place) * row_count
     if OWN_SHIFT:
         row_shift = load_vector(shifts + number(place, tl.int64) * row_count, i, row_count, BLOCK_ROWS)
@@ -82,12 +87,6 @@ def contrast_sums(
         elif KEEP:
             total = add_product(convert(weights, TYPE), columns, total, PRECISION)
     if (is_last != 0) & (parts == 1):
-        if STRIP:
-            own_similarity = load_vector(pick(own, pair % T), i, row_count, BLOCK_ROWS)
-        else:
-            partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
-            student_rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
-            own_similarity = tl.sum(student_rows * partner, 1)
         store_contrast(z, row_shift, own_similarity * scale, losses + pair, log_sums + number(place, tl.int64) * row_count, i,
                        row_count, S * T, BLOCK_ROWS)  # fmt: skip
         if KEEP and not STRIP:

@@ -173,11 +173,14 @@ def relation_kl_backward(
     own, other = ([x if x is None else x.contiguous() for x in side] if side else None for side in (own, other))
     if problem.is_wide and problem.row_count > strip_rows(problem.widest):
         return _backward_in_strips(problem, own, other, temperature, bandwidth, product_precision, needs)
-    gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
+    groups = list(problem.groups("relation_gradients"))
+    adds = problem.is_wide or len(groups) > 1
+    new = torch.zeros_like if adds else torch.empty_like
+    gradients = [new(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
     with on_device(problem.rows[0]):
         scale = _scale(problem, own[0], other and other[0]) if problem.product.scaled else own[0]
-        for group in problem.groups("relation_gradients"):
-            _backward(problem, *group, own, other, gradients, scale)
+        for group in groups:
+            _backward(problem, *group, own, other, gradients, scale, adds)
     return [g for g in gradients if g is not None]
 
 
@@ -226,8 +229,8 @@ def _factors(problem, students, teachers, side, count: int, wanted: int, scale: 
     return factors
 
 
-def _backward(problem, students, teachers, own, other, gradients, scale):
-    """Adds the gradients of one group's losses."""
+def _backward(problem, students, teachers, own, other, gradients, scale, adds: bool):
+    """The gradients of one group's losses, written or, with ``adds``, added to what is there."""
     stages = problem.stages(students, teachers)
     wanted = sum(1 << k for k, q in enumerate(stages) if gradients[q] is not None)
     if not wanted:
@@ -242,7 +245,8 @@ def _backward(problem, students, teachers, own, other, gradients, scale):
     if problem.has_columns:
         column_factors = _factors(problem, students, teachers, other, problem.column_count, wanted, scale)
     out = [gradients[q] for q in stages if gradients[q] is not None]
-    partial = out if parts == 1 or problem.is_wide else [x.new_zeros(parts, *x.shape) for x in out]
+    divided = parts > 1 and not problem.is_wide
+    partial = [x.new_empty(parts, *x.shape) for x in out] if divided else out
     for piece in problem.pieces(stages):
         strips = problem.similarities(stages, piece)
         if strips:
@@ -250,7 +254,8 @@ def _backward(problem, students, teachers, own, other, gradients, scale):
         relation_gradients[(row_blocks, parts)](
             tuple(problem.rows[q] for q in stages), strips or piece.matrices, tuple(c.shape[1] for c in columns),
             tuple(partial), row_factors, _piece_of(column_factors, piece), scale, rows, piece.count,
-            problem.offset - piece.start, parts, 1, problem.inner, problem.outer, WANTED=wanted,
+            problem.offset - piece.start, parts, int(piece.start > 0 or (adds and not divided)), problem.inner,
+            problem.outer, WANTED=wanted,
             SCALED=problem.product.scaled, **problem.constants(students, teachers, config),
         )  # fmt: skip
         if strips:
@@ -258,9 +263,9 @@ def _backward(problem, students, teachers, own, other, gradients, scale):
             for x, weights, values in zip(out, partial, needed, strict=True):
                 product = multiply(weights, values)
                 x += product / scale if problem.product.scaled else product
-    if parts > 1 and not problem.is_wide:
+    if divided:
         for x, pieces in zip(out, partial, strict=True):
-            x += pieces.sum(dim=0)
+            x.copy_(x + pieces.sum(dim=0) if adds else pieces.sum(dim=0))
 
 
 def _piece_of(factors: Tensor, piece: Columns) -> Tensor:

@@ -222,22 +222,49 @@ def both_sides(weights, mirrored, row_factor, column_factor, OWN_SHIFT: tl.const
 
 
 @triton.jit
-def load_factors(
+def load_row_factors(
     factors, i, count, BLOCK: tl.constexpr, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
-    OWN_SHIFT: tl.constexpr, IS_ROW: tl.constexpr,
+    OWN_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """The wanted of α [S], β [T·S], η [T] and, with OWN_SHIFT, the shifts [S + T] of a block; others are 0."""
+    """α [S], β [T, S], η [T] and, with OWN_SHIFT, the shifts [S + T] of a block of rows; 0 where not read."""
     loaded = ()
     for k in tl.static_range(num_factors(S, T)):
         if is_read(k, S, T, WANTED, OWN_SHIFT):
-            x = load_vector(factors + k * number(count, tl.int64), i, count, BLOCK)
-            if IS_ROW:
-                loaded = loaded + (x[:, None],)
-            else:
-                loaded = loaded + (x[None, :],)
+            loaded = loaded + (load_vector(factors + k * number(count, tl.int64), i, count, BLOCK)[:, None],)
         else:
             loaded = loaded + (0.0,)
     return loaded
+
+
+@triton.jit
+def column_factor(factors, k: tl.constexpr, j, count, BLOCK: tl.constexpr):
+    """Factor k of a tile's columns; loaded where it is used, so that its registers are not held during a product."""
+    return load_vector(factors + k * number(count, tl.int64), j, count, BLOCK)[None, :]
+
+
+@triton.jit
+def stage_weights(
+    own, columns, dims, q: tl.constexpr, i, j, row_count, column_count, offset, mine, column_factors, inner, outer,
+    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """R, U_ij, U_ji (the same unless OWN_SHIFT) and the columns of stage q's tile."""
+    if STRIP:
+        other = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        c = other
+    else:
+        other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
+        c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
+    if OWN_SHIFT:
+        shift = column_factor(column_factors, S + T * S + T + q, j, column_count, BLOCK_COLUMNS)
+        weights = tl.exp2(r * outer - mine[S + T * S + T + q])
+        mirrored = tl.exp2(r * outer - shift)
+    else:
+        weights = tl.exp2(r * outer - outer)
+        mirrored = weights
+    return r, weights, mirrored, other
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -265,51 +292,61 @@ def relation_gradients(
             own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
         if (WANTED >> q) & 1 and not STRIP:
             total = total + (tl.zeros([BLOCK_ROWS, WIDTH], SUM),)
-    mine = load_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT, True)
+    mine = load_row_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT)
     for j in range(start, stop, BLOCK_COLUMNS):
-        tiles = ()
-        relation = ()
-        weights = ()
-        mirrored = ()
-        for q in tl.static_range(S + T):
-            if STRIP:
-                c = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-            else:
-                other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
-                c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-                tiles = tiles + (other,)
-            r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
-            relation = relation + (r,)
-            if OWN_SHIFT:
-                column_shift = load_vector(column_factors + (S + T * S + T + q) * number(column_count, tl.int64), j,
-                                           column_count, BLOCK_COLUMNS)  # fmt: skip
-                weights = weights + (tl.exp2(r * outer - mine[S + T * S + T + q]),)
-                mirrored = mirrored + (tl.exp2(r * outer - column_shift[None, :]),)
-            else:
-                weights = weights + (tl.exp2(r * outer - outer),)
-                mirrored = mirrored + (0.0,)
-        # Loaded only now, so that their registers are not held during the products.
-        others = load_factors(column_factors, j, column_count, BLOCK_COLUMNS, S, T, WANTED, False, False)
+        # Teachers first: students need of them only crossed_s = Σ_t U^t (β_it + β_jt).
+        crossed = ()
+        teachers = ()
+        for t in tl.static_range(T):
+            stage = stage_weights(
+                own, columns, dims, S + t, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
+                OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
+            )  # fmt: skip
+            new = ()
+            for s in tl.static_range(S):
+                if (WANTED >> s) & 1:
+                    beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
+                    term = both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
+                    if t > 0:
+                        term += crossed[len(new)]
+                    new = new + (term,)
+            crossed = new
+            if WANTED >> S:
+                teachers = teachers + (stage,)
+        students = ()
         new = ()
-        for q in tl.static_range(S + T):
-            if (WANTED >> q) & 1:
-                if q < S:
-                    m = both_sides(weights[q], mirrored[q], mine[q], others[q], OWN_SHIFT)
-                    for t in tl.static_range(T):
-                        m -= both_sides(weights[S + t], mirrored[S + t], mine[S + t * S + q], others[S + t * S + q],
-                                        OWN_SHIFT)  # fmt: skip
-                else:
-                    m = -both_sides(weights[q], mirrored[q], mine[T * S + q], others[T * S + q], OWN_SHIFT)
-                    for s in tl.static_range(S):
-                        difference = (relation[q] - relation[s]) * (outer * LN2)
-                        m += difference * both_sides(weights[q], mirrored[q], mine[S + (q - S) * S + s],
-                                                     others[S + (q - S) * S + s], OWN_SHIFT)  # fmt: skip
-                m = convert(relation[q] * m, TYPE)
+        for s in tl.static_range(S):
+            if (WANTED >> S) | ((WANTED >> s) & 1):
+                stage = stage_weights(
+                    own, columns, dims, s, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
+                    OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
+                )  # fmt: skip
+                if (WANTED >> s) & 1:
+                    alpha = column_factor(column_factors, s, j, column_count, BLOCK_COLUMNS)
+                    m = both_sides(stage[1], stage[2], mine[s], alpha, OWN_SHIFT) - crossed[place_among(WANTED, s)]
+                    m = convert(stage[0] * m, TYPE)
+                    if STRIP:
+                        store_tile(gradients[place_among(WANTED, s)], m, i, j, row_count, column_count, BLOCK_ROWS,
+                                   BLOCK_COLUMNS)  # fmt: skip
+                    else:
+                        new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
+                if WANTED >> S:
+                    students = students + (stage[0],)
+        for t in tl.static_range(T):
+            if (WANTED >> (S + t)) & 1:
+                stage = teachers[t]
+                eta = column_factor(column_factors, S + T * S + t, j, column_count, BLOCK_COLUMNS)
+                m = -both_sides(stage[1], stage[2], mine[S + T * S + t], eta, OWN_SHIFT)
+                for s in tl.static_range(S):
+                    beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
+                    difference = (stage[0] - students[s]) * (outer * LN2)
+                    m += difference * both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
+                m = convert(stage[0] * m, TYPE)
                 if STRIP:
-                    store_tile(gradients[place_among(WANTED, q)], m, i, j, row_count, column_count, BLOCK_ROWS,
+                    store_tile(gradients[place_among(WANTED, S + t)], m, i, j, row_count, column_count, BLOCK_ROWS,
                                BLOCK_COLUMNS)  # fmt: skip
                 else:
-                    new = new + (add_product(m, tiles[q], total[len(new)], PRECISION),)
+                    new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
         total = new
     if STRIP:
         return

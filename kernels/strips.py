@@ -30,9 +30,10 @@ def strip_columns(rows: int, strips: int) -> int:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a·b with sums and result in float32 (float64); float32 products follow PyTorch's own setting."""
-    if a.dtype not in (torch.float16, torch.bfloat16):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    """a·b with sums and result in float32 (float64); float32 products follow PyTorch's own setting, not autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype not in (torch.float16, torch.bfloat16):
+            return a @ b
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()

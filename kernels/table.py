@@ -24,6 +24,43 @@ TYPES = {
 }  # fmt: skip
 
 _LINES = """
+sm_80  short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_80  short   128  128x64w8s2  128x64w8s2  64x64w4s2  128x64w8s2  128x64w8s2  64x64w4s2  64x64w4s2
+sm_80  short   256  64x64w4s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w4s2  64x64w8s2  64x32w8s1
+sm_80  tf32     64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_80  tf32    128  64x64w4s2  64x64w8s2  64x64w8s2  64x64w4s2  64x64w4s2  64x64w8s2  64x32w8s1
+sm_80  tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_80  ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_80  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_86  short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_86  short   128  128x64w8s2  64x64w4s2  128x64w8s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w8s1
+sm_86  short   256  64x64w8s1  64x32w8s1  64x64w8s1  64x64w8s1  64x64w4s2  64x64w8s1  32x32w8s1
+sm_86  tf32     64  128x64w8s2  64x64w4s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  64x32w4s1
+sm_86  tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_86  ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_86  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_90  short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_90  short   128  128x64w8s2  128x64w8s2  128x64w8s2 128x64w8s2  128x64w8s2  64x64w4s2  128x64w8s2
+sm_90  short   256  64x64w4s2  64x64w8s2  64x64w8s1  64x64w8s2  64x64w4s2  64x64w8s2  32x32w8s1
+sm_90  tf32     64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_90  tf32    128  64x64w4s2  64x64w8s2  64x64w8s1  128x64w8s2  128x64w8s2  64x64w8s2  64x64w8s1
+sm_90  tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_90  ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_90  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_100 short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_100 short   128  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  64x64w4s2  64x64w4s2
+sm_100 short   256  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x32w8s1
+sm_100 tf32     64  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1
+sm_100 tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_100 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_100 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 short    64  128x64w8s1  128x64w8s1  128x64w8s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1
+gfx942 short   128  128x64w8s1  64x64w4s1  128x64w8s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1
+gfx942 short   256  64x64w4s1  64x64w4s1  64x64w4s1  64x32w4s1  64x64w4s1  64x64w4s1  32x32w4s1
+gfx942 tf32     64  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1
+gfx942 tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+gfx942 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+gfx942 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 """
 
 
@@ -65,15 +102,17 @@ _recorded: set[Key] | None = None
 
 
 def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:
-    """The configuration of a kernel for rows of up to ``width`` (16, 32, 64, 128, 256), or of kernel "strip"."""
+    """The configuration of a kernel whose entry is the narrowest that holds ``width``, or of kernel "strip"."""
     if _forced is not None:
         return _forced[0]
     if kernel == "strip":
         return STRIP
-    key = (kernel, arch, product, max(64, width))
+    kind = TYPES[product]
+    entry = min(w for entry_arch, entry_kind, w in _ENTRIES if (entry_arch, entry_kind) == (arch, kind) and w >= width)
+    key = (kernel, arch, product, entry)
     if _recorded is not None:
         _recorded.add(key)
-    return overrides.get(key) or _ENTRIES[arch, TYPES[product], key[-1]][kernel]
+    return overrides.get(key) or _ENTRIES[arch, kind, entry][kernel]
 
 
 def largest_width(arch: str, product: str) -> int:
@@ -84,8 +123,8 @@ def largest_width(arch: str, product: str) -> int:
 
 
 def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:
-    """The most students and teachers that share one launch of relation_kl."""
-    return 1, 1
+    """The most students and teachers that share one launch of relation_kl; the others' registers or memory end at one."""
+    return (1, 2) if arch == "sm_90" and TYPES[product] == "short" and width <= 128 else (1, 1)
 
 
 def line(key: Key, chosen: Tiles) -> str:
