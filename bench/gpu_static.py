@@ -8,6 +8,7 @@ B200 with the unit that limits it. ``--check`` holds the model against published
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", nargs="+", type=int, default=[128])
     parser.add_argument("--stages", nargs="+", type=int, default=[1], help="S = T; graph_conv has none")
     parser.add_argument("--op", nargs="+", choices=(*cases.OPS, "unit_rows"), help="only these ops")
+    parser.add_argument("--tiles", metavar="RxCwWsS", help="instead of the table: rows x columns w warps s stages")
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--mix", action="store_true", help="print each kernel's instructions and clocks per step too")
     parser.add_argument("--check", action="store_true", help="only the model's error on kernels with published times")
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         for dtype in arguments.dtype
         for dim in arguments.dim
         for stages in arguments.stages
-        for spec in chosen(arch, dtype, dim, stages, arguments.op)
+        for spec in chosen(arch, dtype, dim, stages, arguments.op, arguments.tiles)
     ]
     if not kernels:
         console.print("no kernel was chosen")
@@ -99,14 +101,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         save(arguments.json, kernels, times)
     if arguments.markdown:
-        report.write_section(arguments.markdown, SECTION, markdown(kernels, times))
+        report.write_section(arguments.markdown, SECTION, markdown(kernels, times, arguments.tiles))
     return 0
 
 
-def chosen(arch: str, dtype: str, dim: int, stages: int, ops: list[str] | None) -> list:
-    from gkd_fast.kernels import specializations
+def chosen(arch: str, dtype: str, dim: int, stages: int, ops: list[str] | None, tiles: str | None) -> list:
+    from gkd_fast.kernels import specializations, table
 
-    specs = specializations(arch, dtype, dim, (stages, stages))
+    with table.forced(**vars(table.Tiles.parse(tiles))) if tiles else nullcontext():
+        specs = specializations(arch, dtype, dim, (stages, stages))
     return [spec for spec in specs if ops is None or spec.op in ops]
 
 
@@ -271,8 +274,73 @@ def check_table() -> tuple[list[str], list[list[str]]]:
     return ["device", "D", "length", "published", "predicted", "tile", "predicted time / published", "source"], rows
 
 
-def markdown(kernels: list[KernelReport], times: list[dict]) -> str:
-    parts = ["### Predicted and measured times", report.markdown_table(*time_table(kernels, times))]
+def arithmetic(kernels: list[KernelReport], work: Work) -> list[str]:
+    """How the model comes to the time of a forward and backward pass, a paragraph for each kernel."""
+    by_name = {k.kernel: k for k in kernels if (k.op, k.dtype, k.dim, k.stages) == (work.op, work.dtype, work.dim, work.stages)
+               and work.device in k.predicted}  # fmt: skip
+    if not by_name or work.batch not in next(iter(by_name.values())).programs:
+        return []
+    device = next(device for device in devices.DEVICES if device.name == work.device)
+    lines, total = [], 0.0
+    for direction in DIRECTIONS:
+        of_direction = Work(**(asdict(work) | {"direction": direction}))
+        parts = _parts(of_direction, by_name, device)
+        total += sum(seconds for seconds, _ in parts)
+        for name, (seconds, _) in zip(plan(of_direction).kernels, parts):
+            lines.append(f"- {direction}, `{name}`: " + _kernel_arithmetic(by_name[name], work, device, seconds))
+        if len(parts) > len(plan(of_direction).kernels):
+            copies = plan(of_direction).copies
+            lines.append(
+                f"- {direction}, the columns of {copies} matrices copied in {work.dtype}: {copies} · {work.batch:,} · {work.dim} "
+                f"· {4 + COPIED_TYPES[work.dtype]} bytes at {device.memory_bandwidth / 1e12:.2f} TB/s = {parts[-1][0] * 1e3:.4f} ms."
+            )
+    lines.append(f"- Together *{total * 1e3:.3f} ms*.")
+    return lines
+
+
+def _kernel_arithmetic(kernel: KernelReport, work: Work, device: devices.Device, seconds: float) -> str:
+    programs, steps = kernel.programs[work.batch], kernel.steps[work.batch]
+    prediction, clocks = kernel.predicted[work.device][work.batch], kernel.clocks[work.device]
+    grid = f"{programs:,} programs, {device.multiprocessors} · {prediction['resident']} at a time ({prediction['waves']} in turn)"
+    if not kernel.tile[1]:
+        return f"{grid}; {seconds * 1e3:.4f} ms."
+    in_turn = " + ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.TURNS if clocks.get(unit))
+    total = sum(clocks.get(unit, 0) for unit in units.TURNS)
+    busiest = max((*units.TURNS, "issue"), key=lambda unit: clocks.get(unit, 0))
+    beside = ", ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.BESIDE if clocks.get(unit))
+    return (
+        f"{kernel.tile[0]} rows × {kernel.tile[1]} columns, {grid}, {steps:,} steps each. A step: {in_turn} = {total:,.0f} clocks, of "
+        f"which the busiest unit ({busiest}) takes {clocks[busiest]:,.0f}, so step(k) = {total:,.0f} + (k − 1) · "
+        f"{clocks[busiest]:,.0f}; beside it {beside}. At {device.gigahertz} GHz, with what stands outside the loop, "
+        f"*{seconds * 1e3:.3f} ms*."
+    )
+
+
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def memory_table(batch: int, dim: int) -> tuple[list[str], list[list[str]]]:
+    from bench.gpu import allocations
+
+    rows = []
+    for op in cases.OPS:
+        for dtype in ("bfloat16", "float32"):
+            extra = allocations.op_peak(op, batch, dim, 1, dtype)
+            unit = allocations.unit_row_bytes(op, batch, dim, 1)
+            rows.append([op, dtype, f"{batch:,}", str(dim), report.megabytes(extra), report.megabytes(unit)])
+    return ["op", "type", "B", "D", "op alone, MB", "float32 unit rows, MB"], rows
+
+
+def markdown(kernels: list[KernelReport], times: list[dict], tiles: str | None) -> str:
+    sizes = f"all with the tile sizes {tiles}" if tiles else "with the tile sizes of the table"
+    parts = [f"Commit {machine.commit()}, Triton {triton_version()}, {sizes}."]
+    parts += ["### Predicted and measured times", report.markdown_table(*time_table(kernels, times))]
+    if lines := arithmetic(kernels, SPELLED_OUT):
+        parts += ["### relation_kl on an H100, B = 16,384, D = 128, bfloat16, spelled out", "\n".join(lines)]
+        parts += ["### Memory", report.markdown_table(*memory_table(max(BATCHES), SPELLED_OUT.dim))]
     parts += ["### Clocks per step", report.markdown_table(*clock_table(kernels))]
     parts += ["### Resources", report.markdown_table(*resource_table(kernels))]
     parts += ["### The model against published times", report.markdown_table(*check_table())]
@@ -292,6 +360,9 @@ def save(path: Path, kernels: list[KernelReport], times: list[dict]) -> None:
     content = {"schema": SCHEMA, "commit": machine.commit(), "kernels": [asdict(k) for k in kernels], "measured": times}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+SPELLED_OUT = Work("H100", "relation_kl", "backward", "bfloat16", 128, 1, 16384)
 
 
 def load_measured(path: Path | None) -> list[dict]:

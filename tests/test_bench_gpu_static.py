@@ -1,18 +1,22 @@
 """The reader of compiled kernels, the issue-slot model and the command around them, none of which needs a GPU."""
 
+import dataclasses
 import json
+import re
 import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import gpu_static, report
+from bench import cases, gpu_static, report
 from bench.gpu import measured, model, units
 from bench.gpu.devices import DEVICES, LIMITS
 from bench.gpu.disassembly import Binary, Instruction, _amd_flow, _nvidia_flow, inner_loop, parse_amd, parse_nvidia
 
 kernels = pytest.importorskip("gkd_fast.kernels", reason="Triton is not installed")
+table = pytest.importorskip("gkd_fast.kernels.table")
 attention = pytest.importorskip("bench.gpu.attention")
 
 A100, H100, H200, B200 = DEVICES
@@ -195,15 +199,57 @@ def test_the_model_is_near_published_attention_times(published):
 def test_a_step_holds_all_the_products(arch):
     """The matrix instructions that were read multiply what the tile sizes say."""
     device = next(device for device in DEVICES if device.arch == arch)
-    for spec in [attention.attention(arch, 128, 128, 128, 8, 2), *kernels.specializations(arch, "bfloat16", 128)]:
+    device = dataclasses.replace(device, shared_bytes=10**9)  # operands come at once
+    with table.forced(64, 64, 4, 2):
+        specs = kernels.specializations(arch, "bfloat16", 128)
+    for spec in [attention.attention(arch, 128, 128, 128, 8, 2), *specs]:
         if spec.products and not spec.exemption:
             kernel = gpu_static.compiled(spec)
             expected = spec.products * spec.block_rows * spec.block_columns * spec.dim / device.products["16-bit"]
-            assert model.work(kernel, device)[0]["matrix"] == pytest.approx(expected, rel=0.3), spec.kernel
+            assert model.work(kernel, device)[0]["matrix"] == pytest.approx(expected), spec.kernel
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_the_plans_name_kernels_of_the_catalogue(stages):
+    with table.forced(64, 64, 4, 2):
+        specs = kernels.specializations("sm_90", "bfloat16", 128, (stages, stages))
+    assert {spec.op for spec in specs} == {*cases.OPS, "unit_rows"}
+    for op in {spec.op for spec in specs}:
+        names = {(spec.kernel, spec.direction) for spec in specs if spec.op == op}
+        for direction in gpu_static.DIRECTIONS:
+            for batch in (1024, 2**20):
+                plan = gpu_static.plan(gpu_static.Work("H100", op, direction, "bfloat16", 128, stages, batch))
+                assert plan.kernels and {(name, direction) for name in plan.kernels} <= names
+
+
+@pytest.mark.parametrize(
+    ("op", "megabytes"), [("relation_kl", 32), ("graph_conv", 48), ("node_contrast", 4 + 262_144 * 128 * 4 / 1e6)]
+)
+def test_memory_of_a_large_batch_is_bounded(op, megabytes):
+    """Beyond inputs, outputs and gradients; node_contrast keeps its weighted sums [B, D], as its operator says."""
+    allocations = pytest.importorskip("bench.gpu.allocations")
+    with table.forced(64, 64, 4, 2):
+        assert allocations.op_peak(op, 262_144, 128, 1, "bfloat16") < megabytes * 1e6
+
+
+def test_allocations_are_counted_while_they_live():
+    allocations = pytest.importorskip("bench.gpu.allocations")
+
+    def run() -> list[torch.Tensor]:
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            torch.ones(2000).add_(1)
+        return [kept, kept.view(10, 100)]
+
+    assert allocations.extra_peak(run) == 8000
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
-    specs = [attention.attention("sm_90", 64, 128, 64, 4, 2)]
+    spec = attention.attention("sm_90", 128, 128, 64, 8, 2)
+    specs = [
+        dataclasses.replace(spec, op="relation_kl", kernel=name, direction=direction, dtype="bfloat16")
+        for name, direction in (("relation_sums", "forward"), ("relation_factors", "backward"), ("relation_gradients", "backward"))
+    ]
     monkeypatch.setattr(kernels, "specializations", lambda *arguments: specs)
     file, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
     begin, end = report.marks(gpu_static.SECTION)
@@ -211,6 +257,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     command = ["bench", "gpu-static", "--arch", "sm_90", "--batch", "1024", "16384", "--mix", "--measure"]
     monkeypatch.setattr(sys, "argv", [*command, "--json", str(file), "--markdown", str(page)])
     monkeypatch.setattr(gpu_static, "check_table", lambda: (["device"], [["H100"]]))
+    monkeypatch.setattr(gpu_static, "memory_table", lambda batch, dim: (["op"], [["relation_kl"]]))
     from bench.__main__ import main
 
     assert main() == 0
@@ -218,10 +265,14 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert "no CUDA device" in printed and "HGMMA.64x64x16" in printed
     kernel = json.loads(file.read_text())["kernels"][0]
     assert kernel["registers"] > 100 and kernel["spills"] == 0 and kernel["stack_bytes"] == 0
-    assert kernel["mix"]["MUFU.EX2"] == 68 and kernel["programs"] == {"1024": 8, "16384": 128}
+    assert kernel["mix"]["MUFU.EX2"] == 34 and kernel["programs"] == {"1024": 8, "16384": 128}
     assert set(kernel["predicted"]) == {"H100", "H200"}
     row = next(line for line in page.read_text().splitlines() if "| H100 | 16,384 |" in line)
-    assert row.count("*") == 4 and "exponential" in row
+    assert row.count("*") == 4 and "matrix" in row
+    forward, both = (float(cell.strip(" *")) for cell in row.split("|")[7:11:2])
+    assert both == pytest.approx(3 * forward, rel=0.01)  # three times the same kernel and as many copies
+    together = re.search(r"Together \*(\d\.\d{3}) ms\*", page.read_text())
+    assert "step(k) = " in page.read_text() and float(together[1]) == pytest.approx(both, abs=0.006)
 
 
 def test_measured_times_fill_their_column_and_excess_is_told():

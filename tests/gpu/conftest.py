@@ -1,5 +1,7 @@
 """Tests of the Triton kernels on a GPU. Without one they are skipped; the interpreter and compile tests stand in."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ def pytest_collection_modifyitems(items):
         return
     reason = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
     for item in items:
-        if "gpu" in item.path.parts and "tests" in item.path.parts:
+        if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(reason)
 
 
