@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test test-kernels bench lint format clean
+.PHONY: install demo test test-installed test-kernels sanitize bench lint format clean
 
 install: $(VENV)/installed
 
@@ -26,6 +26,31 @@ test: install
 # Every kernel's default configuration, compiled for every architecture; needs no GPU.
 test-kernels: install
 	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py
+
+OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py test_graph_conv.py)
+
+# The package as users get it, and its tests in a folder where the checkout is not found. Its dependencies are .venv's.
+INSTALLED := build/installed
+test-installed: install
+	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w $(INSTALLED) .
+	$(BIN)/python -m venv $(INSTALLED)/venv
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		> $$($(INSTALLED)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth
+	$(INSTALLED)/venv/bin/python -m pip install --quiet --no-deps --ignore-installed $(INSTALLED)/*.whl
+	cp -r tests $(INSTALLED)
+	cd $(INSTALLED) && venv/bin/python -c 'import gkd_fast, sys; assert gkd_fast.__file__.startswith(sys.prefix)'
+	cd $(INSTALLED) && venv/bin/python -m pytest $(OP_TESTS)
+
+# The C++ kernels under the address and undefined-behaviour sanitizers, in a build of their own; without the tests that
+# start processes.
+SANITIZED := build/sanitize/lib
+sanitize: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" GKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+		$(CURDIR)/$(BIN)/python -m pytest $(OP_TESTS) -k 'not compile and not package'
 
 # Measures what runs/bench.json has not; remove it to measure all again.
 bench: install

@@ -32,7 +32,8 @@ def extension_options() -> dict:
     link = ["-Wl,--exclude-libs,ALL"] if os.name == "posix" else []
     if sanitize:
         checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        flags = ["-O1", "-g", "-fno-omit-frame-pointer", *flags[2:], *checks]
+        # Line numbers are enough for a report, and the whole debug information takes minutes.
+        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *checks]
         link = checks
 
     class Build(BuildExtension):

@@ -18,3 +18,12 @@ def published_case(request) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tile_rows():
+    """Sets the rows per tile of the C++ kernels, for the time of a test."""
+    from gkd_fast import _C
+
+    yield _C._set_block
+    _C._set_block(0)

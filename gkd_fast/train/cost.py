@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step, without and with the graph terms, backend by backend."""
+"""Time and peak memory of a training step and a meta-step, without and with the graph terms, backend by backend."""
 
 import contextlib
 import os
@@ -42,13 +42,15 @@ def measure_costs(config: Config, backends: list[str] | None = None) -> list[dic
 
     Returns:
         For each batch size and case: ``batch_size``, ``case``, ``seconds`` (median), ``fastest_seconds`` and
-        ``peak_bytes``: the most that a step holds at once beyond what was there before it.
+        ``peak_bytes``: the most that a step holds at once beyond what was there before it. With graph terms also
+        ``meta_seconds``, ``meta_over_train`` (both of the fastest) and ``graph_peak_bytes``: the peak of the graph
+        terms' second derivatives alone, on features that are there before.
     """
     accelerator = make_accelerator(config)
     splits = load_splits(config.data, config.seed)
     teacher = build_network_for(config.teacher_network, splits, config.seed)
     cases = {"kd": ("kd", "auto")}
-    cases |= {f"gkd, {name}": ("gkd-constant", name) for name in backends or available_backends(accelerator.device)}
+    cases |= {f"gkd, {name}": ("gkd", name) for name in backends or available_backends(accelerator.device)}
     rows = []
     for batch_size in config.compare.cost_batch_sizes:
         generator = torch.Generator().manual_seed(0)

@@ -232,10 +232,14 @@ class Distiller:
         """Node and relation terms, with gradient through the weights too, which are float32 as in a training step."""
         with self._meta_autocast():
             embeddings = self.criterion.embed(self.student(images).features, teacher_outputs.features)
-        weights = self.pair_weights(*([_at_least_float32(x) for x in side] for side in embeddings))
+        weights = self.pair_weights_of(embeddings)
         with self._meta_autocast():
             terms = self.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
             return torch.stack([terms[name] for name in ("node", "relation") if name in terms]).sum()
+
+    def pair_weights_of(self, embeddings) -> Tensor:
+        """The meta-network's weights of both sides' embeddings, with gradient."""
+        return self.pair_weights(*([_at_least_float32(x) for x in side] for side in embeddings))
 
     def _label_objective(self, images: Tensor, labels: Tensor, teacher_outputs) -> Tensor:
         with self._meta_autocast():

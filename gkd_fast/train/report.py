@@ -78,25 +78,21 @@ def _meta_table(summary: dict) -> Table:
 
 
 def _cost_table(summary: dict) -> Table:
-    table = Table(title="A training step without and with the graph terms")
-    for name in ("batch size", "method, backend", "ms", "peak MiB", "graph terms: ms", "peak MiB"):
+    table = Table(title="A training step without and with the graph terms, and a meta-step")
+    for name in ("batch size", "method, backend", "ms (median)", "peak MiB", "meta-step", "graph terms, MiB"):
         table.add_column(name, justify="left" if name == "method, backend" else "right")
-    without: dict = {}
+    last = None
     for row in summary["costs"]:
-        if row["case"] == "kd":
+        if last not in (None, row["batch_size"]):
             table.add_section()
-            without, added = row, ("", "")
-        else:
-            added = _cost(row["seconds"] - without["seconds"], row["peak_bytes"] - without["peak_bytes"])
-        table.add_row(str(row["batch_size"]), row["case"], *_cost(row["seconds"], row["peak_bytes"]), *added)
-    table.caption = (
-        f"{summary['machine']}\nmedians of whole steps, both networks included; graph terms: what they add to kd"
-    )
+        last = row["batch_size"]
+        step = [f"{1000 * row['seconds']:.1f}", f"{row['peak_bytes'] / 2**20:.1f}"]
+        meta = ["", ""]
+        if "meta_over_train" in row:
+            meta = [f"{row['meta_over_train']:.1f} steps", f"{row['graph_peak_bytes'] / 2**20:.1f}"]
+        table.add_row(str(last), row["case"], *step, *meta)
+    table.caption = f"{summary['machine']}; both networks included, but in the last column: their features are there"
     return table
-
-
-def _cost(seconds: float, peak: int) -> tuple[str, str]:
-    return f"{1000 * seconds:.1f}", f"{peak / 2**20:.1f}"
 
 
 def _spread(numbers: dict, sign: str = "") -> str:

@@ -39,6 +39,7 @@ def tiny_teacher(tmp_path_factory) -> str:
     """The folder of a trained teacher for ``tiny``."""
     folder = tmp_path_factory.mktemp("tiny") / "teacher"
     train(tiny_config(folder), "teacher", quiet())
+    AcceleratorState._reset_state(reset_partial_state=True)
     return str(folder)
 
 

@@ -408,6 +408,9 @@ def test_costs_of_each_backend(tiny):
     ]
     peaks = {(r["batch_size"], r["case"]): r["peak_bytes"] for r in rows}
     assert peaks[64, "gkd, reference"] > peaks[64, "kd"] > peaks[8, "kd"] > 0
+    with_graphs = [r for r in rows if r["case"] != "kd"]
+    assert all(r["meta_over_train"] == r["meta_seconds"] / r["fastest_seconds"] for r in with_graphs)
+    assert all(r["graph_peak_bytes"] > 0 for r in with_graphs) and "meta_seconds" not in rows[0]
 
 
 def test_peak_counts_what_is_held_at_once():

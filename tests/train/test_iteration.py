@@ -1,11 +1,13 @@
 """The driver's training step and meta-step against an independent transcription of the method."""
 
 import copy
+import types
 
 import pytest
 import torch
 
 from gkd_fast import GraphKDLoss, PairWeightNetwork
+from gkd_fast.train.cost import available_backends
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.models import build_network
 from tests.train import transcription as by_hand
@@ -13,10 +15,13 @@ from tests.train import transcription as by_hand
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 
 
-def _distiller() -> Distiller:
+BACKENDS = available_backends(torch.device("cpu"))
+
+
+def _distiller(backend: str) -> Distiller:
     student, teacher = (build_network(name, 4, (1, 8, 8)).double() for name in ("small_2", "small_3"))
     criterion = GraphKDLoss(
-        student.feature_dims, teacher.feature_dims, num_classes=4, embed_dim=6, backend="reference"
+        student.feature_dims, teacher.feature_dims, num_classes=4, embed_dim=6, backend=backend
     ).double()
     pair_weights = PairWeightNetwork(6, 3, 3, width=5).double()
     optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], **SGD)
@@ -41,9 +46,10 @@ def _close(found: dict, expected: dict, tolerance: float = 1e-10) -> None:
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_whole_iterations_agree_with_the_transcription(iterations):
-    distiller = _distiller()
+def test_whole_iterations_agree_with_the_transcription(iterations, backend):
+    distiller = _distiller(backend)
     oracle_student = copy.deepcopy(distiller.student).train()
     params = _parameters(distiller)
     meta = {n: p.detach().clone().requires_grad_() for n, p in distiller.pair_weights.named_parameters()}
@@ -79,3 +85,22 @@ def test_whole_iterations_agree_with_the_transcription(iterations):
     # Not only by weight decay, which alone would leave the direction of every parameter as it was.
     moved = {n: torch.cosine_similarity(meta[n].flatten(), initial_meta[n].flatten(), dim=0) for n in meta}
     assert min(moved.values()) < 1 - 1e-9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_hypergradient_under_bfloat16_autocast(backend):
+    """Near that in float32, and not the same: the products were bfloat16."""
+    distiller = _distiller(backend)
+    for module in (distiller.plain_objective, distiller.teacher, distiller.pair_weights):
+        module.float()
+    images, labels = torch.randn(64, 1, 8, 8), torch.randint(4, (64,))
+    exact = torch.cat([g.flatten() for g in distiller.hypergradient(images, labels)])
+    distiller.accelerator = types.SimpleNamespace(
+        mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", torch.bfloat16)
+    )
+    found = torch.cat([g.flatten() for g in distiller.hypergradient(images, labels)])
+    assert found.dtype == torch.float32 and not torch.equal(found, exact)
+    assert torch.cosine_similarity(found, exact, dim=0) > 0.9
+    distiller.accelerator.mixed_precision = "fp16"
+    again = torch.cat([g.flatten() for g in distiller.hypergradient(images, labels)])
+    assert torch.equal(again, exact)

@@ -1,0 +1,136 @@
+"""What the tests of the ops share: inputs, results, and the rule by which a fused result is judged."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gkd_fast import functional, ops
+
+D64 = torch.float64
+DTYPES = [D64, torch.float32, torch.bfloat16, torch.float16]
+MISSING = ops.missing("cpp", torch.device("cpu"))
+requires_cpp = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+# Rows per tile and batches: 1, 2, a tile less or more one, a prime, several tiles; 0: the kernels' own choice, which
+# changes at 768 rows.
+TILES = [(32, 1), (32, 2), (32, 31), (32, 33), (32, 67), (64, 65), (96, 193), (0, 769)]
+
+KINDS = ["random", "converged", "nearly converged", "zero rows", "clustered", "opposite rows"]
+
+
+def rows(batch: int, *widths: int, kind: str = "random", seed: int = 0) -> list[Tensor]:
+    """Features ``[batch, width]`` in float64.
+
+    ``kind``: the second half of the tensors equals (nearly) the first one ("converged", "nearly converged"), some rows
+    are zero, all point nearly one way ("clustered"), or cosines are exactly 1 and −1 ("opposite rows").
+    """
+    generator = torch.Generator().manual_seed(1000 * seed + batch)
+    tensors = [torch.randn(batch, width, dtype=D64, generator=generator) for width in widths]
+    half = len(tensors) // 2
+    for k, x in enumerate(tensors):
+        if "converged" in kind and k >= half:
+            x.mul_(1e-3 * (kind != "converged")).add_(tensors[k - half])
+        elif kind == "zero rows":
+            x[k::5] = 0
+        elif kind == "clustered":
+            x.mul_(0.02).add_(1)
+        elif kind == "opposite rows":
+            x[batch // 2 :] = x[: batch - batch // 2] * torch.tensor([2.0, -1.0], dtype=D64)[k % 2]
+    return tensors
+
+
+def upstream_like(output: Tensor, dtype: torch.dtype = D64) -> Tensor:
+    """A random upstream gradient, rounded to ``dtype``."""
+    upstream = torch.randn(output.shape, dtype=D64, generator=torch.Generator().manual_seed(output.numel()))
+    return upstream.to(dtype).to(output.dtype)
+
+
+def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype = D64) -> list[Tensor]:
+    """The output and the gradients of all inputs, under a random upstream rounded to ``dtype``."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream_like(output, dtype))]
+
+
+def check(
+    fused: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    gain: float = 1.0,
+    own_shifts: bool = False,
+) -> None:
+    """``fused`` against ``definition``, output and all gradients, for inputs rounded to ``dtype``.
+
+    float64 agrees to 1e-10 of the largest entry. In the other types |truth − fused| ≤ 2·|truth − plain|, with the truth
+    in float64 and ``definition`` itself in ``dtype`` as plain (in float32 where it leaves ``dtype``'s range), plus one
+    rounding of the result and ε·``gain`` of float32, what a rounding of what goes into an exponential does to a result
+    of size 1. With ``own_shifts`` the gradients' P comes from log-sums of the logits' size, so that its relative error
+    is ε·``gain``.
+    """
+    inputs = [x.to(dtype) for x in inputs]
+    truth = results(definition, [x.double() for x in inputs], dtype)
+    fast = results(fused, inputs, dtype)
+    assert [x.dtype for x in fast[1:]] == [dtype] * len(inputs)
+    if dtype == D64:
+        for exact, ours in zip(truth, fast, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10 * max(1, exact.abs().max().item()))
+        return
+    plain = results(definition, inputs, dtype)
+    if not all(x.isfinite().all() for x in plain):
+        plain = results(definition, [x.float() for x in inputs], dtype)
+    for k, (exact, ours, theirs) in enumerate(zip(truth, fast, plain, strict=True)):
+        error, plain_error = ((x.double() - exact).abs().max().item() for x in (ours, theirs))
+        size = exact.abs().max().item()
+        cancelled = torch.finfo(torch.float32).eps * gain
+        rounding = torch.finfo(ours.dtype).eps / 2 * size + cancelled * (max(1, size) if own_shifts and k > 0 else 1)
+        assert error <= 2 * plain_error + rounding, (
+            f"{f'gradient {k - 1}' if k else 'output'}: error {error:.3g}, plain PyTorch's {plain_error:.3g}, "
+            f"size {size:.3g}, rounding {rounding:.3g}"
+        )
+
+
+def graph_conv(normalization: str = "symmetric", bandwidth: float = 0.6, backend: str = "cpp"):
+    return lambda nodes, messages: functional.graph_conv(
+        nodes, messages, bandwidth=bandwidth, normalization=normalization, backend=backend
+    )
+
+
+def node_contrast(num_students: int = 1, backend: str = "cpp", **options):
+    return lambda *x: functional.node_contrast(x[:num_students], x[num_students:], backend=backend, **options)
+
+
+def relation_kl(num_students: int = 1, backend: str = "cpp", **options):
+    return lambda *x: functional.relation_kl(x[:num_students], x[num_students:], backend=backend, **options)
+
+
+# Every public function: made for a backend, and the widths of its inputs.
+FUNCTIONS = {
+    "graph_conv symmetric": (lambda backend: graph_conv("symmetric", backend=backend), (4, 3)),
+    "graph_conv row": (lambda backend: graph_conv("row", backend=backend), (4, 3)),
+    "node_contrast": (lambda backend: node_contrast(2, backend, temperature=0.4), (3, 3, 3, 3)),
+    "node_contrast of some pairs": (lambda backend: node_contrast(2, backend, pairs=[(0, 1), (1, 0)]), (3, 3, 3, 3)),
+    "node_contrast, own shifts": (lambda backend: node_contrast(1, backend, temperature=0.02), (5, 5)),
+    "relation_kl": (lambda backend: relation_kl(2, backend, temperature=0.4, bandwidth=0.8), (3, 2, 4, 3)),
+    "relation_kl, own shifts": (lambda backend: relation_kl(1, backend, temperature=0.01), (5, 4)),
+}
+
+
+class Calls(TorchDispatchMode):
+    """Records the arguments, by name, of every call of ``torch.ops.gkd_fast`` inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "gkd_fast":
+            names = (argument.name for argument in func._schema.arguments)
+            self.calls.append((func._opname, dict(zip(names, args)) | (kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def arguments(self, op: str) -> list[dict]:
+        return [arguments for name, arguments in self.calls if name == op]
