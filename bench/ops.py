@@ -9,6 +9,8 @@ import torch
 from bench import cases, machine, measure, peers, plot, report
 from bench.results import load_or_new
 
+DEFAULT_BACKENDS = {"cpu": ["cpp"], "cuda": ["triton", "compile", "attention"]}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", choices=cases.OPS, default=list(cases.OPS))
@@ -70,7 +72,7 @@ def measure_all(arguments: argparse.Namespace, chosen: list[cases.Case]) -> int:
     results = load_or_new(arguments.json, described, arguments.repeats)
     console = report.console()
     console.print(report.describe(described))
-    backends = arguments.backend or ["triton" if arguments.device == "cuda" else "cpp"]
+    backends = arguments.backend or DEFAULT_BACKENDS[arguments.device]
     measured = []
     for case in chosen:
         rows = measure.time_case(case, backends, arguments.repeats)

@@ -1,5 +1,7 @@
 """Tables for people: on the terminal (rich) and in Markdown."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
@@ -64,6 +66,20 @@ def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
 
 def _markdown_row(found: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in found) + " |"
+
+
+def marks(section: str) -> tuple[str, str]:
+    return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+
+
+def write_section(path: Path, section: str, content: str) -> None:
+    """Replaces what stands between the section's two marks; the rest of the file is written by hand."""
+    text = path.read_text()
+    begin, end = marks(section)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path} must hold {begin} and {end} once each")
+    before, rest = text.split(begin)
+    path.write_text(f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}")
 
 
 def describe(machine: dict) -> str:

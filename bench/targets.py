@@ -14,7 +14,7 @@ from rich.table import Table
 from bench import machine, measure, plot, report, standard
 from bench.results import Results, load_or_new
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+SECTION = "measured"
 HEADERS = ["work, forward + backward", "wanted", "measured", ""]
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="the file that keeps the rows")
-    parser.add_argument("--markdown", type=Path, help=f"writes the tables between {BEGIN} and {END} in this file")
+    parser.add_argument("--markdown", type=Path, help=f"writes the tables between the marks {report.marks(SECTION)}")
     parser.add_argument("--plot", type=Path, help="PNG of time and memory against batch size")
 
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
             results.save(arguments.json)
     console.print(target_table(results))
     if arguments.markdown:
-        write_markdown(arguments.markdown, results)
+        report.write_section(arguments.markdown, SECTION, markdown(results))
     if arguments.plot:
         plot.draw(drawn_rows(results), arguments.plot, report.describe(results.machine))
 
@@ -76,15 +76,6 @@ def target_table(results: Results) -> Table:
 def drawn_rows(results: Results) -> list[measure.Row]:
     plain = [op.at(case.batch) for op in standard.OPS for case in results.cases()]
     return [row for case in dict.fromkeys(plain) for row in results.of(case)]
-
-
-def write_markdown(path: Path, results: Results) -> None:
-    """Replaces what stands between the two marks; the rest of the file is written by hand."""
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} must hold {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    path.write_text(before + BEGIN + "\n" + markdown(results) + "\n" + END + rest.split(END)[1])
 
 
 def markdown(results: Results) -> str:

@@ -1,0 +1,30 @@
+"""The Triton kernels of the ops, one file per op, and their registration with PyTorch's dispatcher."""
+
+import os
+
+import torch
+from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, unit_rows
+from gkd_fast.kernels.autotune import autotuned
+from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
+
+__all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
+
+OPS = {
+    "unit_rows": unit_rows.unit_rows,
+    "unit_rows_backward": unit_rows.unit_rows_backward,
+    "graph_degrees": graph_conv.graph_degrees,
+    "graph_conv": graph_conv.graph_conv,
+    "graph_conv_backward": graph_conv.graph_conv_backward,
+    "node_contrast": node_contrast.node_contrast,
+    "node_contrast_backward": node_contrast.node_contrast_backward,
+    "relation_kl": relation_kl.relation_kl,
+    "relation_kl_backward": relation_kl.relation_kl_backward,
+}
+
+
+def register(key: str) -> str | None:
+    """Make the launchers the ops' implementation for a dispatch key, "CUDA" or "CPU"; the reason if that cannot be."""
+    explore = os.environ.get("GKD_FAST_AUTOTUNE") == "1"
+    for name, launcher in OPS.items():
+        torch.library.impl(f"gkd_fast::{name}", key, autotuned(launcher) if explore else launcher)
+    return None

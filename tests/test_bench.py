@@ -8,7 +8,7 @@ import torch
 
 import gkd_fast
 from bench import __main__ as command
-from bench import floor, machine, measure, memory, peers, results, standard, targets, timing
+from bench import floor, machine, measure, memory, peers, report, results, standard, targets, timing
 from bench import truth as oracle
 from bench.cases import STEP, Case, problem
 
@@ -282,15 +282,16 @@ def test_markdown_is_written_between_the_marks(tmp_path):
     found = results.Results(machine.describe(), 5)
     case = standard.RELATION.at(64)
     found.add([row(case, "eager", 0.002, speedup=1.0)])
-    file.write_text(f"before\n{targets.BEGIN}\nold\n{targets.END}\nafter\n")
+    begin, end = report.marks(targets.SECTION)
+    file.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
-        targets.write_markdown(file, found)
+        report.write_section(file, targets.SECTION, targets.markdown(found))
     text = file.read_text()
-    assert text.startswith(f"before\n{targets.BEGIN}\n") and text.endswith(f"\n{targets.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\n") and text.endswith(f"\n{end}\nafter\n")
     assert "old" not in text and text.count(f"| {case.name()} | eager |") == 1
     file.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
-        targets.write_markdown(file, found)
+        report.write_section(file, targets.SECTION, targets.markdown(found))
 
 
 @pytest.mark.skipif(not hasattr(gkd_fast, "GraphKDLoss"), reason="this version has no GraphKDLoss")

@@ -1,0 +1,102 @@
+"""Memory of the GPU ops without a GPU: their launchers run on CPU tensors with the kernels left out, and every
+allocation is counted.
+
+Beyond the unit rows (and messages) that go in, the losses (or the output) and the gradients that come out. The unit
+rows themselves are the caller's: float32 copies of the features, counted apart by :func:`unit_row_bytes`.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import JITFunction
+
+from gkd_fast import kernels
+
+
+class Counter(TorchDispatchMode):
+    """Follows the storages that PyTorch's operations make; ``peak`` is the most bytes alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        given = {_storage(x) for x in tree_leaves((arguments, keywords)) if isinstance(x, torch.Tensor)}
+        result = function(*arguments, **(keywords or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and _storage(x) not in given:
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def extra_peak(run: Callable[[], list[torch.Tensor]]) -> int:
+    """Bytes at the peak of ``run()`` beyond the tensors that it returns."""
+    with _kernels_left_out(), Counter() as counter:
+        kept = run()
+    return counter.peak - sum({_storage(x): x.untyped_storage().nbytes() for x in kept}.values())
+
+
+def op_peak(op: str, batch: int, dim: int, stages: int, precision: str, normalization: str = "symmetric") -> int:
+    """Extra bytes of forward and backward of one op, gradients to students (nodes and messages)."""
+    rows = torch.float64 if precision == "float64" else torch.float32
+
+    def matrices(count: int) -> list[torch.Tensor]:
+        return [torch.empty(batch, dim, dtype=rows) for _ in range(count)]
+
+    if op == "graph_conv":
+        (nodes, messages, upstream), variance = matrices(3), torch.ones((), dtype=rows)
+        launch = kernels.OPS
+
+        def run() -> list[torch.Tensor]:
+            output, degrees = launch["graph_conv"](nodes, messages, variance, normalization, precision)
+            found = launch["graph_conv_backward"](
+                upstream, nodes, messages, output, degrees, variance, normalization, precision, [True, True]
+            )
+            return [output, *found]
+
+        return extra_peak(run)
+    students, teachers, upstream = matrices(stages), matrices(stages), torch.empty(batch, stages, stages, dtype=rows)
+    needs = [True] * stages + [False] * stages
+    forward, backward = kernels.OPS[op], kernels.OPS[f"{op}_backward"]
+
+    def relation() -> list[torch.Tensor]:
+        losses, *sums = forward(students, teachers, 0.1, 1.0, precision)
+        return [losses, *backward(upstream, students, teachers, losses, *sums, 0.1, 1.0, precision, needs)]
+
+    def contrast() -> list[torch.Tensor]:
+        from gkd_fast.ops.node_contrast import KEEP_WEIGHTED_BYTES
+
+        wanted = [True] * stages**2
+        keep = len(wanted) * students[0].nbytes <= KEEP_WEIGHTED_BYTES
+        losses, *sums = forward(students, teachers, wanted, 0.1, precision, keep)
+        return [losses, *backward(upstream, students, teachers, *sums, wanted, 0.1, precision, needs)]
+
+    return extra_peak(relation if op == "relation_kl" else contrast)
+
+
+def unit_row_bytes(op: str, batch: int, dim: int, stages: int) -> int:
+    """Float32 unit rows and their norms, which the backward pass keeps."""
+    matrices = 1 if op == "graph_conv" else 2 * stages
+    return matrices * batch * (dim + 1) * 4
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+@contextmanager
+def _kernels_left_out():
+    launch = JITFunction.__getitem__
+    JITFunction.__getitem__ = lambda self, grid: lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        JITFunction.__getitem__ = launch

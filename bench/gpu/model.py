@@ -1,0 +1,81 @@
+"""The issue-slot model: a kernel's predicted time on a device, from its disassembly and published ceilings alone.
+
+A step of a program's loop keeps each unit busy for c_u clocks (:mod:`bench.gpu.units`). The units that a program
+uses in turn do not overlap within it; programs that share a multiprocessor run out of step, so that each one
+beyond the first adds only what it does on the busiest unit:
+
+    step(k) = max( Σ c_u + (k − 1) · max c_u,  k · max c_v ),    u: units used in turn, v: units that work beside
+
+which is the makespan of k equal jobs through a line of stations; max c_u includes the issue slots, which all
+instructions share. What stands outside the loop is passed once, in the same way. Programs come in whole waves:
+time = Σ over waves of (once(k) + steps · step(k)), where the last wave may hold fewer programs per multiprocessor.
+A kernel without a loop of products reads and writes memory, not the cache. Not counted: a launch (some microseconds,
+less within a CUDA graph), the first load's latency, clocks below the published boost clock.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from bench.gpu import units
+from bench.gpu.devices import Device
+from bench.gpu.disassembly import Binary
+
+
+@dataclass(frozen=True)
+class Prediction:
+    seconds: float
+    limit: str  # the unit that the time depends on most
+    busy: float  # the share of the time for which it is
+    resident: int  # programs per multiprocessor in a full wave
+    waves: int
+
+
+class DoesNotFit(ValueError):
+    """Not even one program fits on a multiprocessor of the device."""
+
+
+def predict(binary: Binary, device: Device, programs: int, steps: int) -> Prediction:
+    """The time of one launch of ``programs`` programs of ``steps`` steps each."""
+    resident = binary.resident_programs()
+    if not resident:
+        raise DoesNotFit(f"{binary.registers} registers × {binary.warps} warps, {binary.shared_bytes} bytes on {device.name}")
+    inside, outside = work(binary, device)
+    per_wave = device.multiprocessors * resident
+    full_waves, rest = divmod(programs, per_wave)
+    waves = [resident] * full_waves
+    if rest:
+        waves.append(-(-rest // device.multiprocessors))
+    cycles = sum(makespan(outside, k) + steps * makespan(inside, k) for k in waves)
+    if not binary.step:
+        memory = outside["cache"] * device.cache_bandwidth / device.memory_bandwidth
+        cycles = max(cycles, memory * programs / device.multiprocessors)
+    limit = limiting_unit(inside if binary.step else outside, waves[0])
+    busy = (inside[limit] * steps + outside[limit]) * programs / device.multiprocessors / cycles
+    return Prediction(device.seconds(cycles), limit, busy, resident, len(waves))
+
+
+def work(binary: Binary, device: Device) -> tuple[Counter[str], Counter[str]]:
+    """Clocks by unit of one program: (in one step of the loop, outside it)."""
+    inside, outside = Counter(), Counter()
+    for in_loop, clocks in units.walk(binary, device):
+        (inside if in_loop else outside).update(clocks)
+    return inside, outside
+
+
+def makespan(clocks: Counter[str], programs: int) -> float:
+    """``programs`` equal jobs through the units: see the head of this file."""
+    beside = max(clocks[unit] for unit in units.BESIDE)
+    return max(_in_turn(clocks, programs), programs * beside)
+
+
+def limiting_unit(clocks: Counter[str], programs: int) -> str:
+    """The busiest of the units that the makespan depends on."""
+    beside = max(units.BESIDE, key=lambda unit: clocks[unit])
+    if programs * clocks[beside] > _in_turn(clocks, programs):
+        return beside
+    return max((*units.TURNS, "issue"), key=lambda unit: clocks[unit])
+
+
+def _in_turn(clocks: Counter[str], programs: int) -> float:
+    busiest = max(clocks[unit] for unit in (*units.TURNS, "issue"))
+    return sum(clocks[unit] for unit in units.TURNS) + (programs - 1) * busiest

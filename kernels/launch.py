@@ -1,0 +1,158 @@
+"""What the launchers share: product types, tile sizes, the division of the columns, the device."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from gkd_fast.kernels import table
+from torch import Tensor
+
+# Up to this many rows an op is launched whole: no copies of the columns, no division among programs.
+SMALL_BATCH = 256
+# Columns are copied in the product's type this much at a time; two copies live while the next one is made.
+COLUMN_BYTES = 8 * 2**20
+# Tiles in float16 are scaled by a power of two to at most this.
+LARGEST_FLOAT16 = 2.0**14
+
+
+@dataclass(frozen=True)
+class Product:
+    """How tiles are multiplied: their type, Triton's name of it and of the sums, and the precision of float32."""
+
+    name: str
+    torch_type: torch.dtype
+    TYPE: tl.dtype
+    SUM: tl.dtype
+    PRECISION: str
+
+    @property
+    def scaled(self) -> bool:
+        """Whether gradient tiles are scaled, because entries that shrink like 1/B² would leave the type's range."""
+        return self.name == "float16"
+
+    def constants(self) -> dict:
+        return {"TYPE": self.TYPE, "SUM": self.SUM, "PRECISION": self.PRECISION}
+
+
+PRODUCTS = {
+    "float64": Product("float64", torch.float64, tl.float64, tl.float64, "ieee"),
+    "float32": Product("float32", torch.float32, tl.float32, tl.float32, "ieee"),
+    "tf32x3": Product("tf32x3", torch.float32, tl.float32, tl.float32, "tf32x3"),
+    "tf32": Product("tf32", torch.float32, tl.float32, tl.float32, "tf32"),
+    "bfloat16": Product("bfloat16", torch.bfloat16, tl.bfloat16, tl.float32, "ieee"),
+    "float16": Product("float16", torch.float16, tl.float16, tl.float32, "ieee"),
+}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The entry of the table that serves this device."""
+    if device.type == "cpu":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has "
+            f'{major}.{minor}: use backend="reference"'
+        )
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_86")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return table.MULTIPROCESSORS["sm_90"]
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def product_of(precision: str, x: Tensor) -> Product:
+    """The product type of an op call; float64 rows are multiplied in float64, whatever the precision.
+
+    "float32" is three tf32 products, whose errors are near float32's, unless the device has none or PyTorch was told
+    "ieee": without matrix units float32 would be slower than plain PyTorch.
+    """
+    if precision not in PRODUCTS:
+        raise ValueError(f"product_precision must be one of {tuple(PRODUCTS)}, got {precision!r}")
+    if x.dtype == torch.float64:
+        return PRODUCTS["float64"]
+    if precision in ("float32", "float64"):
+        strict = torch.version.hip or torch.backends.cuda.matmul.fp32_precision == "ieee"
+        return PRODUCTS["float32" if strict else "tf32x3"]
+    return PRODUCTS[precision]
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device and its current stream: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def matrices(name: str, tensors: Sequence[Tensor], rows: int | None = None) -> list[Tensor]:
+    """The matrices, contiguous, checked for one type (float32 or float64), device and number of rows."""
+    first = tensors[0]
+    rows = first.shape[0] if rows is None else rows
+    for k, x in enumerate(tensors):
+        if x.dtype not in (torch.float32, torch.float64) or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(f"{name}[{k}] must be float32 or float64 like the others, got {x.dtype} on {x.device}")
+        if x.dim() != 2 or x.shape[0] != rows:
+            raise ValueError(f"{name}[{k}] must have shape [{rows}, width], got {tuple(x.shape)}")
+    return [x.contiguous() for x in tensors]
+
+
+def padded_width(*widths: int) -> int:
+    """The power of two that holds the widths, at least 16, the least that a matrix product takes."""
+    return max(16, triton.next_power_of_2(max(widths)))
+
+
+def divide(row_blocks: int, columns: int, block_columns: int, batch: int, processors: int) -> int:
+    """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work."""
+    if batch <= SMALL_BATCH:
+        return 1
+    return max(1, min(triton.cdiv(columns, block_columns), processors // row_blocks))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One piece of the column set: its first column, the number of them, the matrices, and whether it is the last."""
+
+    start: int
+    count: int
+    matrices: tuple[Tensor, ...]
+    is_last: bool
+
+
+def column_pieces(
+    columns: Sequence[Tensor],
+    dtype: torch.dtype,
+    factors: Sequence[Tensor | None] | None = None,
+    most: int | None = None,
+) -> Iterator[Columns]:
+    """The columns in the product's type, rows multiplied by their factors, ``COLUMN_BYTES`` or ``most`` at a time.
+
+    Where nothing is to be changed, the matrices themselves. Few columns are left to the kernel to convert.
+    """
+    count = len(columns[0])
+    factors = factors or [None] * len(columns)
+    unchanged = all(x.dtype == dtype for x in columns) and all(f is None for f in factors)
+    if most is None and (unchanged or count <= SMALL_BATCH):
+        yield Columns(0, count, tuple(columns), True)
+        return
+    row_bytes = sum(x.shape[1] for x in columns) * dtype.itemsize
+    step = most or max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        piece = [
+            (x[start:stop] if f is None else x[start:stop] * f[start:stop, None]).to(dtype)
+            for x, f in zip(columns, factors, strict=True)
+        ]
+        yield Columns(start, stop - start, tuple(piece), stop == count)
+
+
+def power_of_two(bound: Tensor) -> Tensor:
+    """The power of two that brings ``bound`` just under the largest float16 tile entry; a tensor without dimensions."""
+    return torch.exp2(torch.floor(torch.log2(LARGEST_FLOAT16 / bound.clamp(2.0**-60, 2.0**60))))

@@ -1,0 +1,378 @@
+"""relation_kl's kernels: every program owns a block of rows, walks the columns and keeps all stages' sums.
+
+In base 2, with l = R·outer, R = 2^((c − 1)·inner) off the diagonal and 0 on it, and U = 2^(l − shift):
+Z = Σ_j U, Q = Σ_j U^t (l^t − l^s), ℓ = ln2·Q/Z^t − log Z^t + log Z^s. The shift is the bound ``outer`` of all logits,
+or each row's largest logit where sums under the bound could underflow.
+"""
+
+import triton
+import triton.language as tl
+from gkd_fast.kernels.tile import (
+    COUNTS,
+    NOWHERE,
+    add_product,
+    bounded_exp2,
+    column_range,
+    convert,
+    load_rows,
+    load_tile,
+    load_vector,
+    number,
+    product,
+    replace_diagonal,
+    replace_missing,
+    store_rows,
+    store_tile,
+    store_vector,
+    touches_edge,
+)  # fmt: skip
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def relations(
+    c, i, j, offset, column_count, inner, MISSING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """R of a tile of similarities: 0 on the diagonal, MISSING, unless that is 0, in columns that do not exist."""
+    r = bounded_exp2(c * inner - inner, POLYNOMIALS)
+    if touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS):
+        r = replace_diagonal(r, i, j, offset, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
+        if MISSING != 0:
+            r = replace_missing(r, j, column_count, MISSING, BLOCK_COLUMNS)
+    return r
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def relation_sums(
+    rows, columns, dims, sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, column_count, offset,
+    parts, accumulate, is_last, loss_row_stride, loss_stride, inner: tl.float64, outer: tl.float64, S: tl.constexpr,
+    T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """sums[part, k, i] over the part's columns: Z of the students, then for every teacher its Z and its S values Q.
+
+    With STRIP the columns are strips of similarities [row_count, column_count], computed before.
+    """
+    i = tl.program_id(0) * BLOCK_ROWS
+    part = tl.program_id(1)
+    start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
+    inner, outer = number(inner, SUM), number(outer, SUM)
+    own = ()
+    shift = ()
+    total = ()
+    for q in tl.static_range(S + T):
+        if not STRIP:
+            own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
+        if OWN_SHIFT:
+            shift = shift + (load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)[:, None],)
+        else:
+            shift = shift + (outer,)
+    for _ in tl.static_range(S + T + S * T):
+        total = total + (tl.zeros([BLOCK_ROWS], SUM),)
+    for j in range(start, stop, BLOCK_COLUMNS):
+        students = ()
+        new = ()
+        for q in tl.static_range(S + T):
+            if STRIP:
+                c = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+            else:
+                other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
+                c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+            r = relations(c, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
+            weights = tl.exp2(r * outer - shift[q])
+            new = new + (total[len(new)] + tl.sum(weights, 1),)
+            if q < S:
+                students = students + (r,)
+            else:
+                for s in tl.static_range(S):
+                    new = new + (total[len(new)] + tl.sum(weights * (r - students[s]), 1),)
+        total = new
+    whole = ()
+    for k in tl.static_range(S + T + S * T):
+        before = sums + (part * (S + T + S * T) + k) * number(row_count, tl.int64)
+        whole = whole + (total[k] + load_vector(before, i, row_count * accumulate, BLOCK_ROWS),)
+    if (is_last != 0) & (parts == 1):
+        store_losses(whole, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride,
+                     loss_stride, outer, S, T, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
+    else:
+        for k in tl.static_range(S + T + S * T):
+            out = sums + (part * (S + T + S * T) + k) * number(row_count, tl.int64)
+            store_vector(out, whole[k], i, row_count, BLOCK_ROWS)
+
+
+@triton.jit
+def store_losses(
+    total, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride, loss_stride, outer,
+    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """ℓ = Q/(τ Z^t) − log Z^t + log Z^s and the log-sums of a block of rows, from sums in ``relation_sums``' order."""
+    row = tl.arange(0, BLOCK_ROWS)
+    students = ()
+    for q in tl.static_range(S + T):
+        z = total[q if q < S else S + (q - S) * (S + 1)]
+        if OWN_SHIFT:
+            log_z = (tl.log2(z) + load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)) * LN2
+        else:
+            log_z = (tl.log2(z) + outer) * LN2
+        if q < S:
+            students = students + (log_z,)
+            store_vector(student_log_sums + q * number(row_count, tl.int64), log_z, i, row_count, BLOCK_ROWS)
+        else:
+            store_vector(teacher_log_sums + (q - S) * number(row_count, tl.int64), log_z, i, row_count, BLOCK_ROWS)
+            for s in tl.static_range(S):
+                divergence = total[S + (q - S) * (S + 1) + 1 + s] / z * (outer * LN2)
+                place = (i + row).to(tl.int64) * loss_row_stride + s * loss_stride + (q - S)
+                tl.store(losses + place, divergence - log_z + students[s], mask=row < row_count - i)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def relation_losses(
+    sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, parts, loss_row_stride, loss_stride,
+    outer: tl.float64, S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    SUM: tl.constexpr,
+):  # fmt: skip
+    """The losses from the sums of several parts, added in the order of the parts."""
+    i = tl.program_id(0) * BLOCK_ROWS
+    total = ()
+    for _ in tl.static_range(S + T + S * T):
+        total = total + (tl.zeros([BLOCK_ROWS], SUM),)
+    for part in range(parts):
+        new = ()
+        for k in tl.static_range(S + T + S * T):
+            of_part = sums + (part * (S + T + S * T) + k) * number(row_count, tl.int64)
+            new = new + (total[k] + load_vector(of_part, i, row_count, BLOCK_ROWS),)
+        total = new
+    store_losses(total, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride, loss_stride,
+                 number(outer, SUM), S, T, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def relation_factors(
+    upstream, losses, student_log_sums, teacher_log_sums, factors, power, row_count, upstream_row_stride,
+    upstream_stride, outer: tl.float64, slope: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
+    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """The row statistics of the backward, times slope = 1/(σ²τ), of one side.
+
+    α_s = Σ_t g_st/Z^s, β_ts = g_st/Z^t, η_t = Σ_s β_ts (ℓ_st + log Z^t − log Z^s); Z in units of the weights U, so
+    with OWN_SHIFT 1, and then the shifts log2 Z.
+    """
+    i = tl.program_id(0) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    place = (i + row).to(tl.int64) * upstream_row_stride
+    inside = row < row_count - i
+    unit = number(slope, SUM)
+    if SCALED:
+        unit = unit * tl.load(power)
+    log_sums = ()
+    inverse = ()
+    for q in tl.static_range(S + T):
+        if q < S:
+            log_z = load_vector(student_log_sums + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
+        else:
+            log_z = load_vector(teacher_log_sums + (q - S) * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
+        log_sums = log_sums + (log_z,)
+        if OWN_SHIFT:
+            inverse = inverse + (tl.zeros([BLOCK_ROWS], SUM) + 1,)
+            out = factors + (S + T * S + T + q) * number(row_count, tl.int64)
+            store_vector(out, log_z * LOG2E, i, row_count, BLOCK_ROWS)
+        else:
+            inverse = inverse + (tl.exp2(number(outer, SUM) - log_z * LOG2E),)
+    for s in tl.static_range(S):
+        total = tl.zeros([BLOCK_ROWS], SUM)
+        for t in tl.static_range(T):
+            total += tl.load(upstream + place + (s * upstream_stride + t), mask=inside, other=0)
+        store_vector(factors + s * number(row_count, tl.int64), total * inverse[s] * unit, i, row_count, BLOCK_ROWS)
+    for t in tl.static_range(T):
+        eta = tl.zeros([BLOCK_ROWS], SUM)
+        for s in tl.static_range(S):
+            g = tl.load(upstream + place + (s * upstream_stride + t), mask=inside, other=0)
+            beta = g * inverse[S + t] * unit
+            out = factors + (S + t * S + s) * number(row_count, tl.int64)
+            store_vector(out, beta, i, row_count, BLOCK_ROWS)
+            if WANTED >> S:
+                loss = tl.load(losses + place + (s * upstream_stride + t), mask=inside, other=0)
+                eta += beta * (loss + log_sums[S + t] - log_sums[s])
+        store_vector(factors + (S + T * S + t) * number(row_count, tl.int64), eta, i, row_count, BLOCK_ROWS)
+
+
+@triton.constexpr_function
+def num_factors(S, T):
+    """Row statistics of the backward: α [S], β [T, S], η [T] and the shifts [S + T]."""
+    return S + T * S + T + S + T
+
+
+@triton.constexpr_function
+def is_read(k, S, T, wanted, own_shift):
+    """Whether factor k enters a gradient whose stage's bit of ``wanted`` is set."""
+    if k < S:
+        return bool(wanted >> k & 1)
+    k -= S
+    if k < T * S:
+        return bool((wanted >> k % S | wanted >> S + k // S) & 1)
+    k -= T * S
+    if k < T:
+        return bool(wanted >> S + k & 1)
+    return own_shift
+
+
+@triton.constexpr_function
+def place_among(wanted, q):
+    """Set bits of ``wanted`` below bit q."""
+    return (wanted & ((1 << q) - 1)).bit_count()
+
+
+@triton.jit
+def both_sides(weights, mirrored, row_factor, column_factor, OWN_SHIFT: tl.constexpr):
+    """U_ij·f_i + U_ji·f_j."""
+    if OWN_SHIFT:
+        return weights * row_factor + mirrored * column_factor
+    else:
+        return weights * (row_factor + column_factor)
+
+
+@triton.jit
+def load_row_factors(
+    factors, i, count, BLOCK: tl.constexpr, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
+    OWN_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """α [S], β [T, S], η [T] and, with OWN_SHIFT, the shifts [S + T] of a block of rows; 0 where not read."""
+    loaded = ()
+    for k in tl.static_range(num_factors(S, T)):
+        if is_read(k, S, T, WANTED, OWN_SHIFT):
+            loaded = loaded + (load_vector(factors + k * number(count, tl.int64), i, count, BLOCK)[:, None],)
+        else:
+            loaded = loaded + (0.0,)
+    return loaded
+
+
+@triton.jit
+def column_factor(factors, k: tl.constexpr, j, count, BLOCK: tl.constexpr):
+    """Factor k of a tile's columns; loaded where it is used, so that its registers are not held during a product."""
+    return load_vector(factors + k * number(count, tl.int64), j, count, BLOCK)[None, :]
+
+
+@triton.jit
+def stage_weights(
+    own, columns, dims, q: tl.constexpr, i, j, row_count, column_count, offset, mine, column_factors, inner, outer,
+    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """R, U_ij, U_ji (the same unless OWN_SHIFT) and the columns of stage q's tile."""
+    if STRIP:
+        other = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        c = other
+    else:
+        other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
+        c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
+    if OWN_SHIFT:
+        shift = column_factor(column_factors, S + T * S + T + q, j, column_count, BLOCK_COLUMNS)
+        weights = tl.exp2(r * outer - mine[S + T * S + T + q])
+        mirrored = tl.exp2(r * outer - shift)
+    else:
+        weights = tl.exp2(r * outer - outer)
+        mirrored = weights
+    return r, weights, mirrored, other
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def relation_gradients(
+    rows, columns, dims, gradients, row_factors, column_factors, power, row_count, column_count, offset, parts,
+    accumulate, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
+    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """dE_i = Σ_j M_ij e_j over the part's columns, for the stages whose bit of WANTED is set.
+
+    With the factors scaled by 1/(σ²τ): M^s = R^s [U^s (α_i + α_j) − Σ_t U^t (β_it + β_jt)] and
+    M^t = R^t U^t [Σ_s (L^t − L^s)(β_is + β_js) − (η_i + η_j)]. With STRIP the columns are strips of similarities and
+    the gradients strips of M.
+    """
+    i = tl.program_id(0) * BLOCK_ROWS
+    part = tl.program_id(1)
+    start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
+    inner, outer = number(inner, SUM), number(outer, SUM)
+    own = ()
+    total = ()
+    for q in tl.static_range(S + T):
+        if not STRIP:
+            own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
+        if (WANTED >> q) & 1 and not STRIP:
+            total = total + (tl.zeros([BLOCK_ROWS, WIDTH], SUM),)
+    mine = load_row_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT)
+    for j in range(start, stop, BLOCK_COLUMNS):
+        # Teachers first: students need of them only crossed_s = Σ_t U^t (β_it + β_jt).
+        crossed = ()
+        teachers = ()
+        for t in tl.static_range(T):
+            stage = stage_weights(
+                own, columns, dims, S + t, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S,
+                T,
+                OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
+            )  # fmt: skip
+            new = ()
+            for s in tl.static_range(S):
+                if (WANTED >> s) & 1:
+                    beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
+                    term = both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
+                    if t > 0:
+                        term += crossed[len(new)]
+                    new = new + (term,)
+            crossed = new
+            if WANTED >> S:
+                teachers = teachers + (stage,)
+        students = ()
+        new = ()
+        for s in tl.static_range(S):
+            if (WANTED >> S) | ((WANTED >> s) & 1):
+                stage = stage_weights(
+                    own, columns, dims, s, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S,
+                T,
+                    OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
+                )  # fmt: skip
+                if (WANTED >> s) & 1:
+                    alpha = column_factor(column_factors, s, j, column_count, BLOCK_COLUMNS)
+                    m = both_sides(stage[1], stage[2], mine[s], alpha, OWN_SHIFT) - crossed[place_among(WANTED, s)]
+                    m = convert(stage[0] * m, TYPE)
+                    if STRIP:
+                        store_tile(gradients[place_among(WANTED, s)], m, i, j, row_count, column_count, BLOCK_ROWS,
+                                   BLOCK_COLUMNS)  # fmt: skip
+                    else:
+                        new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
+                if WANTED >> S:
+                    students = students + (stage[0],)
+        for t in tl.static_range(T):
+            if (WANTED >> (S + t)) & 1:
+                stage = teachers[t]
+                eta = column_factor(column_factors, S + T * S + t, j, column_count, BLOCK_COLUMNS)
+                m = -both_sides(stage[1], stage[2], mine[S + T * S + t], eta, OWN_SHIFT)
+                for s in tl.static_range(S):
+                    beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
+                    difference = (stage[0] - students[s]) * (outer * LN2)
+                    m += difference * both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
+                m = convert(stage[0] * m, TYPE)
+                if STRIP:
+                    store_tile(gradients[place_among(WANTED, S + t)], m, i, j, row_count, column_count, BLOCK_ROWS,
+                               BLOCK_COLUMNS)  # fmt: skip
+                else:
+                    new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
+        total = new
+    if STRIP:
+        return
+    if SCALED:
+        unscale = 1.0 / tl.load(power)
+    for q in tl.static_range(S + T):
+        if (WANTED >> q) & 1:
+            out = gradients[place_among(WANTED, q)] + part * number(row_count, tl.int64) * dims[q]
+            gradient = total[place_among(WANTED, q)]
+            if SCALED:
+                gradient = gradient * unscale
+            before = load_rows(out, i, row_count * accumulate, dims[q], BLOCK_ROWS, WIDTH, SUM)
+            store_rows(out, before + gradient, i, row_count, dims[q], BLOCK_ROWS, WIDTH)

@@ -1,0 +1,156 @@
+"""Launch configurations: tile sizes by architecture, product type, width and kernel. The batch size is no key.
+
+One line per architecture, type and width: the tiles of every kernel of ``KERNELS`` in order, as rows × columns, warps
+and stages of the loads' pipeline. ``make test-kernels`` compiles
+them all and fails where one spills a register.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+Key = tuple[str, str, str, int]  # kernel, architecture, product type, width
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+# Of every two neighbouring entries, how many bounded exponentials go to the float units.
+POLYNOMIALS = {"sm_80": 1, "sm_86": 2, "sm_90": 2, "sm_100": 2, "gfx942": 0}
+
+KERNELS = (
+    "relation_sums", "relation_gradients", "contrast_sums", "contrast_gradients", "graph_degree_sums", "graph_sums",
+    "graph_gradients",
+)  # fmt: skip
+TYPES = {
+    "bfloat16": "short", "float16": "short", "tf32": "tf32", "tf32x3": "tf32x3", "float32": "ieee",
+    "float64": "float64",
+}  # fmt: skip
+
+_LINES = """
+sm_80  short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_80  short   128  128x64w8s2  128x64w8s2  64x64w4s2  128x64w8s2  128x64w8s2  64x64w8s2  64x64w4s2
+sm_80  short   256  64x64w4s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w4s2  64x64w8s2  64x32w8s1
+sm_80  tf32     64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_80  tf32    128  64x64w4s2  64x64w8s2  64x64w8s2  64x64w4s2  64x64w4s2  64x64w8s2  64x32w8s1
+sm_80  tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_80  ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_80  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_86  short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_86  short   128  128x64w8s2  64x64w4s2  128x64w8s2  64x64w4s2  128x64w8s2  64x64w8s2  64x64w8s1
+sm_86  short   256  64x64w8s1  64x32w8s1  64x64w8s1  64x64w8s1  64x64w4s2  64x64w8s1  32x32w8s1
+sm_86  tf32     64  128x64w8s2  64x64w4s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  64x32w4s1
+sm_86  tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_86  ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_86  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_90  short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_90  short   128  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  64x64w8s2  128x64w8s2
+sm_90  short   256  64x64w4s2  64x64w8s2  64x64w8s1  64x64w8s2  64x64w4s2  32x64w8s1  32x32w8s1
+sm_90  tf32     64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_90  tf32    128  64x64w4s2  64x64w8s2  64x64w8s1  128x64w8s2  128x64w8s2  64x64w8s2  64x64w8s1
+sm_90  tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_90  ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_90  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_100 short    64  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2  128x64w8s2
+sm_100 short   128  128x64w8s2  128x64w8s2  64x64w8s2  128x64w8s2  128x64w8s2  64x64w8s2  64x64w4s2
+sm_100 short   256  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x32w8s1
+sm_100 tf32     64  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1
+sm_100 tf32x3   64  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_100 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_100 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 short    64  128x64w8s1  128x64w8s1  128x64w8s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1
+gfx942 short   128  128x64w8s1  64x64w4s1  128x64w8s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1
+gfx942 short   256  64x64w4s1  64x64w4s1  64x64w4s1  64x32w4s1  64x64w4s1  64x64w4s1  32x32w4s1
+gfx942 tf32     64  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1
+gfx942 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+gfx942 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+"""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows that a program owns, columns per step of its walk, warps, and stages of the loads' pipeline."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @staticmethod
+    def parse(text: str) -> "Tiles":
+        """From "128x64w8s2"."""
+        return Tiles(*(int(x) for x in text.replace("w", "x").replace("s", "x").split("x")))
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}w{self.warps}s{self.stages}"
+
+
+def _parse(lines: str) -> dict[tuple[str, str, int], dict[str, Tiles]]:
+    entries = {}
+    for line in lines.strip().splitlines():
+        arch, kind, width, *texts = line.split()
+        entries[arch, kind, int(width)] = dict(zip(KERNELS, map(Tiles.parse, texts), strict=True))
+    return entries
+
+
+_ENTRIES = _parse(_LINES)
+
+# Strips hold similarities, not rows: their tiles only pass through registers.
+STRIP = Tiles(32, 64, 4, 1)
+
+# Found by ``autotune`` in this process.
+overrides: dict[Key, Tiles] = {}
+_forced: tuple[Tiles, int] | None = None
+_recorded: set[Key] | None = None
+
+
+def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:
+    """The configuration of a kernel whose entry is the narrowest that holds ``width``, or of kernel "strip"."""
+    if _forced is not None:
+        return _forced[0]
+    if kernel == "strip":
+        return STRIP
+    kind = TYPES[product]
+    entry = min(w for entry_arch, entry_kind, w in _ENTRIES if (entry_arch, entry_kind) == (arch, kind) and w >= width)
+    key = (kernel, arch, product, entry)
+    if _recorded is not None:
+        _recorded.add(key)
+    return overrides.get(key) or _ENTRIES[arch, kind, entry][kernel]
+
+
+def largest_width(arch: str, product: str) -> int:
+    """The widest rows whose block and gradient fit a program; wider ones are multiplied in strips."""
+    if _forced is not None:
+        return _forced[1]
+    return max(width for entry_arch, kind, width in _ENTRIES if (entry_arch, kind) == (arch, TYPES[product]))
+
+
+def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:
+    """The most students and teachers that share one launch of relation_kl."""
+    return (1, 2) if arch == "sm_90" and TYPES[product] == "short" and width <= 128 else (1, 1)
+
+
+def line(key: Key, chosen: Tiles) -> str:
+    """An entry in words, for people to put into the table."""
+    kernel, arch, product, width = key
+    return f"{arch} {TYPES[product]} {width}: {kernel} {chosen}"
+
+
+@contextmanager
+def forced(rows: int, columns: int, warps: int = 4, stages: int = 1, width: int = 256) -> Iterator[None]:
+    """Within this context every kernel uses these tile sizes, and rows wider than ``width`` go in strips."""
+    global _forced
+    before, _forced = _forced, (Tiles(rows, columns, warps, stages), width)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def recorded() -> Iterator[set[Key]]:
+    """Within this context the keys that are asked for are collected."""
+    global _recorded
+    before, _recorded = _recorded, set()
+    try:
+        yield _recorded
+    finally:
+        _recorded = before

@@ -1,0 +1,172 @@
+"""What the kernels share: loads, products, exponentials and masks of one tile of similarities."""
+
+import os
+
+import triton
+import triton.language as tl
+
+# Arguments that change from call to call: no kernel is compiled anew for their values.
+COUNTS = [
+    "accumulate", "column_count", "count", "is_last", "loss_row_stride", "loss_stride", "offset", "own_offset", "parts",
+    "needed", "partner_stride", "row_count", "stride", "upstream_row_stride", "upstream_stride", "wanted",
+]  # fmt: skip
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# Added to a float32 of at most 2^22, it leaves the nearest integer in the lowest bits.
+ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
+
+# The minimax polynomial of 2^f on [−½, ½], degree 5, lowest first; its relative error is 7.5e-8.
+POLYNOMIAL_0 = tl.constexpr(1.0000000716546822)
+POLYNOMIAL_1 = tl.constexpr(0.6931469670647334)
+POLYNOMIAL_2 = tl.constexpr(0.24022119723848698)
+POLYNOMIAL_3 = tl.constexpr(0.05550713273542824)
+POLYNOMIAL_4 = tl.constexpr(0.009675541334206542)
+POLYNOMIAL_5 = tl.constexpr(0.001327647197931638)
+
+# The relation of a column that does not exist: its weight 2^(R·outer − shift) is 0, and differences of two are 0.
+NOWHERE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def number(x, TYPE: tl.constexpr):
+    """A scalar as a tensor of ``TYPE``; under the interpreter arguments and loop variables are Python numbers."""
+    return tl.full((), x, TYPE)
+
+
+@triton.jit
+def convert(x, TYPE: tl.constexpr):
+    """x in ``TYPE``, rounded to nearest; the interpreter would cut float32 off to bfloat16."""
+    if INTERPRETED and TYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + (((bits >> 16) & 1) + 0x7FFF)).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def column_range(column_count, part, parts, BLOCK_COLUMNS: tl.constexpr):
+    """The columns that part ``part`` of ``parts`` walks, whole tiles."""
+    per_part = tl.cdiv(tl.cdiv(column_count, BLOCK_COLUMNS), parts) * BLOCK_COLUMNS
+    start = part * per_part
+    return start, tl.minimum(start + per_part, column_count)
+
+
+@triton.jit
+def pick(pointers, index):
+    """``pointers[index]`` of a tuple, with an index known only when the kernel runs."""
+    picked = pointers[0]
+    for k in tl.static_range(1, len(pointers)):
+        picked = tl.where(index == k, pointers[k], picked)
+    return picked
+
+
+@triton.jit
+def load_rows(matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
+    """Rows start … start + BLOCK of a contiguous [count, dim] matrix, zero beyond its edges."""
+    row = tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    mask = (row[:, None] < count - start) & (column[None, :] < dim)
+    corner = matrix + number(start, tl.int64) * dim
+    return convert(tl.load(corner + (row[:, None] * dim + column[None, :]), mask=mask, other=0), TYPE)  # [BLOCK, WIDTH]
+
+
+@triton.jit
+def store_rows(matrix, values, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of ``load_rows``."""
+    row = tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    mask = (row[:, None] < count - start) & (column[None, :] < dim)
+    corner = matrix + number(start, tl.int64) * dim
+    tl.store(corner + (row[:, None] * dim + column[None, :]), values, mask=mask)
+
+
+@triton.jit
+def load_tile(matrix, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The tile at (i, j) of a contiguous [row_count, column_count] matrix, zero beyond its edges."""
+    row, column = i + tl.arange(0, BLOCK_ROWS), j + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row[:, None] < row_count) & (column[None, :] < column_count)
+    return tl.load(matrix + (row.to(tl.int64)[:, None] * column_count + column[None, :]), mask=mask, other=0)
+
+
+@triton.jit
+def store_tile(matrix, tile, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The inverse of ``load_tile``."""
+    row, column = i + tl.arange(0, BLOCK_ROWS), j + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row[:, None] < row_count) & (column[None, :] < column_count)
+    tl.store(matrix + (row.to(tl.int64)[:, None] * column_count + column[None, :]), tile, mask=mask)
+
+
+@triton.jit
+def load_vector(vector, start, count, BLOCK: tl.constexpr):
+    """Entries start … start + BLOCK of a vector, zero beyond its end."""
+    k = tl.arange(0, BLOCK)
+    return tl.load(vector + start + k, mask=k < count - start, other=0)
+
+
+@triton.jit
+def store_vector(vector, values, start, count, BLOCK: tl.constexpr):
+    k = tl.arange(0, BLOCK)
+    tl.store(vector + start + k, values, mask=k < count - start)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a·b with float32 (float64) sums."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_product(a, b, total, PRECISION: tl.constexpr):
+    """total + a·b."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def polynomial_exp2(x):
+    """2^x for −126 ≤ x ≤ 1, 2^−126 below: 2^n by the exponent's bits, times a polynomial in x − n ∈ [−½, ½]."""
+    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
+    rounded = x + ROUND_TO_INTEGER
+    f = x - (rounded - ROUND_TO_INTEGER)
+    p = POLYNOMIAL_5 * f + POLYNOMIAL_4
+    p = p * f + POLYNOMIAL_3
+    p = p * f + POLYNOMIAL_2
+    p = p * f + POLYNOMIAL_1
+    p = p * f + POLYNOMIAL_0
+    bits = (rounded.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bounded_exp2(x, HALVES: tl.constexpr):
+    """2^x for x ≤ 1; of every two neighbours, ``HALVES`` go to the float units and the rest to the exponential unit."""
+    if x.dtype == tl.float64 or HALVES == 0:
+        return tl.exp2(x)
+    elif HALVES == 2:
+        return polynomial_exp2(x)
+    else:
+        even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+        return tl.join(polynomial_exp2(even), tl.exp2(odd)).reshape(x.shape[0], x.shape[1])
+
+
+@triton.jit
+def touches_edge(i, j, offset, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Whether the tile at (i, j) holds a diagonal entry or columns that do not exist."""
+    own = i + offset - j
+    return ((own > -BLOCK_ROWS) & (own < BLOCK_COLUMNS)) | (j + BLOCK_COLUMNS > column_count)
+
+
+@triton.jit
+def replace_diagonal(tile, i, j, offset, value, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The tile at (i, j) with ``value`` where column j + x is row i + r's own."""
+    own = tl.arange(0, BLOCK_ROWS) + (i + offset - j)
+    return tl.where(tl.arange(0, BLOCK_COLUMNS)[None, :] == own[:, None], value, tile)
+
+
+@triton.jit
+def replace_missing(tile, j, column_count, value, BLOCK_COLUMNS: tl.constexpr):
+    """The tile at columns j … with ``value`` in columns that do not exist."""
+    return tl.where((tl.arange(0, BLOCK_COLUMNS) < column_count - j)[None, :], tile, value)

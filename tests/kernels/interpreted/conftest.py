@@ -1,0 +1,63 @@
+"""Every tensor that a launcher allocates is NaN and lies between NaNs, so what is not written or not ours shows."""
+
+import math
+
+import pytest
+import torch
+from gkd_fast.kernels import launch, strips
+
+MARGIN = 64
+
+
+def between_nans(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor, contiguous, with NaNs before and after it in memory."""
+    buffer = torch.full((x.numel() + 2 * MARGIN,), math.nan, dtype=x.dtype)
+    inner = buffer[MARGIN : MARGIN + x.numel()].view(x.shape)
+    inner.copy_(x.detach())
+    return inner
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    new_empty = torch.Tensor.new_empty
+
+    def surrounded(self, *size, **options):
+        x = new_empty(self, *size, **options)
+        return between_nans(x.fill_(math.nan)) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", surrounded)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: surrounded(x, x.shape, **options))
+
+
+class Division:
+    """How the columns are divided: whole, among programs, in pieces of 16 or 32, or in strips of 16 × 16."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, name: str) -> dict:
+        """Sets it up and returns the options of ``table.forced``."""
+        if name != "whole":
+            for module in (launch, *_importers("SMALL_BATCH")):
+                self.monkeypatch.setattr(module, "SMALL_BATCH", 16)
+        if name != "programs":
+            for module in _importers("multiprocessors"):
+                self.monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
+        if name == "pieces":
+            self.monkeypatch.setattr(launch, "COLUMN_BYTES", 1)
+        if name == "strips":
+            for constant, value in {"LEAST": 16, "MOST_ROWS": 16, "STRIP_BYTES": 1}.items():
+                self.monkeypatch.setattr(strips, constant, value)
+            return {"width": 8}
+        return {}
+
+
+def _importers(name: str):
+    from gkd_fast.kernels import graph_conv, node_contrast, relation_kl
+
+    return [module for module in (graph_conv, node_contrast, relation_kl) if hasattr(module, name)]
+
+
+@pytest.fixture
+def division(monkeypatch):
+    return Division(monkeypatch)

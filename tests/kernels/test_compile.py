@@ -1,0 +1,83 @@
+"""Every kernel's default configuration, compiled without a GPU for every architecture, judged by its binary."""
+
+import os
+
+import pytest
+from gkd_fast.kernels import ARCHITECTURES, Specialization, compile, specializations
+
+from bench.gpu import disassembly
+from bench.gpu.devices import LIMITS
+
+# Shared memory that one program may take, in bytes.
+SHARED_MEMORY = {arch: limits.shared_memory - limits.reserved_shared for arch, limits in LIMITS.items()}
+
+# The instructions of each architecture's matrix units, by the products' type. Hopper's warpgroup instruction reads the
+# second operand of 32-bit products in one order only; the other products of these use the older one.
+MATRIX = {
+    "sm_80": {"float64": "DMMA", None: "HMMA"},
+    "sm_86": {None: "HMMA"},
+    "sm_90": {"float64": "DMMA", "tf32": "HGMMA|HMMA", "tf32x3": "HGMMA|HMMA", None: "HGMMA"},
+    "sm_100": {"float64": "DMMA", None: r"UTC\w*MMA"},
+    "gfx942": {None: "v_mfma_"},
+}
+WIDE_LOADS = r"LDG\.E\.128|LDG\.E\.\w*\.?128|LDGSTS\.E\.(\w+\.)*128|UTMALDG|(global|buffer)_load_dwordx4"
+
+FULL_TYPES, FULL_WIDTHS = ("bfloat16", "float16", "tf32"), (64, 128, 256)
+OTHER_TYPES = ("tf32x3", "float32", "float64")
+# Six operands of 32 bits a row leave this kernel no larger tile in the memory of these two.
+SMALLER_TILES = (("sm_80", "tf32", "graph_gradients"), ("sm_86", "tf32", "graph_gradients"))
+
+# All combinations take long: `make test-kernels` compiles them, `make test` these.
+ALWAYS = [("sm_90", "bfloat16", 128), ("gfx942", "bfloat16", 64), ("sm_90", "float16", 512)]
+ALL = [(arch, dtype, dim) for arch in ARCHITECTURES for dtype in FULL_TYPES for dim in FULL_WIDTHS] + [
+    (arch, dtype, 64) for arch in ARCHITECTURES for dtype in OTHER_TYPES if (arch, dtype) != ("gfx942", "tf32x3")
+]
+CASES = ALL if os.environ.get("GKD_FAST_COMPILE_ALL") == "1" else ALWAYS
+
+
+def complaints(spec: Specialization) -> list[str]:
+    binary = disassembly.read(compile(spec))
+    found = []
+    if binary.stack_bytes or binary.spills():
+        found.append(f"{binary.stack_bytes} bytes of stack, {binary.spills()} spill instructions")
+    if binary.shared_bytes > SHARED_MEMORY[spec.arch]:
+        found.append(f"{binary.shared_bytes} bytes of shared memory, limit {SHARED_MEMORY[spec.arch]}")
+    matrix = MATRIX[spec.arch].get(spec.dtype, MATRIX[spec.arch][None])
+    if spec.arch == "sm_90" and spec.block_rows < 64:
+        matrix = "HMMA"  # the warpgroup's instruction takes 64 rows
+    if spec.exemption is None and not binary.has(matrix):
+        found.append(f"no {matrix} instruction")
+    if spec.products and not binary.has(WIDE_LOADS):
+        found.append("no load of 16 bytes")
+    may_be_small = (spec.arch, spec.dtype, spec.kernel) in SMALLER_TILES
+    if (
+        spec.products
+        and not may_be_small
+        and spec.dtype in FULL_TYPES
+        and spec.dim <= 128
+        and min(spec.block_rows, spec.block_columns) < 64
+    ):
+        found.append(f"tile {spec.block_rows}×{spec.block_columns}")
+    return [f"{spec.kernel}: {complaint}" for complaint in found]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "dim"), CASES)
+def test_default_configurations(arch, dtype, dim):
+    specs = specializations(arch, dtype, dim)
+    assert {spec.op for spec in specs} == {"relation_kl", "node_contrast", "graph_conv", "unit_rows"}
+    assert [complaint for spec in specs for complaint in complaints(spec)] == []
+
+
+def test_exemptions_are_few_and_named():
+    """A kernel without products, and types that an architecture's matrix units do not multiply."""
+    for arch, dtype, dim in ALL:
+        for spec in specializations(arch, dtype, dim):
+            exempt_type = (dtype == "float32" and arch != "gfx942") or (dtype == "float64" and arch == "sm_86")
+            assert (spec.exemption is not None) == (spec.products == 0 or exempt_type), spec.kernel
+
+
+def test_stages_share_a_launch():
+    """The groups of stages that relation_kl launches together fit as well."""
+    specs = [s for s in specializations("sm_90", "bfloat16", 128, (3, 3)) if s.op == "relation_kl" and s.products]
+    assert max(spec.products for spec in specs) > 3
+    assert [complaint for spec in specs for complaint in complaints(spec)] == []
