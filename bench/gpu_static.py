@@ -94,7 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.mix:
         console.print(rich_table(*clock_table(kernels), "multiprocessor clocks per step and program, by unit"))
         for kernel in kernels:
-            console.print(f"{kernel.arch} {kernel.kernel}: " + ", ".join(f"{n} {name}" for name, n in kernel.mix.items()))
+            console.print(
+                f"{kernel.arch} {kernel.kernel}: " + ", ".join(f"{n} {name}" for name, n in kernel.mix.items())
+            )
     console.print(rich_table(*time_table(kernels, times), "predicted times"))
     for line in measuring.exceeded(time_rows(kernels), times):
         console.print(line)
@@ -131,10 +133,12 @@ def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
     }
     clocks = {device.name: dict(model.work(binary, device)[0]) for device in on}
     return KernelReport(
-        spec.op, spec.kernel, spec.direction, spec.arch, spec.dtype, spec.dim, stages, (spec.block_rows, spec.block_columns),
+        spec.op, spec.kernel, spec.direction, spec.arch, spec.dtype, spec.dim, stages,
+        (spec.block_rows, spec.block_columns),
         binary.warps, binary.registers, binary.shared_bytes, binary.resident_programs(), binary.occupancy(),
         binary.stack_bytes, binary.spills(), spec.exemption, dict(binary.mix().most_common()), clocks,
-        launches(spec, stages), {batch: spec.programs(batch) for batch in batches}, {batch: spec.trips(batch) for batch in batches}, predicted,
+        launches(spec, stages), {batch: spec.programs(batch) for batch in batches},
+        {batch: spec.trips(batch) for batch in batches}, predicted,
     )  # fmt: skip
 
 
@@ -146,7 +150,8 @@ def launches(spec, stages: int) -> int:
 
 
 def resource_table(kernels: list[KernelReport]) -> tuple[list[str], list[list[str]]]:
-    headers = ["arch", "type", "D", "S=T", "op", "kernel", "tile", "warps", "registers", "shared KiB", "programs", "occupancy",
+    headers = ["arch", "type", "D", "S=T", "op", "kernel", "tile", "warps", "registers", "shared KiB",
+               "programs", "occupancy",
                "stack", "spills", "exempt"]  # fmt: skip
     rows = [
         [
@@ -216,7 +221,9 @@ def time_rows(kernels: list[KernelReport]) -> dict[Work, tuple[float, str]]:
     found: dict[Work, tuple[float, str]] = {}
     by_setting: dict[tuple, dict[str, KernelReport]] = {}
     for kernel in kernels:
-        by_setting.setdefault((kernel.op, kernel.arch, kernel.dtype, kernel.dim, kernel.stages), {})[kernel.kernel] = kernel
+        by_setting.setdefault((kernel.op, kernel.arch, kernel.dtype, kernel.dim, kernel.stages), {})[kernel.kernel] = (
+            kernel
+        )
     for (op, arch, dtype, dim, stages), by_name in by_setting.items():
         for device in devices.of_arch(arch):
             for batch in next(iter(by_name.values())).programs:
@@ -243,7 +250,8 @@ def _parts(work: Work, by_name: dict[str, KernelReport], device: devices.Device)
 
 
 def time_table(kernels: list[KernelReport], times: list[dict]) -> tuple[list[str], list[list[str]]]:
-    headers = ["op", "type", "D", "S=T", "device", "B", "forward, predicted ms", "measured ms", "forward + backward, predicted ms",
+    headers = ["op", "type", "D", "S=T", "device", "B", "forward, predicted ms", "measured ms",
+               "forward + backward, predicted ms",
                "measured ms", "limited by"]  # fmt: skip
     predicted = time_rows(kernels)
     rows = []
@@ -276,7 +284,8 @@ def check_table() -> tuple[list[str], list[list[str]]]:
 
 def arithmetic(kernels: list[KernelReport], work: Work) -> list[str]:
     """How the model comes to the time of a forward and backward pass, a paragraph for each kernel."""
-    by_name = {k.kernel: k for k in kernels if (k.op, k.dtype, k.dim, k.stages) == (work.op, work.dtype, work.dim, work.stages)
+    wanted = work.op, work.dtype, work.dim, work.stages
+    by_name = {k.kernel: k for k in kernels if (k.op, k.dtype, k.dim, k.stages) == wanted
                and work.device in k.predicted}  # fmt: skip
     if not by_name or work.batch not in next(iter(by_name.values())).programs:
         return []
@@ -291,8 +300,9 @@ def arithmetic(kernels: list[KernelReport], work: Work) -> list[str]:
         if len(parts) > len(plan(of_direction).kernels):
             copies = plan(of_direction).copies
             lines.append(
-                f"- {direction}, the columns of {copies} matrices copied in {work.dtype}: {copies} · {work.batch:,} · {work.dim} "
-                f"· {4 + COPIED_TYPES[work.dtype]} bytes at {device.memory_bandwidth / 1e12:.2f} TB/s = {parts[-1][0] * 1e3:.4f} ms."
+                f"- {direction}, the columns of {copies} matrices copied in {work.dtype}: {copies} · {work.batch:,} · "
+                f"{work.dim} · {4 + COPIED_TYPES[work.dtype]} bytes at {device.memory_bandwidth / 1e12:.2f} TB/s = "
+                f"{parts[-1][0] * 1e3:.4f} ms."
             )
     lines.append(f"- Together *{total * 1e3:.3f} ms*.")
     return lines
@@ -301,7 +311,8 @@ def arithmetic(kernels: list[KernelReport], work: Work) -> list[str]:
 def _kernel_arithmetic(kernel: KernelReport, work: Work, device: devices.Device, seconds: float) -> str:
     programs, steps = kernel.programs[work.batch], kernel.steps[work.batch]
     prediction, clocks = kernel.predicted[work.device][work.batch], kernel.clocks[work.device]
-    grid = f"{programs:,} programs, {device.multiprocessors} · {prediction['resident']} at a time ({prediction['waves']} in turn)"
+    at_a_time = f"{device.multiprocessors} · {prediction['resident']} at a time"
+    grid = f"{programs:,} programs, {at_a_time} ({prediction['waves']} in turn)"
     if not kernel.tile[1]:
         return f"{grid}; {seconds * 1e3:.4f} ms."
     in_turn = " + ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.TURNS if clocks.get(unit))
@@ -309,7 +320,8 @@ def _kernel_arithmetic(kernel: KernelReport, work: Work, device: devices.Device,
     busiest = max((*units.TURNS, "issue"), key=lambda unit: clocks.get(unit, 0))
     beside = ", ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.BESIDE if clocks.get(unit))
     return (
-        f"{kernel.tile[0]} rows × {kernel.tile[1]} columns, {grid}, {steps:,} steps each. A step: {in_turn} = {total:,.0f} clocks, of "
+        f"{kernel.tile[0]} rows × {kernel.tile[1]} columns, {grid}, {steps:,} steps each. "
+        f"A step: {in_turn} = {total:,.0f} clocks, of "
         f"which the busiest unit ({busiest}) takes {clocks[busiest]:,.0f}, so step(k) = {total:,.0f} + (k − 1) · "
         f"{clocks[busiest]:,.0f}; beside it {beside}. At {device.gigahertz} GHz, with what stands outside the loop, "
         f"*{seconds * 1e3:.3f} ms*."

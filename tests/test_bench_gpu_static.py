@@ -20,7 +20,9 @@ table = pytest.importorskip("gkd_fast.kernels.table")
 attention = pytest.importorskip("bench.gpu.attention")
 
 A100, H100, H200, B200 = DEVICES
-BOTH_ARCHITECTURES = pytest.mark.parametrize("published", [attention.PUBLISHED[0], attention.PUBLISHED[2], attention.PUBLISHED[5]])
+BOTH_ARCHITECTURES = pytest.mark.parametrize(
+    "published", [attention.PUBLISHED[0], attention.PUBLISHED[2], attention.PUBLISHED[5]]
+)
 
 # An outer loop; in it a loop with a product, a conditional part, and a wait whose failures are dealt with at the end.
 NVIDIA = """
@@ -80,7 +82,12 @@ def test_a_step_is_the_inner_loops_ordinary_path():
 def test_amd_assembly_is_read_alike():
     instructions, labels = parse_amd(AMD)
     step, rare = inner_loop(instructions, labels, _amd_flow)
-    assert opcodes(instructions, step) == ["v_mfma_f32_32x32x8_bf16_1k", "s_cbranch_vccnz", "v_exp_f32_e32", "s_cbranch_scc1"]
+    assert opcodes(instructions, step) == [
+        "v_mfma_f32_32x32x8_bf16_1k",
+        "s_cbranch_vccnz",
+        "v_exp_f32_e32",
+        "s_cbranch_scc1",
+    ]
     assert opcodes(instructions, rare) == ["v_mul_f32_e32"]
 
 
@@ -134,7 +141,9 @@ def test_blackwell_products_take_their_shape_from_the_descriptor():
 
 
 def binary(instructions: list[Instruction], warps: int = 4, registers: int = 128, shared: int = 0) -> Binary:
-    return Binary("sm_90", tuple(instructions), frozenset(range(len(instructions))), frozenset(), registers, 0, shared, warps)
+    return Binary(
+        "sm_90", tuple(instructions), frozenset(range(len(instructions))), frozenset(), registers, 0, shared, warps
+    )
 
 
 def test_programs_take_turns_on_the_units():
@@ -152,7 +161,13 @@ def test_whole_waves_are_counted():
     kernel = binary([Instruction("MUFU.EX2"), Instruction("FMUL")])
     assert kernel.resident_programs() == 4 and kernel.occupancy() == 0.25
     one, four = 8 + 1, 8 + 1 + 3 * 8
-    for programs, steps, clocks in ((1, 10, one), (132, 10, one), (528, 10, four), (529, 10, four + one), (1056, 1, 2 * four)):
+    for programs, steps, clocks in (
+        (1, 10, one),
+        (132, 10, one),
+        (528, 10, four),
+        (529, 10, four + one),
+        (1056, 1, 2 * four),
+    ):
         prediction = model.predict(kernel, H100, programs, steps)
         assert prediction.seconds == pytest.approx(steps * clocks / 1.83e9)
         assert prediction.limit == "exponential" and prediction.waves == -(-programs // 528)
@@ -248,7 +263,11 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     spec = attention.attention("sm_90", 128, 128, 64, 8, 2)
     specs = [
         dataclasses.replace(spec, op="relation_kl", kernel=name, direction=direction, dtype="bfloat16")
-        for name, direction in (("relation_sums", "forward"), ("relation_factors", "backward"), ("relation_gradients", "backward"))
+        for name, direction in (
+            ("relation_sums", "forward"),
+            ("relation_factors", "backward"),
+            ("relation_gradients", "backward"),
+        )
     ]
     monkeypatch.setattr(kernels, "specializations", lambda *arguments: specs)
     file, page = tmp_path / "gpu.json", tmp_path / "gpu.md"

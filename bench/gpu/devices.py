@@ -95,7 +95,9 @@ DEVICES = (
     Device("A100", "sm_80", 108, 1.41, AMPERE_PRODUCTS, 64, 32, 2.039e12, 5120 * 1.41e9),  # [A] [C]
     _hopper("H100", 3.35e12),  # [H] [C] [L] [K]
     _hopper("H200", 4.8e12),  # [D]: the H100's multiprocessors with faster memory
-    Device("B200", "sm_100", 148, 1.85, BLACKWELL_PRODUCTS, 128, 64, 8e12, 11e12, warp_matrix_share=0.315),  # [D] [C] [F]
+    Device(
+        "B200", "sm_100", 148, 1.85, BLACKWELL_PRODUCTS, 128, 64, 8e12, 11e12, warp_matrix_share=0.315
+    ),  # [D] [C] [F]
 )
 
 

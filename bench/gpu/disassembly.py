@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import networkx
@@ -109,9 +108,7 @@ def parse_amd(assembly: str) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
-def inner_loop(
-    instructions: list[Instruction], labels: dict[str, int], flow
-) -> tuple[frozenset[int], frozenset[int]]:
+def inner_loop(instructions: list[Instruction], labels: dict[str, int], flow) -> tuple[frozenset[int], frozenset[int]]:
     """Indices of (an ordinary step, the other paths) of the innermost natural loop with the most matrix instructions.
 
     Where no loop has one, multiply-adds decide. ``flow(instruction)`` gives (label it may jump to or None, whether the

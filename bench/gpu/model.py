@@ -38,7 +38,9 @@ def predict(binary: Binary, device: Device, programs: int, steps: int) -> Predic
     """The time of one launch of ``programs`` programs of ``steps`` steps each."""
     resident = binary.resident_programs()
     if not resident:
-        raise DoesNotFit(f"{binary.registers} registers × {binary.warps} warps, {binary.shared_bytes} bytes on {device.name}")
+        raise DoesNotFit(
+            f"{binary.registers} registers × {binary.warps} warps, {binary.shared_bytes} bytes on {device.name}"
+        )
     inside, outside = work(binary, device)
     per_wave = device.multiprocessors * resident
     full_waves, rest = divmod(programs, per_wave)

@@ -66,7 +66,8 @@ bool shares_shift(double temperature) { return 1 / temperature <= kLargestShared
 
 // Each row's own shift: its largest logit, in base 2. The diagonal's logit is 0.
 template <class T>
-void set_own_shifts(Call& call, RelationKl<T>& args, int64_t rows) {
+void set_own_shifts(Call& call, RelationKl<T>& args, const Stages& sizes) {
+  const int64_t rows = sizes.row_count;
   T* maxima[kMaxStages];
   const int64_t stages = args.students + args.teachers;
   for (int64_t q = 0; q < stages; ++q) {
@@ -78,6 +79,11 @@ void set_own_shifts(Call& call, RelationKl<T>& args, int64_t rows) {
     T* shift = maxima[q];
     for (int64_t i = 0; i < rows; ++i) shift[i] = std::exp2((maxima[q][i] - T(1)) * args.inner) * args.outer;
     args.shifts[q] = {shift, shift};
+    if (sizes.symmetric) continue;
+    // Nothing of the columns' own is summed: any shift will do that keeps V finite.
+    T* column_shift = call.zeros<T>(sizes.column_count);
+    std::fill(column_shift, column_shift + sizes.column_count, args.outer);
+    args.shifts[q].column = column_shift;
   }
 }
 
@@ -87,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
   Call call;
   RelationKl<T> args = arguments<T>(stages, temperature, bandwidth, offset);
   const int64_t rows = stages.row_count, S = stages.students, count = stages.count();
-  if (!shares_shift(temperature)) set_own_shifts(call, args, rows);
+  if (!shares_shift(temperature)) set_own_shifts(call, args, stages);
   args.sums = call.zeros<double>(count * rows);
   args.pair_sums = call.zeros<double>(S * stages.teachers * rows);
   kernels<T>().relation_kl(call.host(), args);

@@ -78,7 +78,9 @@ def problem(
     if kind == "near":
         noise = [torch.randn(batch, dim, generator=generator).to(DEVICE, dtype) for _ in teachers]
         teachers = [students[0] + 1e-3 * x for x in noise]
-    inputs = {f"students[{k}]": x for k, x in enumerate(students)} | {f"teachers[{k}]": x for k, x in enumerate(teachers)}
+    inputs = {f"students[{k}]": x for k, x in enumerate(students)} | {
+        f"teachers[{k}]": x for k, x in enumerate(teachers)
+    }
     options = {"temperature": temperature} | ({"bandwidth": bandwidth} if op == "relation_kl" else {})
 
     def losses(backend: str, inputs: list[Tensor]) -> Tensor:

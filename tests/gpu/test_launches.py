@@ -168,7 +168,9 @@ def test_few_rows_against_a_million_columns(op):
     torch.testing.assert_close(sums.cpu(), torch.full_like(sums.cpu(), expected), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("op", "megabytes"), [("relation_kl", 32), ("graph_conv symmetric", 64), ("graph_conv row", 64)])
+@pytest.mark.parametrize(
+    ("op", "megabytes"), [("relation_kl", 32), ("graph_conv symmetric", 64), ("graph_conv row", 64)]
+)
 def test_extra_memory_of_a_large_batch(op, megabytes):
     """Beyond inputs, float32 unit rows and messages, outputs and gradients, at B = 65,536."""
     batch, dim = 65_536, 128

@@ -70,7 +70,9 @@ def test_float32_products_in_lower_precision(op, precision, slack):
 @pytest.mark.parametrize("pairs", [[(0, 1)], [(1, 2), (0, 0)], []], ids=str)
 def test_wanted_pairs_of_node_contrast(pairs):
     inputs = list(problem("node_contrast", 150, 32, stages=(2, 3)).inputs.values())
-    fast, plain = (functional.node_contrast(inputs[:2], inputs[2:], pairs=pairs, backend=b) for b in ("triton", "reference"))
+    fast, plain = (
+        functional.node_contrast(inputs[:2], inputs[2:], pairs=pairs, backend=b) for b in ("triton", "reference")
+    )
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +111,9 @@ def test_backward_twice_and_frozen_inputs(op):
     second = torch.autograd.grad(output, leaves, 2 * upstream)
     for a, b in zip(first, second):
         torch.testing.assert_close(2 * a, b)
-    (alone,) = torch.autograd.grad(checked.call("triton", [leaves[0], *(x.detach() for x in leaves[1:])]), leaves[0], upstream)
+    (alone,) = torch.autograd.grad(
+        checked.call("triton", [leaves[0], *(x.detach() for x in leaves[1:])]), leaves[0], upstream
+    )
     torch.testing.assert_close(alone, first[0], rtol=1e-5, atol=1e-7)
 
 
