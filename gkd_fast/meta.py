@@ -10,7 +10,7 @@ from gkd_fast._snapshot import Snapshot
 Objective = Callable[[], Tensor]
 
 SECOND_DERIVATIVES = ("exact", "differences")
-# ε‖v‖ over 1 + ‖θ‖: best of 1e-5 to 1e-1 on a network with ReLU, whose kinks a shorter step magnifies (docs/meta.md).
+# ε‖v‖ over 1 + ‖θ‖: best of 1e-5 to 1e-1 on a network with ReLU (docs/meta.md).
 DIFFERENCE_LENGTH = 1e-2
 
 

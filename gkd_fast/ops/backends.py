@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 BUILT_FOR = PACKAGE / "_C.torch-version.txt"
 HOW_TO_BUILD = (
     "build the C++ extension with `make install`, or `python setup.py build_ext --inplace` in the source folder "
-    "(a C++17 compiler and ninja are needed)"
+    "(a C++20 compiler and ninja are needed)"
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
