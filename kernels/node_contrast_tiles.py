@@ -229,17 +229,16 @@ def contrast_gradients(
                 )
             else:
                 total = add_product(convert(weights, TYPE), other, total, PRECISION)
-    if STRIP:
-        return
-    if SCALED:
-        total = total * (1.0 / tl.load(power))
-    if part == 0 and accumulate == 0:
-        for k in range(PARTNERS):
-            pair = stage * stride + k * partner_stride
-            inside = (row < row_count) & (((bits >> pair) & 1) == 1)
-            g = tl.load(own_upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0)
-            partner = load_own(pick(own, k), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
-            total -= (g * number(inverse_temperature, SUM))[:, None] * partner
-    out = pick(gradients, tl.program_id(1) // parts) + number(part, tl.int64) * row_count * dim
-    before = load_rows(out, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
-    store_rows(out, before + total, i, row_count, dim, BLOCK_ROWS, WIDTH)
+    if not STRIP:
+        if SCALED:
+            total = total * (1.0 / tl.load(power))
+        if part == 0 and accumulate == 0:
+            for k in range(PARTNERS):
+                pair = stage * stride + k * partner_stride
+                inside = (row < row_count) & (((bits >> pair) & 1) == 1)
+                g = tl.load(own_upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0)
+                partner = load_own(pick(own, k), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
+                total -= (g * number(inverse_temperature, SUM))[:, None] * partner
+        out = pick(gradients, tl.program_id(1) // parts) + number(part, tl.int64) * row_count * dim
+        before = load_rows(out, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
+        store_rows(out, before + total, i, row_count, dim, BLOCK_ROWS, WIDTH)

@@ -364,15 +364,14 @@ def relation_gradients(
                 else:
                     new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
         total = new
-    if STRIP:
-        return
-    if SCALED:
-        unscale = 1.0 / tl.load(power)
-    for q in tl.static_range(S + T):
-        if (WANTED >> q) & 1:
-            out = gradients[place_among(WANTED, q)] + part * number(row_count, tl.int64) * dims[q]
-            gradient = total[place_among(WANTED, q)]
-            if SCALED:
-                gradient = gradient * unscale
-            before = load_rows(out, i, row_count * accumulate, dims[q], BLOCK_ROWS, WIDTH, SUM)
-            store_rows(out, before + gradient, i, row_count, dims[q], BLOCK_ROWS, WIDTH)
+    if not STRIP:
+        if SCALED:
+            unscale = 1.0 / tl.load(power)
+        for q in tl.static_range(S + T):
+            if (WANTED >> q) & 1:
+                out = gradients[place_among(WANTED, q)] + part * number(row_count, tl.int64) * dims[q]
+                gradient = total[place_among(WANTED, q)]
+                if SCALED:
+                    gradient = gradient * unscale
+                before = load_rows(out, i, row_count * accumulate, dims[q], BLOCK_ROWS, WIDTH, SUM)
+                store_rows(out, before + gradient, i, row_count, dims[q], BLOCK_ROWS, WIDTH)

@@ -17,7 +17,7 @@ from torch.library import opcheck
 import gkd_fast
 from gkd_fast import functional, ops
 from gkd_fast.ops import backends
-from tests.ops_cases import D64, FUNCTIONS, MISSING, Calls, requires_cpp, results, rows, upstream_like
+from tests.ops_cases import D64, FUNCTIONS, MISSING, Calls, check, requires_cpp, results, rows, upstream_like
 
 SOURCES = Path(__file__).resolve().parents[1]
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -184,15 +184,12 @@ def test_every_instruction_set(tile_rows, instruction_sets, name):
     tile_rows(32)
     available, use = instruction_sets
     assert available[-1] == "baseline"
-    for dtype, tolerance in ((D64, 1e-10), (torch.float32, 2e-4)):
+    own_shifts = "own shifts" in name
+    for dtype in (D64, torch.float32):
         function, definition, inputs = problem(name, 67, dtype)
-        expected = results(definition, [x.double() for x in inputs])
         for instruction_set in available:
             use(instruction_set)
-            ours = [x.double() for x in results(function, inputs)]
-            torch.testing.assert_close(
-                ours, expected, rtol=tolerance, atol=tolerance, msg=(instruction_set + ": {}").format
-            )
+            check(function, definition, inputs, dtype, gain=100 if own_shifts else 10, own_shifts=own_shifts)
 
 
 @requires_cpp

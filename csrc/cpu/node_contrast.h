@@ -135,10 +135,15 @@ struct Backward {
   void weigh_columns(Call& call, const Pair& pair, SoftmaxSums<T>& args) const {
     const int64_t S = stages.students.size(), R = stages.teachers.size(), columns = args.sides.column_count;
     const T* g = column_upstream.const_data_ptr<T>() + pair.student * R + pair.teacher;
+    const T* log_sum = column_log_sums.const_data_ptr<T>() + pair.place * columns;
+    const T* shift = base2(call, log_sum, columns);
     T* factor = call.template zeros<T>(columns);
-    for (int64_t j = 0; j < columns; ++j) factor[j] = T(g[j * S * R] / temperature);
+    for (int64_t j = 0; j < columns; ++j) {
+      // The exponential puts right what the shift was rounded by.
+      factor[j] = T(g[j * S * R] / temperature * std::exp(shift[j] * kLn2 - log_sum[j]));
+    }
     args.column_factor = factor;
-    args.column_shift = base2(call, column_log_sums.const_data_ptr<T>() + pair.place * columns, columns);
+    args.column_shift = shift;
     args.values = args.sides.columns;
   }
 };

@@ -167,7 +167,7 @@ void set_directions(RelationKlTangent<T>& second, const Directions& directions, 
   }
 }
 
-// The factors of U on one side: α, β, η of relation_kl.h with 1/(σ²τ); with each row's own shift they hold no 1/Z.
+// The factors of U on one side: α, β, η of relation_kl.h with 1/(σ²τ). With each row's own shift U is nearly P already.
 // Their tangents, for the second order:  α̇ = −α (log Z^s)˙,  β̇ = −β (log Z^t)˙,  η = Σ_s β_s h_s.
 template <class T>
 struct Factors {
@@ -194,8 +194,9 @@ struct Factors {
       double inverse[kMaxStages], log_z[kMaxStages];
       for (int64_t q = 0; q < S + R; ++q) {
         log_z[q] = q < S ? side.student_log_sums[q * count + i] : side.teacher_log_sums[(q - S) * count + i];
-        inverse[q] = shared ? std::exp(double(args.outer) * kLn2 - log_z[q]) : 1;
         if (!shared) shifts[q][i] = T(log_z[q] * kLog2E);
+        // P over U: 1/Z of a shared shift, and what the own one was rounded by.
+        inverse[q] = std::exp((shared ? args.outer : shifts[q][i]) * kLn2 - log_z[q]);
       }
       for (int64_t p = 0; p < S * R; ++p) {
         const int64_t s = p / R, t = p % R;
