@@ -1,8 +1,7 @@
 """Launch configurations: tile sizes by architecture, product type, width and kernel. The batch size is no key.
 
 One line per architecture, type and width: the tiles of every kernel of ``KERNELS`` in order, as rows × columns, warps
-and stages of the loads' pipeline. ``make test-kernels`` compiles
-them all and fails where one spills a register.
+and stages of the loads' pipeline. ``make test-kernels`` compiles them all and fails where one spills a register.
 """
 
 from collections.abc import Iterator
