@@ -4,8 +4,6 @@
 
 namespace gkd {
 
-constexpr double kLog2E = 1.4426950408889634;
-
 // The graph on both sides; columns undefined: the rows.
 struct Graph {
   at::Tensor nodes, columns;

@@ -16,6 +16,9 @@
 
 namespace gkd {
 
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
 // Elements that vectors may read beyond the end of a per-row array.
 constexpr int64_t kPadding = 16;
 

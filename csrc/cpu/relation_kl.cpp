@@ -7,8 +7,6 @@
 namespace gkd {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 // Up to this 1/τ the sums of exp(L − 1/τ) cannot underflow in float32.
 constexpr double kLargestSharedShift = 80;
 
