@@ -45,6 +45,11 @@ def flags(needs) -> list[bool]:
     return [bool(x) for x in needs]
 
 
+def needed_like(stages: Iterable[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Empty gradients of the stages that need one: what a backward op's fake gives."""
+    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+
+
 def scatter(gradients: list[Tensor | None], needs: list[bool]) -> list[Tensor | None]:
     """A compact list of gradients back at the places that asked for one."""
     compact = iter(gradients)

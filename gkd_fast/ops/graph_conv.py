@@ -57,6 +57,7 @@ from torch import Tensor
 from gkd_fast.ops.autograd import (
     PT2,
     flags,
+    needed_like,
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
@@ -122,7 +123,7 @@ def _(nodes, messages, inverse_variance, normalization, product_precision, *colu
 @torch.library.register_fake("gkd_fast::graph_conv_backward")
 def _(upstream, nodes, messages, output, degrees, inverse_variance, normalization, product_precision, needs,
       *columns, **named_columns):  # fmt: skip
-    return [x.new_empty(x.shape) for x, needed in zip((nodes, messages), needs, strict=True) if needed]
+    return needed_like((nodes, messages), needs)
 
 
 @torch.library.register_fake("gkd_fast::graph_degrees_tangent")

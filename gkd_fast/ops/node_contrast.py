@@ -49,6 +49,7 @@ from torch import Tensor
 from gkd_fast.ops.autograd import (
     PT2,
     flags,
+    needed_like,
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
@@ -102,8 +103,7 @@ def _(students, teachers, wanted, temperature, product_precision, keep_weighted,
 @torch.library.register_fake("gkd_fast::node_contrast_backward")
 def _(upstream, students, teachers, log_sums, weighted, wanted, temperature, product_precision, needs,
       *columns, **named_columns):  # fmt: skip
-    stages = [*students, *teachers]
-    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+    return needed_like([*students, *teachers], needs)
 
 
 @torch.library.register_fake("gkd_fast::node_contrast_tangent")
@@ -114,8 +114,7 @@ def _(students, teachers, tangents, moving, log_sums, *settings, **named_columns
 @torch.library.register_fake("gkd_fast::node_contrast_double_backward")
 def _(upstream, students, teachers, tangents, moving, log_sums, weighted, log_sum_tangents, wanted, temperature,
       product_precision, needs, *columns, **named_columns):  # fmt: skip
-    stages = [*students, *teachers]
-    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+    return needed_like([*students, *teachers], needs)
 
 
 def _setup_context(ctx, inputs, output):

@@ -46,6 +46,7 @@ import torch
 from gkd_fast.ops.autograd import (
     PT2,
     flags,
+    needed_like,
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
@@ -101,8 +102,7 @@ def _(
 @torch.library.register_fake("gkd_fast::relation_kl_backward")
 def _(upstream, students, teachers, losses, student_log_sums, teacher_log_sums, temperature, bandwidth,
       product_precision, needs, *columns, **named_columns):  # fmt: skip
-    stages = [*students, *teachers]
-    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+    return needed_like([*students, *teachers], needs)
 
 
 @torch.library.register_fake("gkd_fast::relation_kl_tangent")
@@ -114,8 +114,7 @@ def _(students, teachers, tangents, moving, losses, student_log_sums, teacher_lo
 def _(upstream, students, teachers, tangents, moving, losses, student_log_sums, teacher_log_sums, loss_tangents,
       student_log_sum_tangents, teacher_log_sum_tangents, temperature, bandwidth, product_precision, needs,
       *columns, **named_columns):  # fmt: skip
-    stages = [*students, *teachers]
-    return [x.new_empty(x.shape) for x, needed in zip(stages, needs, strict=True) if needed]
+    return needed_like([*students, *teachers], needs)
 
 
 def _setup_context(ctx, inputs, output):
