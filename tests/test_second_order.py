@@ -17,16 +17,10 @@ D64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
-def small_tiles():
+def small_tiles(request):
     """Tiles of 32 rows, so that small batches have several."""
-    if BACKEND != "cpp":
-        yield
-        return
-    from gkd_fast import _C
-
-    _C._set_block(32)
-    yield
-    _C._set_block(0)
+    if BACKEND == "cpp":
+        request.getfixturevalue("tile_rows")(32)
 
 
 def _matrices(batch: int, *widths: int) -> list[torch.Tensor]:
