@@ -143,13 +143,13 @@ class _Builder:
         for fn, direction in ((relation_sums, "forward"), (relation_gradients, "backward")):
             most = relation_group(fn.__name__, self.arch, self.product.name, self.width)
             S, T = min(students, most[0]), min(teachers, most[1])
-            constants = {"S": S, "T": T, "OWN_SHIFT": False, "STRIP": False}
+            constants = {"S": S, "T": T, "OWN_SHIFT": False, "STRIP": False, "ALIGNED": True}
             if direction == "backward":
                 constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
             lists = {"rows": S + T, "columns": S + T, "dims": S + T, "gradients": S}
             yield self._walk(
                 "relation_kl", fn, direction, constants, lists, products=S + T + (S if direction == "backward" else 0),
-                bounded=S + T, exponentials=S + T,
+                bounded=S + T, exponentials=S + T, in_product_type=("rows",),
             )  # fmt: skip
         constants = {"S": S, "T": T, "OWN_SHIFT": False, "SUM": self.product.SUM, "BLOCK_ROWS": STATISTICS_BLOCK}
         yield self._small("relation_kl", relation_losses, "forward", constants, {}, STATISTICS_BLOCK)
@@ -202,12 +202,12 @@ class _Builder:
         ):  # fmt: skip
             yield self._walk(
                 "graph_conv", graph_sums, direction, constants | values, {}, products=2, bounded=1,
-                name=f"graph_sums, {name}", value_columns=("values",),
+                name=f"graph_sums, {name}", in_product_type=("values",),
             )  # fmt: skip
         constants = {"HAS_UPSTREAM": True, "MESSAGE_FACTOR": INVERSE_ROOT, "UPSTREAM_FACTOR": INVERSE_ROOT}
         yield self._walk(
             "graph_conv", graph_gradients, "backward", constants | values, {}, products=4, bounded=1,
-            value_columns=("column_messages", "column_upstream"),
+            in_product_type=("column_messages", "column_upstream"),
         )  # fmt: skip
         constants = {"VALUE_WIDTH": self.width, "SUM": self.product.SUM, "BLOCK_ROWS": TERMS_ROWS}
         yield self._small("graph_conv", graph_terms, "backward", constants, {}, TERMS_ROWS)
@@ -237,8 +237,8 @@ class _Builder:
     def _strip(self, op, fn, direction, constants, lists, of_products=(), name=None):
         config = tiles("strip", self.arch, self.product.name, self.width)
         constants = {
-            **constants, "STRIP": True, "WIDTH": 16, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
-            "POLYNOMIALS": self.polynomials, **self.product.constants(),
+            **constants, "STRIP": True, "ALIGNED": False, "WIDTH": 16, "BLOCK_ROWS": config.rows,
+            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": self.polynomials, **self.product.constants(),
         }  # fmt: skip
         constants = {key: value for key, value in constants.items() if key in fn.arg_names}
         return self._make(
@@ -255,7 +255,7 @@ class _Builder:
             yield self._small("unit_rows", fn, direction, constants, lists, UNIT_ROWS, launches=stages)
 
     def _walk(self, op, fn, direction, constants, lists, *, products, bounded=0, exponentials=0, name=None,
-              value_columns=(), pairs=1, walks=1):  # fmt: skip
+              in_product_type=(), pairs=1, walks=1):  # fmt: skip
         """A kernel that walks tiles of the columns."""
         kernel = graph_degree_sums.__name__ if fn is row_maxima_kernel else fn.__name__
         config = tiles(kernel, self.arch, self.product.name, self.width)
@@ -275,7 +275,7 @@ class _Builder:
         return self._make(
             op, fn, direction, constants, lists, config.warps, config.stages, config.rows, config.columns, products,
             exponentials + bounded - polynomials, polynomials, self._exemption(), grid, name,
-            ("columns", "column_nodes", *(("teachers",) if op == "node_contrast" else ()), *value_columns),
+            ("columns", "column_nodes", *(("teachers",) if op == "node_contrast" else ()), *in_product_type),
         )  # fmt: skip
 
     def _small(self, op, fn, direction, constants, lists, rows, launches=1):

@@ -3,13 +3,13 @@
 import torch
 import triton
 from gkd_fast.kernels.graph_conv_tiles import graph_strip
-from gkd_fast.kernels.launch import Columns, column_pieces, on_device, power_of_two
+from gkd_fast.kernels.launch import Piece, column_pieces, on_device, power_of_two
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.table import POLYNOMIALS, tiles
 from torch import Tensor
 
 
-def _strip(graph, rows: Tensor, start: int, piece: Columns, sums, gradient=None) -> Tensor:
+def _strip(graph, rows: Tensor, start: int, piece: Piece, sums, gradient=None) -> Tensor:
     """Weights of one strip; ``gradient``: (products, terms, column terms, powers)."""
     config = tiles("strip", graph.arch, graph.product.name, 16)
     similarities = multiply(rows, piece.matrices[0].T)

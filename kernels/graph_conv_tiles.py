@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from gkd_fast.kernels.tile import (
     COUNTS,
+    LEAST_EXPONENT,
     add_product,
     bounded_exp2,
     column_range,
@@ -41,7 +42,10 @@ def adjacency(
     BLOCK_COLUMNS: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """K·2^BOOST of a tile of similarities: DIAGONAL·2^BOOST on the diagonal, 0 in columns that do not exist."""
-    k = bounded_exp2(c * slope - (slope - BOOST), POLYNOMIALS)
+    exponents = c * slope - (slope - BOOST)
+    if POLYNOMIALS != 0:
+        exponents = tl.maximum(exponents, LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+    k = bounded_exp2(exponents, POLYNOMIALS)
     if touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS):
         k = replace_diagonal(k, i, j, offset, DIAGONAL * 2.0**BOOST, BLOCK_ROWS, BLOCK_COLUMNS)
         if DIAGONAL != 0:

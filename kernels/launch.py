@@ -13,8 +13,9 @@ from torch import Tensor
 
 # Up to this many rows an op is launched whole: no copies of the columns, no division among programs.
 SMALL_BATCH = 256
-# Columns are copied in the product's type this much at a time; two copies live while the next one is made.
+# Columns are copied in the product's type this much at a time, and rows so many at a time.
 COLUMN_BYTES = 8 * 2**20
+ROWS_AT_A_TIME = 2**14
 # Tiles in float16 are scaled by a power of two to at most this.
 LARGEST_FLOAT16 = 2.0**14
 
@@ -116,14 +117,22 @@ def divide(row_blocks: int, columns: int, block_columns: int, batch: int, proces
     return max(1, min(triton.cdiv(columns, block_columns), processors // row_blocks))
 
 
+def row_blocks_at_a_time(rows: int, block_rows: int) -> int:
+    return triton.cdiv(min(rows, ROWS_AT_A_TIME), block_rows)
+
+
 @dataclass(frozen=True)
-class Columns:
-    """One piece of the column set: its first column, the number of them, the matrices, and whether it is the last."""
+class Piece:
+    """Some of a set's rows: the first, the number of them, their matrices, and whether they are the last.
+
+    An ``aligned`` piece needs no masked loads: its matrices have the widths and the whole blocks that were asked for.
+    """
 
     start: int
     count: int
     matrices: tuple[Tensor, ...]
     is_last: bool
+    aligned: bool = False
 
 
 def column_pieces(
@@ -131,26 +140,64 @@ def column_pieces(
     dtype: torch.dtype,
     factors: Sequence[Tensor | None] | None = None,
     most: int | None = None,
-) -> Iterator[Columns]:
+    widths: Sequence[int] | None = None,
+    block: int = 1,
+) -> Iterator[Piece]:
     """The columns in the product's type, rows multiplied by their factors, ``COLUMN_BYTES`` or ``most`` at a time.
 
-    Where nothing is to be changed, the matrices themselves. Few columns are left to the kernel to convert.
+    Where nothing is to be changed, the matrices themselves. Few columns are left to the kernel to convert. With
+    ``widths`` (none less than a matrix's own) copies are that wide and whole blocks long, zero beyond the matrix. A
+    piece is overwritten by the next one.
     """
     count = len(columns[0])
     factors = factors or [None] * len(columns)
     unchanged = all(x.dtype == dtype for x in columns) and all(f is None for f in factors)
     if most is None and (unchanged or count <= SMALL_BATCH):
-        yield Columns(0, count, tuple(columns), True)
+        exact = widths is not None and unchanged and all(x.shape[1] == w for x, w in zip(columns, widths, strict=True))
+        yield Piece(0, count, tuple(columns), True, exact and count % block == 0)
         return
-    row_bytes = sum(x.shape[1] for x in columns) * dtype.itemsize
-    step = most or max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH)
+    stored = widths or [x.shape[1] for x in columns]
+    row_bytes = sum(stored) * dtype.itemsize
+    step = min(count, most or max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH))
+    length = triton.cdiv(step, block) * block
+    copies = [x.new_empty(length, width, dtype=dtype) for x, width in zip(columns, stored, strict=True)]
+    for x, copy in zip(columns, copies, strict=True):
+        copy[:, x.shape[1] :] = 0
     for start in range(0, count, step):
         stop = min(start + step, count)
-        piece = [
-            (x[start:stop] if f is None else x[start:stop] * f[start:stop, None]).to(dtype)
-            for x, f in zip(columns, factors, strict=True)
-        ]
-        yield Columns(start, stop - start, tuple(piece), stop == count)
+        for x, factor, copy in zip(columns, factors, copies, strict=True):
+            here = copy[: stop - start, : x.shape[1]]
+            if factor is None:
+                here.copy_(x[start:stop])
+            else:
+                torch.mul(x[start:stop], factor[start:stop, None], out=here)
+            copy[stop - start :] = 0
+        matrices = [copy if widths else copy[: stop - start] for copy in copies]
+        yield Piece(start, stop - start, tuple(matrices), stop == count, widths is not None)
+
+
+def row_and_column_pieces(
+    rows: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype, width: int, block: int
+) -> Iterator[tuple[Piece, Piece]]:
+    """Every piece of the rows, in the product's type, with every piece of the columns; one copy for both if it is all.
+
+    Matrix units read a program's own rows from shared memory at once only if the kernel need not convert them.
+    """
+    widths = [width] * len(rows)
+
+    def pieces(matrices: Sequence[Tensor], most: int | None = None) -> Iterator[Piece]:
+        return column_pieces(matrices, dtype, most=most, widths=widths, block=block)
+
+    first = next(pieces(columns))
+    if rows is columns and first.is_last:
+        yield first, first
+    elif rows[0].dtype == dtype or not first.aligned:
+        whole = Piece(0, len(rows[0]), tuple(rows), True)
+        yield from ((whole, piece) for piece in pieces(columns))
+    else:
+        del first
+        for own in pieces(rows, ROWS_AT_A_TIME):
+            yield from ((own, piece) for piece in pieces(columns))
 
 
 def power_of_two(bound: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 import triton
 from gkd_fast.kernels.launch import (
-    Columns,
+    Piece,
     Product,
     architecture,
     column_pieces,
@@ -17,6 +17,8 @@ from gkd_fast.kernels.launch import (
     padded_width,
     power_of_two,
     product_of,
+    row_and_column_pieces,
+    row_blocks_at_a_time,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl_tiles import (
     num_factors,
@@ -31,6 +33,8 @@ from gkd_fast.kernels.table import POLYNOMIALS, Tiles, largest_width, relation_g
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+# Up to this 2·log2(e)/σ², and for similarities that rounding leaves beyond ±1, a polynomial can give 2^((c − 1)·inner).
+LARGEST_POLYNOMIAL_RANGE = 124
 # Up to this 1/τ the sums of exp(L − 1/τ) cannot underflow in float32.
 LARGEST_SHARED_SHIFT = 80
 STATISTICS_BLOCK = 256
@@ -58,6 +62,7 @@ class Problem:
         self.product: Product = product_of(product_precision, self.rows[0])
         self.arch = architecture(self.rows[0].device)
         self.inner, self.outer = LOG2E / bandwidth**2, LOG2E / temperature
+        self.polynomials = POLYNOMIALS[self.arch] if 2 * self.inner <= LARGEST_POLYNOMIAL_RANGE else 0
         self.slope = 1 / (bandwidth**2 * temperature)
         self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
         self.row_count, self.column_count = len(self.rows[0]), len(self.columns[0])
@@ -83,26 +88,39 @@ class Problem:
     def tiles(self, kernel: str, stages) -> Tiles:
         return tiles("strip" if self.is_wide else kernel, self.arch, self.product.name, self.width(stages))
 
+    def parts(self, config: Tiles) -> int:
+        """Among how many programs the columns of a row block are divided."""
+        row_blocks = row_blocks_at_a_time(self.row_count, config.rows)
+        processors = multiprocessors(self.rows[0].device)
+        return divide(row_blocks, self.column_count, config.columns, self.row_count, processors)
+
     def stages(self, students: list[int], teachers: list[int]) -> list[int]:
         return students + [self.num_students + t for t in teachers]
 
-    def pieces(self, stages: list[int]) -> Iterator[Columns]:
-        most = strip_columns(self.row_count, len(stages)) if self.is_wide else None
-        return column_pieces([self.columns[q] for q in stages], self.product.torch_type, most=most)
+    def pieces(self, stages: list[int], config: Tiles) -> Iterator[tuple[Piece, Piece]]:
+        """Pieces of the rows with pieces of the columns."""
+        rows = [self.rows[q] for q in stages]
+        columns = rows if not self.has_columns else [self.columns[q] for q in stages]
+        if not self.is_wide:
+            yield from row_and_column_pieces(rows, columns, self.product.torch_type, self.width(stages),
+                                             max(config.rows, config.columns))  # fmt: skip
+            return
+        own = Piece(0, self.row_count, tuple(x.to(self.product.torch_type) for x in rows), True)
+        for piece in column_pieces(columns, self.product.torch_type, most=strip_columns(self.row_count, len(stages))):
+            yield own, piece
 
-    def similarities(self, stages: list[int], piece: Columns) -> tuple[Tensor, ...]:
+    def similarities(self, own: Piece, piece: Piece) -> tuple[Tensor, ...]:
         """The strips of similarities of wide rows."""
         if not self.is_wide:
             return ()
-        rows = (self.rows[q].to(self.product.torch_type) for q in stages)
-        return tuple(multiply(x, columns.T) for x, columns in zip(rows, piece.matrices, strict=True))
+        return tuple(multiply(x, columns.T) for x, columns in zip(own.matrices, piece.matrices, strict=True))
 
-    def constants(self, students, teachers, config) -> dict:
+    def constants(self, students, teachers, config, piece: Piece) -> dict:
         """Compile-time arguments of the two kernels that walk tiles."""
         return {
             "S": len(students), "T": len(teachers), "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide,
-            "WIDTH": self.width(self.stages(students, teachers)), "BLOCK_ROWS": config.rows,
-            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": POLYNOMIALS[self.arch], "num_warps": config.warps,
+            "ALIGNED": piece.aligned, "WIDTH": self.width(self.stages(students, teachers)), "BLOCK_ROWS": config.rows,
+            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": self.polynomials, "num_warps": config.warps,
             "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
 
@@ -139,21 +157,18 @@ def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_
     stages = problem.stages(students, teachers)
     x, rows = problem.rows[0], problem.row_count
     config = problem.tiles("relation_sums", stages)
-    row_blocks = triton.cdiv(rows, config.rows)
-    columns = [problem.columns[q] for q in stages]
-    parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(x.device))
+    parts = problem.parts(config)
+    dims = tuple(problem.rows[q].shape[1] for q in stages)
     num_sums = len(stages) + len(students) * len(teachers)
     sums = x.new_empty(parts, num_sums, rows)
     shifts = _own_shifts(problem, stages) if problem.own_shift else losses
     out = (losses[:, students[0] :, teachers[0] :], student_log_sums[students[0] :], teacher_log_sums[teachers[0] :])
     strides = losses.stride(0), losses.stride(1)
-    for piece in problem.pieces(stages):
-        strips = problem.similarities(stages, piece)
-        relation_sums[(row_blocks, parts)](
-            tuple(problem.rows[q] for q in stages), strips or piece.matrices, tuple(c.shape[1] for c in columns), sums,
-            shifts,
-            *out, rows, piece.count, problem.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last),
-            *strides, problem.inner, problem.outer, **problem.constants(students, teachers, config),
+    for own, piece in problem.pieces(stages, config):
+        relation_sums[(triton.cdiv(own.count, config.rows), parts)](
+            own.matrices, problem.similarities(own, piece) or piece.matrices, dims, sums, shifts, *out, own.start, rows,
+            piece.count, problem.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last), *strides,
+            problem.inner, problem.outer, **problem.constants(students, teachers, config, piece),
         )  # fmt: skip
     if parts > 1:
         relation_losses[(triton.cdiv(rows, STATISTICS_BLOCK),)](
@@ -254,9 +269,8 @@ def _backward(problem, students, teachers, own, other, gradients, scale, adds: b
         return
     rows = problem.row_count
     config = problem.tiles("relation_gradients", stages)
-    row_blocks = triton.cdiv(rows, config.rows)
-    columns = [problem.columns[q] for q in stages]
-    parts = divide(row_blocks, problem.column_count, config.columns, rows, multiprocessors(own[0].device))
+    parts = problem.parts(config)
+    dims = tuple(problem.rows[q].shape[1] for q in stages)
     row_factors = _factors(problem, students, teachers, own, rows, wanted, scale)
     column_factors = row_factors
     if problem.has_columns:
@@ -264,16 +278,15 @@ def _backward(problem, students, teachers, own, other, gradients, scale, adds: b
     out = [gradients[q] for q in stages if gradients[q] is not None]
     divided = parts > 1 and not problem.is_wide
     partial = [x.new_empty(parts, *x.shape) for x in out] if divided else out
-    for piece in problem.pieces(stages):
-        strips = problem.similarities(stages, piece)
+    for block, piece in problem.pieces(stages, config):
+        strips = problem.similarities(block, piece)
         if strips:
             partial = [x.new_empty(rows, piece.count, dtype=problem.product.torch_type) for x in out]
-        relation_gradients[(row_blocks, parts)](
-            tuple(problem.rows[q] for q in stages), strips or piece.matrices, tuple(c.shape[1] for c in columns),
-            tuple(partial), row_factors, _piece_of(column_factors, piece), scale, rows, piece.count,
-            problem.offset - piece.start, parts, int(piece.start > 0 or (adds and not divided)), problem.inner,
-            problem.outer, WANTED=wanted,
-            SCALED=problem.product.scaled, **problem.constants(students, teachers, config),
+        relation_gradients[(triton.cdiv(block.count, config.rows), parts)](
+            block.matrices, strips or piece.matrices, dims, tuple(partial), row_factors,
+            _piece_of(column_factors, piece), scale, block.start, rows, piece.count, problem.offset - piece.start,
+            parts, int(piece.start > 0 or (adds and not divided)), problem.inner, problem.outer, WANTED=wanted,
+            SCALED=problem.product.scaled, **problem.constants(students, teachers, config, piece),
         )  # fmt: skip
         if strips:
             needed = [c for c, q in zip(piece.matrices, stages, strict=True) if gradients[q] is not None]
@@ -285,6 +298,6 @@ def _backward(problem, students, teachers, own, other, gradients, scale, adds: b
             x.copy_(x + pieces.sum(dim=0) if adds else pieces.sum(dim=0))
 
 
-def _piece_of(factors: Tensor, piece: Columns) -> Tensor:
+def _piece_of(factors: Tensor, piece: Piece) -> Tensor:
     """The columns' statistics of one piece, contiguous."""
     return factors[:, piece.start : piece.start + piece.count].contiguous()

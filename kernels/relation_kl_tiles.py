@@ -14,6 +14,11 @@ from gkd_fast.kernels.tile import (
     bounded_exp2,
     column_range,
     convert,
+    divide_walk,
+    edge_tile,
+    inner_tile,
+    load_columns,
+    load_row_block,
     load_rows,
     load_tile,
     load_vector,
@@ -24,7 +29,6 @@ from gkd_fast.kernels.tile import (
     store_rows,
     store_tile,
     store_vector,
-    touches_edge,
 )  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,30 +38,57 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def relations(
     c, i, j, offset, column_count, inner, MISSING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
+    POLYNOMIALS: tl.constexpr, EDGE: tl.constexpr = True,
 ):  # fmt: skip
-    """R of a tile of similarities: 0 on the diagonal, MISSING, unless that is 0, in columns that do not exist."""
+    """R of a tile of similarities: at an EDGE 0 on the diagonal, MISSING, unless that is 0, in missing columns."""
     r = bounded_exp2(c * inner - inner, POLYNOMIALS)
-    if touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS):
+    if EDGE:
         r = replace_diagonal(r, i, j, offset, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
         if MISSING != 0:
             r = replace_missing(r, j, column_count, MISSING, BLOCK_COLUMNS)
     return r
 
 
+@triton.jit
+def add_sums(
+    total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S: tl.constexpr,
+    T: tl.constexpr, EDGE: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """The sums with those of the tile at (i, j) added."""
+    students = ()
+    new = ()
+    for q in tl.static_range(S + T):
+        if STRIP:
+            c = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        else:
+            other = load_columns(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
+            c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        r = relations(c, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+        weights = tl.exp2(r * outer - shift[q])
+        new = new + (total[len(new)] + tl.sum(weights, 1),)
+        if q < S:
+            students = students + (r,)
+        else:
+            for s in tl.static_range(S):
+                new = new + (total[len(new)] + tl.sum(weights * (r - students[s]), 1),)
+    return new
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def relation_sums(
-    rows, columns, dims, sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, column_count, offset,
-    parts, accumulate, is_last, loss_row_stride, loss_stride, inner: tl.float64, outer: tl.float64, S: tl.constexpr,
-    T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    rows, columns, dims, sums, shifts, losses, student_log_sums, teacher_log_sums, first_row, row_count, column_count,
+    offset, parts, accumulate, is_last, loss_row_stride, loss_stride, inner: tl.float64, outer: tl.float64,
+    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """sums[part, k, i] over the part's columns: Z of the students, then for every teacher its Z and its S values Q.
 
-    With STRIP the columns are strips of similarities [row_count, column_count], computed before.
+    The rows are those from ``first_row``. With STRIP the columns are strips of similarities [row_count, column_count].
     """
-    i = tl.program_id(0) * BLOCK_ROWS
+    i = first_row + tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     inner, outer = number(inner, SUM), number(outer, SUM)
@@ -66,42 +97,38 @@ def relation_sums(
     total = ()
     for q in tl.static_range(S + T):
         if not STRIP:
-            own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
+            block = load_row_block(
+                rows[q], i - first_row, row_count - first_row, dims[q], BLOCK_ROWS, WIDTH, TYPE, ALIGNED
+            )
+            own = own + (block,)
         if OWN_SHIFT:
             shift = shift + (load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)[:, None],)
         else:
             shift = shift + (outer,)
     for _ in tl.static_range(S + T + S * T):
         total = total + (tl.zeros([BLOCK_ROWS], SUM),)
-    for j in range(start, stop, BLOCK_COLUMNS):
-        students = ()
-        new = ()
-        for q in tl.static_range(S + T):
-            if STRIP:
-                c = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-            else:
-                other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
-                c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-            r = relations(c, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
-            weights = tl.exp2(r * outer - shift[q])
-            new = new + (total[len(new)] + tl.sum(weights, 1),)
-            if q < S:
-                students = students + (r,)
-            else:
-                for s in tl.static_range(S):
-                    new = new + (total[len(new)] + tl.sum(weights * (r - students[s]), 1),)
-        total = new
-    whole = ()
+    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in range(0, whole - crossed):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        total = add_sums(total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S, T,
+                         False, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+                         POLYNOMIALS)  # fmt: skip
+    for k in tl.range(0, crossed + rest, num_stages=1):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        total = add_sums(total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S, T,
+                         True, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+                         POLYNOMIALS)  # fmt: skip
+    complete = ()
     for k in tl.static_range(S + T + S * T):
         before = sums + (part * (S + T + S * T) + k) * number(row_count, tl.int64)
-        whole = whole + (total[k] + load_vector(before, i, row_count * accumulate, BLOCK_ROWS),)
+        complete = complete + (total[k] + load_vector(before, i, row_count * accumulate, BLOCK_ROWS),)
     if (is_last != 0) & (parts == 1):
-        store_losses(whole, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride,
+        store_losses(complete, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride,
                      loss_stride, outer, S, T, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
     else:
         for k in tl.static_range(S + T + S * T):
             out = sums + (part * (S + T + S * T) + k) * number(row_count, tl.int64)
-            store_vector(out, whole[k], i, row_count, BLOCK_ROWS)
+            store_vector(out, complete[k], i, row_count, BLOCK_ROWS)
 
 
 @triton.jit
@@ -259,18 +286,18 @@ def column_factor(factors, k: tl.constexpr, j, count, BLOCK: tl.constexpr):
 @triton.jit
 def stage_weights(
     own, columns, dims, q: tl.constexpr, i, j, row_count, column_count, offset, mine, column_factors, inner, outer,
-    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, EDGE: tl.constexpr, STRIP: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """R, U_ij, U_ji (the same unless OWN_SHIFT) and the columns of stage q's tile."""
     if STRIP:
         other = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
         c = other
     else:
-        other = load_rows(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE)
+        other = load_columns(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
         c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
+    r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
     if OWN_SHIFT:
         shift = column_factor(column_factors, S + T * S + T + q, j, column_count, BLOCK_COLUMNS)
         weights = tl.exp2(r * outer - mine[S + T * S + T + q])
@@ -281,21 +308,85 @@ def stage_weights(
     return r, weights, mirrored, other
 
 
+@triton.jit
+def add_gradients(
+    total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset, inner, outer,
+    S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr, OWN_SHIFT: tl.constexpr, EDGE: tl.constexpr,
+    STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """The wanted stages' gradients with M_ij e_j of the tile at (i, j) added; with STRIP the tile of M is stored."""
+    # Teachers first: students need of them only crossed_s = Σ_t U^t (β_it + β_jt).
+    crossed = ()
+    teachers = ()
+    for t in tl.static_range(T):
+        stage = stage_weights(
+            own, columns, dims, S + t, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
+            OWN_SHIFT, EDGE, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
+        )  # fmt: skip
+        new = ()
+        for s in tl.static_range(S):
+            if (WANTED >> s) & 1:
+                beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
+                term = both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
+                if t > 0:
+                    term += crossed[len(new)]
+                new = new + (term,)
+        crossed = new
+        if WANTED >> S:
+            teachers = teachers + (stage,)
+    students = ()
+    new = ()
+    for s in tl.static_range(S):
+        if (WANTED >> S) | ((WANTED >> s) & 1):
+            stage = stage_weights(
+                own, columns, dims, s, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
+                OWN_SHIFT, EDGE, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
+            )  # fmt: skip
+            if (WANTED >> s) & 1:
+                alpha = column_factor(column_factors, s, j, column_count, BLOCK_COLUMNS)
+                m = both_sides(stage[1], stage[2], mine[s], alpha, OWN_SHIFT) - crossed[place_among(WANTED, s)]
+                m = convert(stage[0] * m, TYPE)
+                if STRIP:
+                    store_tile(gradients[place_among(WANTED, s)], m, i, j, row_count, column_count, BLOCK_ROWS,
+                               BLOCK_COLUMNS)  # fmt: skip
+                else:
+                    new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
+            if WANTED >> S:
+                students = students + (stage[0],)
+    for t in tl.static_range(T):
+        if (WANTED >> (S + t)) & 1:
+            stage = teachers[t]
+            eta = column_factor(column_factors, S + T * S + t, j, column_count, BLOCK_COLUMNS)
+            m = -both_sides(stage[1], stage[2], mine[S + T * S + t], eta, OWN_SHIFT)
+            for s in tl.static_range(S):
+                beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
+                difference = (stage[0] - students[s]) * (outer * LN2)
+                m += difference * both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
+            m = convert(stage[0] * m, TYPE)
+            if STRIP:
+                store_tile(gradients[place_among(WANTED, S + t)], m, i, j, row_count, column_count, BLOCK_ROWS,
+                           BLOCK_COLUMNS)  # fmt: skip
+            else:
+                new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
+    return new
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def relation_gradients(
-    rows, columns, dims, gradients, row_factors, column_factors, power, row_count, column_count, offset, parts,
-    accumulate, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
-    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
+    rows, columns, dims, gradients, row_factors, column_factors, power, first_row, row_count, column_count, offset,
+    parts, accumulate, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
+    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j over the part's columns, for the stages whose bit of WANTED is set.
 
     With the factors scaled by 1/(σ²τ): M^s = R^s [U^s (α_i + α_j) − Σ_t U^t (β_it + β_jt)] and
-    M^t = R^t U^t [Σ_s (L^t − L^s)(β_is + β_js) − (η_i + η_j)]. With STRIP the columns are strips of similarities and
-    the gradients strips of M.
+    M^t = R^t U^t [Σ_s (L^t − L^s)(β_is + β_js) − (η_i + η_j)]. The rows are those from ``first_row``. With STRIP the
+    columns are strips of similarities and the gradients strips of M.
     """
-    i = tl.program_id(0) * BLOCK_ROWS
+    i = first_row + tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     inner, outer = number(inner, SUM), number(outer, SUM)
@@ -303,67 +394,28 @@ def relation_gradients(
     total = ()
     for q in tl.static_range(S + T):
         if not STRIP:
-            own = own + (load_rows(rows[q], i, row_count, dims[q], BLOCK_ROWS, WIDTH, TYPE),)
+            block = load_row_block(
+                rows[q], i - first_row, row_count - first_row, dims[q], BLOCK_ROWS, WIDTH, TYPE, ALIGNED
+            )
+            own = own + (block,)
         if (WANTED >> q) & 1 and not STRIP:
             total = total + (tl.zeros([BLOCK_ROWS, WIDTH], SUM),)
     mine = load_row_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT)
-    for j in range(start, stop, BLOCK_COLUMNS):
-        # Teachers first: students need of them only crossed_s = Σ_t U^t (β_it + β_jt).
-        crossed = ()
-        teachers = ()
-        for t in tl.static_range(T):
-            stage = stage_weights(
-                own, columns, dims, S + t, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S,
-                T,
-                OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
-            )  # fmt: skip
-            new = ()
-            for s in tl.static_range(S):
-                if (WANTED >> s) & 1:
-                    beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
-                    term = both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
-                    if t > 0:
-                        term += crossed[len(new)]
-                    new = new + (term,)
-            crossed = new
-            if WANTED >> S:
-                teachers = teachers + (stage,)
-        students = ()
-        new = ()
-        for s in tl.static_range(S):
-            if (WANTED >> S) | ((WANTED >> s) & 1):
-                stage = stage_weights(
-                    own, columns, dims, s, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S,
-                T,
-                    OWN_SHIFT, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
-                )  # fmt: skip
-                if (WANTED >> s) & 1:
-                    alpha = column_factor(column_factors, s, j, column_count, BLOCK_COLUMNS)
-                    m = both_sides(stage[1], stage[2], mine[s], alpha, OWN_SHIFT) - crossed[place_among(WANTED, s)]
-                    m = convert(stage[0] * m, TYPE)
-                    if STRIP:
-                        store_tile(gradients[place_among(WANTED, s)], m, i, j, row_count, column_count, BLOCK_ROWS,
-                                   BLOCK_COLUMNS)  # fmt: skip
-                    else:
-                        new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
-                if WANTED >> S:
-                    students = students + (stage[0],)
-        for t in tl.static_range(T):
-            if (WANTED >> (S + t)) & 1:
-                stage = teachers[t]
-                eta = column_factor(column_factors, S + T * S + t, j, column_count, BLOCK_COLUMNS)
-                m = -both_sides(stage[1], stage[2], mine[S + T * S + t], eta, OWN_SHIFT)
-                for s in tl.static_range(S):
-                    beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
-                    difference = (stage[0] - students[s]) * (outer * LN2)
-                    m += difference * both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
-                m = convert(stage[0] * m, TYPE)
-                if STRIP:
-                    store_tile(gradients[place_among(WANTED, S + t)], m, i, j, row_count, column_count, BLOCK_ROWS,
-                               BLOCK_COLUMNS)  # fmt: skip
-                else:
-                    new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
-        total = new
+    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in range(0, whole - crossed):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        total = add_gradients(
+            total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset, inner,
+            outer, S, T, WANTED, OWN_SHIFT, False, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            POLYNOMIALS,
+        )  # fmt: skip
+    for k in tl.range(0, crossed + rest, num_stages=1):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        total = add_gradients(
+            total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset, inner,
+            outer, S, T, WANTED, OWN_SHIFT, True, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            POLYNOMIALS,
+        )  # fmt: skip
     if not STRIP:
         if SCALED:
             unscale = 1.0 / tl.load(power)

@@ -7,14 +7,16 @@ import triton.language as tl
 
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
-    "accumulate", "column_count", "count", "is_last", "loss_row_stride", "loss_stride", "offset", "own_offset", "parts",
-    "needed", "partner_stride", "row_count", "stride", "upstream_row_stride", "upstream_stride", "wanted",
+    "accumulate", "column_count", "count", "first_row", "is_last", "loss_row_stride", "loss_stride", "offset",
+    "own_offset", "parts", "needed", "partner_stride", "row_count", "stride", "upstream_row_stride", "upstream_stride",
+    "wanted",
 ]  # fmt: skip
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Added to a float32 of at most 2^22, it leaves the nearest integer in the lowest bits.
-ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
+# Added to a float32 of at most 2^22, it leaves the nearest integer, plus the bias of exponents, in the lowest bits.
+ROUND_TO_EXPONENT = tl.constexpr(1.5 * 2.0**23 + 127)
+LEAST_EXPONENT = tl.constexpr(-126.0)
 
 # The minimax polynomial of 2^f on [−½, ½], degree 5, lowest first; its relative error is 7.5e-8.
 POLYNOMIAL_0 = tl.constexpr(1.0000000716546822)
@@ -52,6 +54,32 @@ def column_range(column_count, part, parts, BLOCK_COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def divide_walk(start, stop, own, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Of the tiles from column ``start`` to ``stop``: how many are whole, the first that holds a diagonal entry, how
+    many whole ones do, and whether a ragged one follows. The rows' own columns start at ``own``.
+
+    A walk takes the tiles that need no replacement (``inner_tile``) before the others (``edge_tile``).
+    """
+    count = tl.maximum(stop - start, 0)
+    whole = count // BLOCK_COLUMNS
+    first = tl.minimum(tl.maximum(own - start, 0) // BLOCK_COLUMNS, whole)
+    end = tl.minimum(tl.cdiv(tl.maximum(own + BLOCK_ROWS - start, 0), BLOCK_COLUMNS), whole)
+    return whole, first, end - first, (count % BLOCK_COLUMNS != 0).to(tl.int32)
+
+
+@triton.jit
+def inner_tile(k, start, first, crossed, BLOCK_COLUMNS: tl.constexpr):
+    """The first column of tile k of those that hold no diagonal entry."""
+    return start + tl.where(k < first, k, k + crossed) * BLOCK_COLUMNS
+
+
+@triton.jit
+def edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS: tl.constexpr):
+    """The first column of tile k of those that hold diagonal entries, and then of the ragged one."""
+    return start + tl.where(k < crossed, first + k, whole) * BLOCK_COLUMNS
+
+
+@triton.jit
 def pick(pointers, index):
     """``pointers[index]`` of a tuple, with an index known only when the kernel runs."""
     picked = pointers[0]
@@ -68,6 +96,29 @@ def load_rows(matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexp
     mask = (row[:, None] < count - start) & (column[None, :] < dim)
     corner = matrix + number(start, tl.int64) * dim
     return convert(tl.load(corner + (row[:, None] * dim + column[None, :]), mask=mask, other=0), TYPE)  # [BLOCK, WIDTH]
+
+
+@triton.jit
+def load_row_block(
+    matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """``load_rows`` of a program's own rows; an ALIGNED matrix is WIDTH wide."""
+    if ALIGNED:
+        return load_rows(matrix, start, count, WIDTH, BLOCK, WIDTH, TYPE)
+    else:
+        return load_rows(matrix, start, count, dim, BLOCK, WIDTH, TYPE)
+
+
+@triton.jit
+def load_columns(
+    matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """``load_rows``; an ALIGNED matrix is WIDTH wide and whole blocks long, so that no load is masked."""
+    if ALIGNED:
+        corner = matrix + number(start, tl.int64) * WIDTH
+        return convert(tl.load(corner + (tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])), TYPE)
+    else:
+        return load_rows(matrix, start, count, dim, BLOCK, WIDTH, TYPE)
 
 
 @triton.jit
@@ -127,22 +178,21 @@ def add_product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def polynomial_exp2(x):
-    """2^x for −126 ≤ x ≤ 1, 2^−126 below: 2^n by the exponent's bits, times a polynomial in x − n ∈ [−½, ½]."""
-    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
-    rounded = x + ROUND_TO_INTEGER
-    f = x - (rounded - ROUND_TO_INTEGER)
+    """2^x for −126 ≤ x ≤ 127: 2^n by the exponent's bits, times a polynomial in x − n ∈ [−½, ½]."""
+    rounded = x + ROUND_TO_EXPONENT
+    f = x - (rounded - ROUND_TO_EXPONENT)
     p = POLYNOMIAL_5 * f + POLYNOMIAL_4
     p = p * f + POLYNOMIAL_3
     p = p * f + POLYNOMIAL_2
     p = p * f + POLYNOMIAL_1
     p = p * f + POLYNOMIAL_0
-    bits = (rounded.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)
-    return bits.to(tl.float32, bitcast=True)
+    # A product, since a sum of bits would make a NaN a number.
+    return p * (rounded.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def bounded_exp2(x, HALVES: tl.constexpr):
-    """2^x for x ≤ 1; of every two neighbours, ``HALVES`` go to the float units and the rest to the exponential unit."""
+    """2^x for x ≥ −126; of two neighbours, ``HALVES`` go to the float units and the rest to the exponential unit."""
     if x.dtype == tl.float64 or HALVES == 0:
         return tl.exp2(x)
     elif HALVES == 2:

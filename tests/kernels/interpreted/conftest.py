@@ -45,6 +45,7 @@ class Division:
                 self.monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
         if name == "pieces":
             self.monkeypatch.setattr(launch, "COLUMN_BYTES", 1)
+            self.monkeypatch.setattr(launch, "ROWS_AT_A_TIME", 16)
         if name == "strips":
             for constant, value in {"LEAST": 16, "MOST_ROWS": 16, "STRIP_BYTES": 1}.items():
                 self.monkeypatch.setattr(strips, constant, value)
