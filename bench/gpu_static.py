@@ -210,7 +210,7 @@ def plan(work: Work) -> Plan:
         return Plan(("unit_rows_forward" if forward else "unit_rows_gradient",), 0)
     if forward:
         return Plan(("graph_degree_sums", "graph_sums, symmetric"), 3)
-    return Plan(("graph_sums, messages' gradient", "graph_gradients"), 5)
+    return Plan(("graph_sums, symmetric", "graph_terms", "graph_gradients"), 5)
 
 
 def time_rows(kernels: list[KernelReport]) -> dict[Work, tuple[float, str]]:

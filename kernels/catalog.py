@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import triton
-from gkd_fast.kernels.graph_conv import INVERSE, INVERSE_ROOT, ONE, TERMS_ROWS
+from gkd_fast.kernels.graph_conv import INVERSE, INVERSE_ROOT, ONE, TERMS_ROWS, TERMS_WIDTH
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_strip, graph_sums, graph_terms
 from gkd_fast.kernels.launch import PRODUCTS, Product, divide, padded_width
 from gkd_fast.kernels.node_contrast import EPILOGUE_ROWS
@@ -31,6 +31,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 # Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
 SIZES = ("dim", "dims", "width", "strides", "row_strides")
+# Rows that are multiplied by the kernel itself, in copies of whole tiles.
+WHOLE = {"STRIP": False, "ALIGNED": True}
 FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero")
 
 
@@ -143,7 +145,7 @@ class _Builder:
         for fn, direction in ((relation_sums, "forward"), (relation_gradients, "backward")):
             most = relation_group(fn.__name__, self.arch, self.product.name, self.width)
             S, T = min(students, most[0]), min(teachers, most[1])
-            constants = {"S": S, "T": T, "OWN_SHIFT": False, "STRIP": False, "ALIGNED": True}
+            constants = {"S": S, "T": T, "OWN_SHIFT": False} | WHOLE
             if direction == "backward":
                 constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
             lists = {"rows": S + T, "columns": S + T, "dims": S + T, "gradients": S}
@@ -161,7 +163,14 @@ class _Builder:
     def node_contrast(self, students: int, teachers: int):
         lists = {"students": students, "teachers": teachers, "own": teachers}
         for keep in (True, False):
-            constants = {"S": students, "T": teachers, "KEEP": keep, "OWN_SHIFT": False, "STRIP": False}
+            constants = {
+                "S": students,
+                "T": teachers,
+                "KEEP": keep,
+                "OWN_SHIFT": False,
+                "STRIP": False,
+                "ALIGNED": True,
+            }
             yield self._walk(
                 "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep, exponentials=1,
                 name="contrast_sums" if keep else "contrast_sums without weighted", pairs=students * teachers,
@@ -183,8 +192,7 @@ class _Builder:
                 "PARTNERS": columns,
                 "BY_COLUMN": by_column,
                 "SCALED": self.product.scaled,
-                "STRIP": False,
-            }
+            } | WHOLE
             lists = {"rows": rows, "columns": columns, "own": columns, "gradients": rows}
             yield self._walk(
                 "node_contrast", contrast_gradients, "backward", constants, lists, products=2, exponentials=1,
@@ -192,16 +200,15 @@ class _Builder:
             )  # fmt: skip
 
     def graph_conv(self):
-        yield self._walk("graph_conv", graph_degree_sums, "forward", {}, {}, products=1, bounded=1)
-        values = {"VALUE_WIDTH": self.width, "PREPARED": True, "SCALED": self.product.scaled}
+        yield self._walk("graph_conv", graph_degree_sums, "forward", {"ALIGNED": True}, {}, products=1, bounded=1)
+        values = {"VALUE_WIDTH": self.width, "PREPARED": True, "ALIGNED": True, "SCALED": self.product.scaled}
         symmetric = {"DEGREES": False, "COLUMN_FACTOR": INVERSE_ROOT, "ROW_FACTOR": INVERSE_ROOT}
         row = {"DEGREES": True, "COLUMN_FACTOR": ONE, "ROW_FACTOR": INVERSE}
-        for name, direction, constants in (
-            ("symmetric", "forward", symmetric | {"TERMS": ONE}), ("row", "forward", row | {"TERMS": ONE}),
-            ("messages' gradient", "backward", symmetric | {"TERMS": INVERSE_ROOT}),
+        for name, constants in (
+            ("symmetric", symmetric), ("row", row),
         ):  # fmt: skip
             yield self._walk(
-                "graph_conv", graph_sums, direction, constants | values, {}, products=2, bounded=1,
+                "graph_conv", graph_sums, "forward", constants | values | {"TERMS": ONE}, {}, products=2, bounded=1,
                 name=f"graph_sums, {name}", in_product_type=("values",),
             )  # fmt: skip
         constants = {"HAS_UPSTREAM": True, "MESSAGE_FACTOR": INVERSE_ROOT, "UPSTREAM_FACTOR": INVERSE_ROOT}
@@ -209,7 +216,12 @@ class _Builder:
             "graph_conv", graph_gradients, "backward", constants | values, {}, products=4, bounded=1,
             in_product_type=("column_messages", "column_upstream"),
         )  # fmt: skip
-        constants = {"VALUE_WIDTH": self.width, "SUM": self.product.SUM, "BLOCK_ROWS": TERMS_ROWS}
+        constants = {
+            "SYMMETRIC": True,
+            "BLOCK_ROWS": TERMS_ROWS,
+            "BLOCK_WIDTH": TERMS_WIDTH,
+            "SUM": self.product.SUM,
+        }
         yield self._small("graph_conv", graph_terms, "backward", constants, {}, TERMS_ROWS)
 
     def strips(self, students: int, teachers: int):

@@ -1,5 +1,6 @@
 """graph_conv on GPUs: the launches of ``graph_conv_tiles``."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from gkd_fast.kernels import graph_conv_strips as strips
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
 from gkd_fast.kernels.launch import (
     SMALL_BATCH,
+    Piece,
     architecture,
     column_pieces,
     divide,
@@ -23,7 +25,7 @@ from torch import Tensor
 
 # Factors of a value's row, as in ``graph_conv_tiles``.
 ONE, INVERSE, INVERSE_ROOT, OWN_INVERSE_ROOT = range(4)
-TERMS_ROWS, LARGEST_TERMS_WIDTH = 16, 256
+TERMS_ROWS, TERMS_WIDTH = 16, 128
 
 
 class Graph:
@@ -67,6 +69,11 @@ class Graph:
             constants["VALUE_WIDTH"] = padded_width(*widths)
         return (row_blocks, parts), parts, constants
 
+    def pieces(self, columns, factors, constants: dict) -> Iterator[Piece]:
+        """Pieces of the columns, nodes first, as a kernel with these compile-time arguments takes them."""
+        widths = [constants["WIDTH"], *(constants["VALUE_WIDTH"] for _ in columns[1:])]
+        return column_pieces(columns, self.product.torch_type, factors, None, widths, constants["BLOCK_COLUMNS"])
+
 
 @dataclass(frozen=True)
 class Side:
@@ -93,11 +100,11 @@ def _degrees(graph: Graph) -> Tensor:
     grid, parts, constants = graph.launch("graph_degree_sums")
     degrees = graph.nodes.new_empty(parts, graph.row_count)
     with on_device(graph.nodes):
-        for piece in column_pieces([graph.columns], graph.product.torch_type):
+        for piece in graph.pieces([graph.columns], [None], constants):
             graph_degree_sums[grid](
                 graph.nodes, piece.matrices[0], degrees, graph.inverse_variance, graph.dim, graph.row_count,
-                piece.count,
-                graph.offset - piece.start, parts, int(piece.start > 0), **constants,
+                piece.count, graph.offset - piece.start, parts, int(piece.start > 0), ALIGNED=piece.aligned,
+                **constants,
             )  # fmt: skip
         return degrees[0] if parts == 1 else degrees.sum(dim=0)
 
@@ -154,14 +161,14 @@ def _kernel_times(
     sums = values.new_empty(parts, graph.row_count) if own_degrees else output
     terms, terms_factor, messages, upstream, convolved = terms_of or (output, ONE, values, values, values)
     with on_device(values):
-        for piece in column_pieces(columns, graph.product.torch_type, factors):
+        for piece in graph.pieces(columns, factors, constants):
             graph_sums[grid](
                 graph.nodes, *piece.matrices, values if row_degrees is None else row_degrees,
                 values if column_degrees is None else column_degrees, output, sums, power, terms, messages, upstream,
                 convolved, graph.inverse_variance, graph.dim, width, graph.row_count, piece.count,
                 graph.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last), DEGREES=with_degrees,
                 COLUMN_FACTOR=column_factor, ROW_FACTOR=row_factor, TERMS=terms_factor, SCALED=graph.product.scaled,
-                PREPARED=not graph.is_small, **constants,
+                PREPARED=not graph.is_small, ALIGNED=piece.aligned, **constants,
             )  # fmt: skip
         if parts == 1:
             return output[0], sums[0] if own_degrees else row_degrees
@@ -220,8 +227,7 @@ def _messages_gradient(graph, own, other, output, is_row) -> tuple[Tensor, Tenso
         return torch.zeros_like(own.messages), None
     factors = (INVERSE, ONE) if is_row else (INVERSE_ROOT, INVERSE_ROOT)
     terms_of = None
-    width = own.messages.shape[1]
-    if not graph.has_columns and not graph.is_wide(width) and graph.launch("graph_sums", width)[1] == 1:
+    if graph.is_small and not (graph.has_columns or graph.is_wide(own.messages.shape[1])):
         terms = own.messages.new_empty(graph.row_count)
         terms_of = (terms, INVERSE if is_row else INVERSE_ROOT, own.messages, own.upstream, output)
     gradient, _ = _kernel_times(graph, other.upstream, own.degrees, other.degrees, *factors, terms_of=terms_of)
@@ -230,18 +236,14 @@ def _messages_gradient(graph, own, other, output, is_row) -> tuple[Tensor, Tenso
 
 def _terms(own: Side, output: Tensor, messages_gradient: Tensor | None, is_row: bool) -> Tensor:
     """d_i = −(G_i·Y_i)/deg_i (row) or −(G_i·Y_i + H_i·dH_i)/(2 deg_i) (symmetric)."""
-    if not is_row:
-        products = (own.upstream * output).sum(dim=1) + (own.messages * messages_gradient).sum(dim=1)
-        return -products / (2 * own.degrees)
     rows, width = output.shape
-    if padded_width(width) > LARGEST_TERMS_WIDTH:
-        return -(own.upstream * output).sum(dim=1) / own.degrees
     terms = torch.empty_like(own.degrees)
-    product_type = triton.language.float64 if output.dtype == torch.float64 else triton.language.float32
+    sum_type = triton.language.float64 if output.dtype == torch.float64 else triton.language.float32
     with on_device(output):
         graph_terms[(triton.cdiv(rows, TERMS_ROWS),)](
-            terms, own.upstream, output, own.degrees, width, rows, TERMS_ROWS, padded_width(width), product_type
-        )
+            terms, own.upstream, output, own.messages, output if is_row else messages_gradient, own.degrees, width,
+            rows, SYMMETRIC=not is_row, BLOCK_ROWS=TERMS_ROWS, BLOCK_WIDTH=TERMS_WIDTH, SUM=sum_type,
+        )  # fmt: skip
     return terms
 
 
@@ -273,16 +275,15 @@ def _nodes_gradient(graph, own, other, terms, column_terms, is_row) -> Tensor:
     gradient = graph.nodes.new_empty(parts, *graph.nodes.shape)
     column_degrees = own.degrees if other.degrees is None else other.degrees
     with on_device(graph.nodes):
-        for piece in column_pieces(columns, graph.product.torch_type, factors):
+        for piece in graph.pieces(columns, factors, constants):
             piece_nodes, piece_messages, *piece_upstream = piece.matrices
             graph_gradients[grid](
                 graph.nodes, piece_nodes, own.messages, own.upstream, piece_messages,
                 piece_upstream[0] if has_upstream else piece_messages, own.degrees, column_degrees, terms,
                 column_terms[piece.start :], gradient, powers, graph.inverse_variance, graph.dim, width,
-                graph.row_count,
-                piece.count, graph.offset - piece.start, parts, int(piece.start > 0), HAS_UPSTREAM=has_upstream,
-                MESSAGE_FACTOR=message_factor, UPSTREAM_FACTOR=upstream_factor, SCALED=graph.product.scaled,
-                PREPARED=not graph.is_small, **constants,
+                graph.row_count, piece.count, graph.offset - piece.start, parts, int(piece.start > 0),
+                HAS_UPSTREAM=has_upstream, MESSAGE_FACTOR=message_factor, UPSTREAM_FACTOR=upstream_factor,
+                SCALED=graph.product.scaled, PREPARED=not graph.is_small, ALIGNED=piece.aligned, **constants,
             )  # fmt: skip
     return gradient[0] if parts == 1 else gradient.sum(dim=0)
 

@@ -13,6 +13,10 @@ from gkd_fast.kernels.tile import (
     bounded_exp2,
     column_range,
     convert,
+    divide_walk,
+    edge_tile,
+    inner_tile,
+    load_columns,
     load_rows,
     load_tile,
     load_vector,
@@ -23,7 +27,6 @@ from gkd_fast.kernels.tile import (
     store_rows,
     store_tile,
     store_vector,
-    touches_edge,
 )  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,14 +42,14 @@ OWN_INVERSE_ROOT = tl.constexpr(3)
 @triton.jit
 def adjacency(
     c, i, j, offset, column_count, slope, DIAGONAL: tl.constexpr, BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, POLYNOMIALS: tl.constexpr, EDGE: tl.constexpr = True,
 ):  # fmt: skip
-    """K·2^BOOST of a tile of similarities: DIAGONAL·2^BOOST on the diagonal, 0 in columns that do not exist."""
+    """K·2^BOOST of a tile of similarities: at an EDGE DIAGONAL·2^BOOST on the diagonal, 0 in missing columns."""
     exponents = c * slope - (slope - BOOST)
     if POLYNOMIALS != 0:
         exponents = tl.maximum(exponents, LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
     k = bounded_exp2(exponents, POLYNOMIALS)
-    if touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS):
+    if EDGE:
         k = replace_diagonal(k, i, j, offset, DIAGONAL * 2.0**BOOST, BLOCK_ROWS, BLOCK_COLUMNS)
         if DIAGONAL != 0:
             k = replace_missing(k, j, column_count, 0.0, BLOCK_COLUMNS)
@@ -54,25 +57,43 @@ def adjacency(
 
 
 @triton.jit
+def add_degrees(
+    total, rows, column_nodes, i, j, stop, offset, dim, slope, EDGE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    columns = load_columns(column_nodes, j, stop, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
+    c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    return total + tl.sum(
+        adjacency(c, i, j, offset, stop, slope, 1.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE), 1
+    )
+
+
+@triton.jit
 def degree_sums(
-    rows, column_nodes, i, start, stop, offset, dim, slope, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    rows, column_nodes, i, start, stop, offset, dim, slope, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """Σ_j K_ij of a loaded block of rows over columns start … stop."""
     total = tl.zeros([BLOCK_ROWS], SUM)
-    for j in range(start, stop, BLOCK_COLUMNS):
-        columns = load_rows(column_nodes, j, stop, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-        c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-        k = adjacency(c, i, j, offset, stop, slope, 1.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
-        total += tl.sum(k, 1)
+    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in range(0, whole - crossed):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, False, ALIGNED, BLOCK_ROWS,
+                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION, POLYNOMIALS)  # fmt: skip
+    for k in tl.range(0, crossed + rest, num_stages=1):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, True, ALIGNED, BLOCK_ROWS,
+                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION, POLYNOMIALS)  # fmt: skip
     return total
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_degree_sums(
     nodes, column_nodes, degrees, inverse_variance, dim, row_count, column_count, offset, parts, accumulate,
-    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """degrees[part, i] = Σ_j K_ij over the part's columns."""
     i = tl.program_id(0) * BLOCK_ROWS
@@ -80,8 +101,8 @@ def graph_degree_sums(
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
     rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
-    total = degree_sums(rows, column_nodes, i, start, stop, offset, dim, slope, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH, TYPE,
-                        SUM, PRECISION, POLYNOMIALS)  # fmt: skip
+    total = degree_sums(rows, column_nodes, i, start, stop, offset, dim, slope, ALIGNED, BLOCK_ROWS, BLOCK_COLUMNS,
+                        WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
     out = degrees + number(part, tl.int64) * row_count
     store_vector(out, total + load_vector(out, i, row_count * accumulate, BLOCK_ROWS), i, row_count, BLOCK_ROWS)
 
@@ -114,14 +135,44 @@ def load_values(
         return convert(load_rows(values, start, count, dim, BLOCK, WIDTH, SUM) * factor[:, None], TYPE)
 
 
+@triton.jit
+def add_values(
+    total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width, slope,
+    EDGE: tl.constexpr, DEGREES: tl.constexpr, COLUMN_FACTOR: tl.constexpr, BOOST: tl.constexpr, SCALED: tl.constexpr,
+    PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """Σ K_ij f_j values_j and Σ K_ij with those of the tile at (i, j) added."""
+    columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
+    if COLUMN_FACTOR == OWN_INVERSE_ROOT:
+        column = degree_sums(columns, column_nodes, j, 0, column_count, 0, dim, slope, ALIGNED, BLOCK_COLUMNS,
+                             BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
+        scaling = tl.rsqrt(column)
+        if SCALED:
+            scaling = scaling * tl.load(power)
+        v = load_rows(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, SUM)
+        v = convert(v * scaling[:, None], TYPE)
+    elif PREPARED:
+        v = load_columns(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
+    else:
+        v = load_values(values, column_degrees, power, j, column_count, width, COLUMN_FACTOR, SCALED, BLOCK_COLUMNS,
+                        VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+    c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    k = adjacency(c, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+    if DEGREES:
+        degrees += tl.sum(k, 1)
+    return add_product(convert(k, TYPE), v, total, PRECISION), degrees
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def graph_sums(
     nodes, column_nodes, values, row_degrees, column_degrees, output, sums, power, terms, messages, upstream, convolved,
     inverse_variance, dim, width, row_count, column_count, offset, parts, accumulate, is_last, DEGREES: tl.constexpr,
     COLUMN_FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr,
-    PREPARED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
+    PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """output_i = f_i Σ_j K_ij f_j values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij.
 
@@ -142,26 +193,21 @@ def graph_sums(
         along = tl.sum(g * load_rows(convolved, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM), 1)
     degrees = tl.zeros([BLOCK_ROWS], SUM)
     total = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], SUM)
-    for j in range(start, stop, BLOCK_COLUMNS):
-        columns = load_rows(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-        if COLUMN_FACTOR == OWN_INVERSE_ROOT:
-            column = degree_sums(columns, column_nodes, j, 0, column_count, 0, dim, slope, BLOCK_COLUMNS, BLOCK_COLUMNS,
-                                 WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
-            scaling = tl.rsqrt(column)
-            if SCALED:
-                scaling = scaling * tl.load(power)
-            v = load_rows(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, SUM)
-            v = convert(v * scaling[:, None], TYPE)
-        elif PREPARED:
-            v = load_rows(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE)
-        else:
-            v = load_values(values, column_degrees, power, j, column_count, width, COLUMN_FACTOR, SCALED, BLOCK_COLUMNS,
-                            VALUE_WIDTH, TYPE, SUM)  # fmt: skip
-        c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-        k = adjacency(c, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
-        if DEGREES:
-            degrees += tl.sum(k, 1)
-        total = add_product(convert(k, TYPE), v, total, PRECISION)
+    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in range(0, whole - crossed):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        total, degrees = add_values(
+            total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width,
+            slope, False, DEGREES, COLUMN_FACTOR, BOOST, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS,
+            BLOCK_COLUMNS, TYPE, SUM, PRECISION, POLYNOMIALS,
+        )  # fmt: skip
+    for k in tl.range(0, crossed + rest, num_stages=1):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        total, degrees = add_values(
+            total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width,
+            slope, True, DEGREES, COLUMN_FACTOR, BOOST, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS,
+            BLOCK_COLUMNS, TYPE, SUM, PRECISION, POLYNOMIALS,
+        )  # fmt: skip
     if SCALED:
         total = total * (2.0**-BOOST / tl.load(power))
         degrees = degrees * 2.0**-BOOST
@@ -171,8 +217,8 @@ def graph_sums(
         degrees += load_vector(sums + part_rows, i, row_count * accumulate, BLOCK_ROWS)
         store_vector(sums + part_rows, degrees, i, row_count, BLOCK_ROWS)
     if COLUMN_FACTOR == OWN_INVERSE_ROOT:
-        degrees = degree_sums(rows, column_nodes, i, 0, column_count, offset, dim, slope, BLOCK_ROWS, BLOCK_COLUMNS,
-                              WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
+        degrees = degree_sums(rows, column_nodes, i, 0, column_count, offset, dim, slope, ALIGNED, BLOCK_ROWS,
+                              BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
         store_vector(sums, degrees, i, row_count, BLOCK_ROWS)
     elif not DEGREES and (ROW_FACTOR != ONE or TERMS != ONE):
         row = tl.arange(0, BLOCK_ROWS)
@@ -187,16 +233,65 @@ def graph_sums(
     store_rows(before, total, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH)
 
 
+@triton.jit
+def along_rows(a, b, i, k, row_count, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr):
+    """a_i·b_i over columns k … k + BLOCK_WIDTH."""
+    row, column = i + tl.arange(0, BLOCK_ROWS), k + tl.arange(0, BLOCK_WIDTH)
+    mask = (row[:, None] < row_count) & (column[None, :] < width)
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
+    x, y = tl.load(a + place, mask=mask, other=0).to(SUM), tl.load(b + place, mask=mask, other=0).to(SUM)
+    return tl.sum(x * y, 1)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def graph_terms(
-    terms, upstream, convolved, degrees, width, row_count, BLOCK_ROWS: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    SUM: tl.constexpr,
+    terms, upstream, convolved, messages, messages_gradient, degrees, width, row_count, SYMMETRIC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The node terms −(G_i·Y_i)/deg_i of the "row" normalization."""
+    """The node terms −(G_i·Y_i)/deg_i, or if SYMMETRIC −(G_i·Y_i + H_i·dH_i)/(2 deg_i)."""
     i = tl.program_id(0) * BLOCK_ROWS
-    g = load_rows(upstream, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
-    along = tl.sum(g * load_rows(convolved, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM), 1)
+    along = tl.zeros([BLOCK_ROWS], SUM)
+    for k in range(0, width, BLOCK_WIDTH):
+        along += along_rows(upstream, convolved, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH, SUM)
+        if SYMMETRIC:
+            along += along_rows(messages, messages_gradient, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH, SUM)
+    if SYMMETRIC:
+        along = along * 0.5
     store_vector(terms, -along / load_vector(degrees, i, row_count, BLOCK_ROWS), i, row_count, BLOCK_ROWS)
+
+
+@triton.jit
+def add_nodes(
+    total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers, i, j,
+    column_count, offset, dim, width, slope, v, unscale, EDGE: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
+    MESSAGE_FACTOR: tl.constexpr, UPSTREAM_FACTOR: tl.constexpr, SCALED: tl.constexpr, PREPARED: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    POLYNOMIALS: tl.constexpr,
+):  # fmt: skip
+    """Σ M_ij e_j with that of the tile at (i, j) added."""
+    if PREPARED:
+        other = load_columns(column_messages, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
+    else:
+        other = load_values(column_messages, column_degrees, powers, j, column_count, width, MESSAGE_FACTOR, SCALED,
+                            BLOCK_COLUMNS, VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+    m = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    if HAS_UPSTREAM:
+        if PREPARED:
+            other = load_columns(column_upstream, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
+        else:
+            other = load_values(column_upstream, column_degrees, powers + 1, j, column_count, width, UPSTREAM_FACTOR,
+                                SCALED, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+        m = add_product(h, tl.trans(other), m, PRECISION)
+    if SCALED:
+        m = m * unscale
+    m += d[:, None]
+    if HAS_UPSTREAM:
+        m += load_vector(column_terms, j, column_count, BLOCK_COLUMNS)[None, :]
+    columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
+    c = product(rows, tl.trans(columns), PRECISION)
+    k = adjacency(c, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+    return add_product(convert(k * m * v, TYPE), columns, total, PRECISION)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -204,9 +299,9 @@ def graph_gradients(
     nodes, column_nodes, messages, upstream, column_messages, column_upstream, row_degrees, column_degrees, terms,
     column_terms, gradient, powers, inverse_variance, dim, width, row_count, column_count, offset, parts, accumulate,
     HAS_UPSTREAM: tl.constexpr, MESSAGE_FACTOR: tl.constexpr, UPSTREAM_FACTOR: tl.constexpr, SCALED: tl.constexpr,
-    PREPARED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
+    PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j, M_ij = v K_ij (G'_i·H'_j + H'_i·G'_j + d_i + d_j) off the diagonal, over the part's columns.
 
@@ -217,41 +312,36 @@ def graph_gradients(
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     v = tl.load(inverse_variance).to(SUM)
     slope = v * LOG2E
+    unscale = v
     if SCALED:
         unscale = 1 / (tl.load(powers) * tl.load(powers + 1))
         v = v * tl.load(powers + 2)
     rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
     g = load_values(upstream, row_degrees, powers + 1, i, row_count, width, UPSTREAM_FACTOR, SCALED, BLOCK_ROWS,
                     VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+    h = g
     if HAS_UPSTREAM:
         h = load_values(messages, row_degrees, powers, i, row_count, width, MESSAGE_FACTOR, SCALED, BLOCK_ROWS,
                         VALUE_WIDTH, TYPE, SUM)  # fmt: skip
     d = load_vector(terms, i, row_count, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
-    for j in range(start, stop, BLOCK_COLUMNS):
-        if PREPARED:
-            other = load_rows(column_messages, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE)
-        else:
-            other = load_values(column_messages, column_degrees, powers, j, column_count, width, MESSAGE_FACTOR, SCALED,
-                                BLOCK_COLUMNS, VALUE_WIDTH, TYPE, SUM)  # fmt: skip
-        m = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-        if HAS_UPSTREAM:
-            if PREPARED:
-                other = load_rows(column_upstream, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE)
-            else:
-                other = load_values(column_upstream, column_degrees, powers + 1, j, column_count, width,
-                                    UPSTREAM_FACTOR,
-                                    SCALED, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, SUM)  # fmt: skip
-            m = add_product(h, tl.trans(other), m, PRECISION)
-        if SCALED:
-            m = m * unscale
-        m += d[:, None]
-        if HAS_UPSTREAM:
-            m += load_vector(column_terms, j, column_count, BLOCK_COLUMNS)[None, :]
-        columns = load_rows(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-        c = product(rows, tl.trans(columns), PRECISION)
-        k = adjacency(c, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS)
-        total = add_product(convert(k * m * v, TYPE), columns, total, PRECISION)
+    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in range(0, whole - crossed):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        total = add_nodes(
+            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,
+            i, j, column_count, offset, dim, width, slope, v, unscale, False, HAS_UPSTREAM, MESSAGE_FACTOR,
+            UPSTREAM_FACTOR, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, SUM,
+            PRECISION, POLYNOMIALS,
+        )  # fmt: skip
+    for k in tl.range(0, crossed + rest, num_stages=1):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        total = add_nodes(
+            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,
+            i, j, column_count, offset, dim, width, slope, v, unscale, True, HAS_UPSTREAM, MESSAGE_FACTOR,
+            UPSTREAM_FACTOR, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, SUM,
+            PRECISION, POLYNOMIALS,
+        )  # fmt: skip
     if SCALED:
         total = total * (1 / tl.load(powers + 2))
     out = gradient + number(part, tl.int64) * row_count * dim

@@ -1,9 +1,12 @@
 """node_contrast on GPUs: the launches of ``node_contrast_tiles``, all wanted pairs or stages in one."""
 
+from collections.abc import Iterator
+
 import torch
 import triton
 from gkd_fast.kernels import node_contrast_strips as strips
 from gkd_fast.kernels.launch import (
+    Piece,
     architecture,
     column_pieces,
     divide,
@@ -21,7 +24,7 @@ from gkd_fast.kernels.node_contrast_tiles import (
     contrast_sums,
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
-from gkd_fast.kernels.table import largest_width, tiles
+from gkd_fast.kernels.table import Tiles, largest_width, tiles
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
@@ -69,9 +72,12 @@ class Problem:
 
     def constants(self, config) -> dict:
         return {
-            "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+            "STRIP": self.is_wide, "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             "num_warps": config.warps, "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
+
+    def pieces(self, columns: list[Tensor], config: Tiles) -> Iterator[Piece]:
+        return column_pieces(columns, self.product.torch_type, widths=[self.width] * len(columns), block=config.columns)
 
     def epilogue_constants(self) -> dict:
         return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "TYPE": self.product.TYPE, "SUM": self.product.SUM}
@@ -100,11 +106,11 @@ def node_contrast(
         own_shift, shift, shifts = row_shifts(problem, columns)
         keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
         shifts = losses if shifts is None else shifts
-        for piece in column_pieces(columns, problem.product.torch_type):
+        for piece in problem.pieces(columns, config):
             contrast_sums[(row_blocks, num_pairs * parts)](
                 tuple(problem.students), piece.matrices, tuple(columns), sums, partial, shifts, losses, log_sums,
                 problem.dim, rows, piece.count, offset, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
-                problem.scale, shift, STRIP=False, **keep, **problem.constants(config),
+                problem.scale, shift, ALIGNED=piece.aligned, **keep, **problem.constants(config),
             )  # fmt: skip
         if parts > 1:
             contrast_losses[(triton.cdiv(rows, EPILOGUE_ROWS), num_pairs)](
@@ -191,7 +197,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offse
     power = upstream
     if problem.product.scaled:
         power = power_of_two(upstream.abs().amax() / problem.temperature)
-    for piece in column_pieces(columns, problem.product.torch_type):
+    for piece in problem.pieces(columns, config):
         first, stop = piece.start, piece.start + piece.count
         by_piece = by_column and side is not None
         contrast_gradients[(row_blocks, parts * len(gradients))](
@@ -199,8 +205,8 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offse
             log_sums[:, first:stop].contiguous() if by_piece else log_sums, tuple(partial), power, problem.dim,
             problem.row_count, min(piece.count, count), offset, problem.wanted, _bits(needs), parts, int(first > 0),
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
-            STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled, STRIP=False,
-            **problem.constants(config),
+            STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled,
+            ALIGNED=piece.aligned, **problem.constants(config),
         )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):

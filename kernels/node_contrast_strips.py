@@ -16,7 +16,7 @@ LOG2E = 1 / math.log(2)
 
 def _launch(problem, rows: int) -> tuple[tuple[int, int], dict]:
     config = tiles("strip", problem.arch, problem.product.name, 16)
-    constants = problem.constants(config) | {"WIDTH": 16, "STRIP": True}
+    constants = problem.constants(config) | {"WIDTH": 16, "ALIGNED": False}
     return (triton.cdiv(rows, config.rows), 1), constants
 
 

@@ -7,6 +7,7 @@ from gkd_fast.kernels.tile import (
     add_product,
     column_range,
     convert,
+    load_columns,
     load_rows,
     load_tile,
     load_vector,
@@ -51,12 +52,36 @@ def load_own(
     return load_rows(matrix + number(offset, tl.int64) * dim, i, count, dim, BLOCK, WIDTH, TYPE).to(SUM)
 
 
+@triton.jit
+def add_weights(
+    z, total, rows, teacher, weighted, row_shift, i, j, row_count, column_count, dim, scale, EDGE: tl.constexpr,
+    KEEP: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Z and, with KEEP, W with those of the tile at (i, j) added; columns are missing only from one at an EDGE."""
+    if STRIP:
+        c = load_tile(teacher, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    else:
+        columns = load_columns(teacher, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
+        c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    weights = tl.exp2(c * scale - row_shift[:, None])
+    if EDGE:
+        weights = replace_missing(weights, j, column_count, 0.0, BLOCK_COLUMNS)
+    z += tl.sum(weights, 1)
+    if KEEP and STRIP:
+        store_tile(weighted, convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    elif KEEP:
+        total = add_product(convert(weights, TYPE), columns, total, PRECISION)
+    return z, total
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_sums(
     students, teachers, own, sums, weighted, shifts, losses, log_sums, dim, row_count, column_count, own_offset, wanted,
     parts, accumulate, is_last, scale: tl.float64, shift: tl.float64, S: tl.constexpr, T: tl.constexpr,
-    KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z and, with KEEP, W of one wanted pair over the part's columns; complete, they become losses and log-sums.
 
@@ -73,6 +98,7 @@ def contrast_sums(
     # Before the walk, when registers are free.
     if STRIP:
         own_similarity = load_vector(pick(own, pair % T), i, row_count, BLOCK_ROWS)
+        rows = own_similarity
     else:
         rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
         partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
@@ -83,22 +109,18 @@ def contrast_sums(
     else:
         row_shift = tl.zeros([BLOCK_ROWS], SUM) + number(shift, SUM)
     z = load_vector(sums + pair_rows, i, row_count * accumulate, BLOCK_ROWS)
+    total = z
     if KEEP and not STRIP:
         total = load_rows(weighted + pair_rows * dim, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
-    for j in range(start, stop, BLOCK_COLUMNS):
-        if STRIP:
-            c = load_tile(teacher, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-        else:
-            columns = load_rows(teacher, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-            c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-        weights = tl.exp2(c * scale - row_shift[:, None])
-        if j + BLOCK_COLUMNS > column_count:
-            weights = replace_missing(weights, j, column_count, 0.0, BLOCK_COLUMNS)
-        z += tl.sum(weights, 1)
-        if KEEP and STRIP:
-            store_tile(weighted, convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-        elif KEEP:
-            total = add_product(convert(weights, TYPE), columns, total, PRECISION)
+    ragged = tl.maximum(start, stop - (stop - start) % BLOCK_COLUMNS)
+    for j in range(start, ragged, BLOCK_COLUMNS):
+        z, total = add_weights(z, total, rows, teacher, weighted, row_shift, i, j, row_count, column_count, dim, scale,
+                               False, KEEP, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+                               PRECISION)  # fmt: skip
+    for j in tl.range(ragged, stop, BLOCK_COLUMNS, num_stages=1):
+        z, total = add_weights(z, total, rows, teacher, weighted, row_shift, i, j, row_count, column_count, dim, scale,
+                               True, KEEP, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+                               PRECISION)  # fmt: skip
     if (is_last != 0) & (parts == 1):
         store_contrast(z, row_shift, own_similarity * scale, losses + pair,
                        log_sums + number(place, tl.int64) * row_count, i, row_count, S * T, BLOCK_ROWS)  # fmt: skip
@@ -178,8 +200,8 @@ def contrast_gradients(
     rows, columns, own, upstream, own_upstream, log_sums, gradients, power, dim, row_count, column_count, own_offset,
     wanted, needed, parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64,
     STAGES: tl.constexpr, PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one stage: Σ over its partners of (1/τ)(Σ_j g P columns_j − g_own own_i).
 
@@ -213,7 +235,7 @@ def contrast_gradients(
             if STRIP:
                 logits = load_tile(matrix, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS) * scale
             else:
-                other = load_rows(matrix, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
+                other = load_columns(matrix, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
                 logits = product(mine, tl.trans(other), PRECISION) * scale
             if BY_COLUMN:
                 column = j + tl.arange(0, BLOCK_COLUMNS)
