@@ -200,7 +200,7 @@ class _Builder:
             )  # fmt: skip
 
     def graph_conv(self):
-        yield self._walk("graph_conv", graph_degree_sums, "forward", {"ALIGNED": True}, {}, products=1, bounded=1)
+        yield self._walk("graph_conv", graph_degree_sums, "forward", {"ALIGNED": True}, {}, products=1, exponentials=1)
         values = {"VALUE_WIDTH": self.width, "PREPARED": True, "ALIGNED": True, "SCALED": self.product.scaled}
         symmetric = {"DEGREES": False, "COLUMN_FACTOR": INVERSE_ROOT, "ROW_FACTOR": INVERSE_ROOT}
         row = {"DEGREES": True, "COLUMN_FACTOR": ONE, "ROW_FACTOR": INVERSE}
@@ -208,12 +208,12 @@ class _Builder:
             ("symmetric", symmetric), ("row", row),
         ):  # fmt: skip
             yield self._walk(
-                "graph_conv", graph_sums, "forward", constants | values | {"TERMS": ONE}, {}, products=2, bounded=1,
-                name=f"graph_sums, {name}", in_product_type=("values",),
+                "graph_conv", graph_sums, "forward", constants | values | {"TERMS": ONE}, {}, products=2,
+                exponentials=1, name=f"graph_sums, {name}", in_product_type=("values",),
             )  # fmt: skip
         constants = {"HAS_UPSTREAM": True, "MESSAGE_FACTOR": INVERSE_ROOT, "UPSTREAM_FACTOR": INVERSE_ROOT}
         yield self._walk(
-            "graph_conv", graph_gradients, "backward", constants | values, {}, products=4, bounded=1,
+            "graph_conv", graph_gradients, "backward", constants | values, {}, products=4, exponentials=1,
             in_product_type=("column_messages", "column_upstream"),
         )  # fmt: skip
         constants = {

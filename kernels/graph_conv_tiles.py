@@ -8,9 +8,7 @@ import triton
 import triton.language as tl
 from gkd_fast.kernels.tile import (
     COUNTS,
-    LEAST_EXPONENT,
     add_product,
-    bounded_exp2,
     column_range,
     convert,
     divide_walk,
@@ -42,13 +40,10 @@ OWN_INVERSE_ROOT = tl.constexpr(3)
 @triton.jit
 def adjacency(
     c, i, j, offset, column_count, slope, DIAGONAL: tl.constexpr, BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, POLYNOMIALS: tl.constexpr, EDGE: tl.constexpr = True,
+    BLOCK_COLUMNS: tl.constexpr, EDGE: tl.constexpr = True,
 ):  # fmt: skip
     """K·2^BOOST of a tile of similarities: at an EDGE DIAGONAL·2^BOOST on the diagonal, 0 in missing columns."""
-    exponents = c * slope - (slope - BOOST)
-    if POLYNOMIALS != 0:
-        exponents = tl.maximum(exponents, LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
-    k = bounded_exp2(exponents, POLYNOMIALS)
+    k = tl.exp2(c * slope - (slope - BOOST))
     if EDGE:
         k = replace_diagonal(k, i, j, offset, DIAGONAL * 2.0**BOOST, BLOCK_ROWS, BLOCK_COLUMNS)
         if DIAGONAL != 0:
@@ -60,20 +55,17 @@ def adjacency(
 def add_degrees(
     total, rows, column_nodes, i, j, stop, offset, dim, slope, EDGE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     columns = load_columns(column_nodes, j, stop, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
     c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    return total + tl.sum(
-        adjacency(c, i, j, offset, stop, slope, 1.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE), 1
-    )
+    return total + tl.sum(adjacency(c, i, j, offset, stop, slope, 1.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, EDGE), 1)
 
 
 @triton.jit
 def degree_sums(
     rows, column_nodes, i, start, stop, offset, dim, slope, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """Σ_j K_ij of a loaded block of rows over columns start … stop."""
     total = tl.zeros([BLOCK_ROWS], SUM)
@@ -81,11 +73,11 @@ def degree_sums(
     for k in range(0, whole - crossed):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
         total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, False, ALIGNED, BLOCK_ROWS,
-                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION, POLYNOMIALS)  # fmt: skip
+                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION)  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, True, ALIGNED, BLOCK_ROWS,
-                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION, POLYNOMIALS)  # fmt: skip
+                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION)  # fmt: skip
     return total
 
 
@@ -93,7 +85,7 @@ def degree_sums(
 def graph_degree_sums(
     nodes, column_nodes, degrees, inverse_variance, dim, row_count, column_count, offset, parts, accumulate,
     ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """degrees[part, i] = Σ_j K_ij over the part's columns."""
     i = tl.program_id(0) * BLOCK_ROWS
@@ -102,7 +94,7 @@ def graph_degree_sums(
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
     rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
     total = degree_sums(rows, column_nodes, i, start, stop, offset, dim, slope, ALIGNED, BLOCK_ROWS, BLOCK_COLUMNS,
-                        WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
+                        WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
     out = degrees + number(part, tl.int64) * row_count
     store_vector(out, total + load_vector(out, i, row_count * accumulate, BLOCK_ROWS), i, row_count, BLOCK_ROWS)
 
@@ -141,13 +133,13 @@ def add_values(
     EDGE: tl.constexpr, DEGREES: tl.constexpr, COLUMN_FACTOR: tl.constexpr, BOOST: tl.constexpr, SCALED: tl.constexpr,
     PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ K_ij f_j values_j and Σ K_ij with those of the tile at (i, j) added."""
     columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
     if COLUMN_FACTOR == OWN_INVERSE_ROOT:
         column = degree_sums(columns, column_nodes, j, 0, column_count, 0, dim, slope, ALIGNED, BLOCK_COLUMNS,
-                             BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
+                             BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
         scaling = tl.rsqrt(column)
         if SCALED:
             scaling = scaling * tl.load(power)
@@ -159,7 +151,7 @@ def add_values(
         v = load_values(values, column_degrees, power, j, column_count, width, COLUMN_FACTOR, SCALED, BLOCK_COLUMNS,
                         VALUE_WIDTH, TYPE, SUM)  # fmt: skip
     c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    k = adjacency(c, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+    k = adjacency(c, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
     if DEGREES:
         degrees += tl.sum(k, 1)
     return add_product(convert(k, TYPE), v, total, PRECISION), degrees
@@ -172,7 +164,7 @@ def graph_sums(
     COLUMN_FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr,
     PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output_i = f_i Σ_j K_ij f_j values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij.
 
@@ -199,14 +191,14 @@ def graph_sums(
         total, degrees = add_values(
             total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width,
             slope, False, DEGREES, COLUMN_FACTOR, BOOST, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS,
-            BLOCK_COLUMNS, TYPE, SUM, PRECISION, POLYNOMIALS,
+            BLOCK_COLUMNS, TYPE, SUM, PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
             total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width,
             slope, True, DEGREES, COLUMN_FACTOR, BOOST, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS,
-            BLOCK_COLUMNS, TYPE, SUM, PRECISION, POLYNOMIALS,
+            BLOCK_COLUMNS, TYPE, SUM, PRECISION,
         )  # fmt: skip
     if SCALED:
         total = total * (2.0**-BOOST / tl.load(power))
@@ -218,7 +210,7 @@ def graph_sums(
         store_vector(sums + part_rows, degrees, i, row_count, BLOCK_ROWS)
     if COLUMN_FACTOR == OWN_INVERSE_ROOT:
         degrees = degree_sums(rows, column_nodes, i, 0, column_count, offset, dim, slope, ALIGNED, BLOCK_ROWS,
-                              BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION, POLYNOMIALS)  # fmt: skip
+                              BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
         store_vector(sums, degrees, i, row_count, BLOCK_ROWS)
     elif not DEGREES and (ROW_FACTOR != ONE or TERMS != ONE):
         row = tl.arange(0, BLOCK_ROWS)
@@ -267,7 +259,6 @@ def add_nodes(
     MESSAGE_FACTOR: tl.constexpr, UPSTREAM_FACTOR: tl.constexpr, SCALED: tl.constexpr, PREPARED: tl.constexpr,
     ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """Σ M_ij e_j with that of the tile at (i, j) added."""
     if PREPARED:
@@ -290,7 +281,7 @@ def add_nodes(
         m += load_vector(column_terms, j, column_count, BLOCK_COLUMNS)[None, :]
     columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
     c = product(rows, tl.trans(columns), PRECISION)
-    k = adjacency(c, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+    k = adjacency(c, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
     return add_product(convert(k * m * v, TYPE), columns, total, PRECISION)
 
 
@@ -301,7 +292,7 @@ def graph_gradients(
     HAS_UPSTREAM: tl.constexpr, MESSAGE_FACTOR: tl.constexpr, UPSTREAM_FACTOR: tl.constexpr, SCALED: tl.constexpr,
     PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j, M_ij = v K_ij (G'_i·H'_j + H'_i·G'_j + d_i + d_j) off the diagonal, over the part's columns.
 
@@ -332,7 +323,7 @@ def graph_gradients(
             total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,
             i, j, column_count, offset, dim, width, slope, v, unscale, False, HAS_UPSTREAM, MESSAGE_FACTOR,
             UPSTREAM_FACTOR, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, SUM,
-            PRECISION, POLYNOMIALS,
+            PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
@@ -340,7 +331,7 @@ def graph_gradients(
             total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,
             i, j, column_count, offset, dim, width, slope, v, unscale, True, HAS_UPSTREAM, MESSAGE_FACTOR,
             UPSTREAM_FACTOR, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, SUM,
-            PRECISION, POLYNOMIALS,
+            PRECISION,
         )  # fmt: skip
     if SCALED:
         total = total * (1 / tl.load(powers + 2))
@@ -353,7 +344,7 @@ def graph_gradients(
 def graph_strip(
     similarities, products, weights, sums, terms, column_terms, powers, inverse_variance, row_count, column_count,
     offset, accumulate, GRADIENT: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Wide rows: weights K and sums_i = Σ_j K_ij, or with GRADIENT weights M, from strips [row_count, column_count].
 
@@ -366,7 +357,7 @@ def graph_strip(
     for j in range(0, column_count, BLOCK_COLUMNS):
         c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
         k = adjacency(c, i, j, offset, column_count, v * LOG2E, 0.0 if GRADIENT else 1.0, BOOST, BLOCK_ROWS,
-                      BLOCK_COLUMNS, POLYNOMIALS)  # fmt: skip
+                      BLOCK_COLUMNS)  # fmt: skip
         if GRADIENT:
             m = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
             if SCALED:

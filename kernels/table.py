@@ -12,8 +12,8 @@ Key = tuple[str, str, str, int]  # kernel, architecture, product type, width
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
-# Of every two neighbouring entries, how many bounded exponentials go to the float units.
-POLYNOMIALS = {"sm_80": 1, "sm_86": 2, "sm_90": 2, "sm_100": 2, "gfx942": 0}
+# Of every two neighbouring entries, how many of relation_kl's bounded exponentials go to the float units.
+POLYNOMIALS = {"sm_80": 0, "sm_86": 1, "sm_90": 1, "sm_100": 0, "gfx942": 0}
 
 KERNELS = (
     "relation_sums", "relation_gradients", "contrast_sums", "contrast_gradients", "graph_degree_sums", "graph_sums",

@@ -16,7 +16,6 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Added to a float32 of at most 2^22, it leaves the nearest integer, plus the bias of exponents, in the lowest bits.
 ROUND_TO_EXPONENT = tl.constexpr(1.5 * 2.0**23 + 127)
-LEAST_EXPONENT = tl.constexpr(-126.0)
 
 # The minimax polynomial of 2^f on [−½, ½], degree 5, lowest first; its relative error is 7.5e-8.
 POLYNOMIAL_0 = tl.constexpr(1.0000000716546822)

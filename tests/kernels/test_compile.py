@@ -43,7 +43,7 @@ def complaints(spec: Specialization) -> list[str]:
     if binary.shared_bytes > SHARED_MEMORY[spec.arch]:
         found.append(f"{binary.shared_bytes} bytes of shared memory, limit {SHARED_MEMORY[spec.arch]}")
     matrix = MATRIX[spec.arch].get(spec.dtype, MATRIX[spec.arch][None])
-    if spec.arch == "sm_90" and spec.block_rows < 64:
+    if matrix == "HGMMA" and spec.block_rows < 64:
         matrix = "HMMA"  # the warpgroup's instruction takes 64 rows
     if spec.exemption is None and not binary.has(matrix):
         found.append(f"no {matrix} instruction")
