@@ -199,7 +199,9 @@ def plan(work: Work) -> Plan:
     """Of one direction alone; gradients to students, or to nodes and messages."""
     forward, stages = work.direction == "forward", work.stages
     if work.op == "relation_kl":
-        return Plan(("relation_sums",) if forward else ("relation_factors", "relation_gradients"), 2 * stages)
+        return Plan(
+            ("relation_sums",) if forward else ("relation_factors", "relation_gradients"), relation_copies(work)
+        )
     if work.op == "node_contrast":
         from gkd_fast.ops.node_contrast import KEEP_WEIGHTED_BYTES
 
@@ -211,6 +213,20 @@ def plan(work: Work) -> Plan:
     if forward:
         return Plan(("graph_degree_sums", "graph_sums, symmetric"), 3)
     return Plan(("graph_sums, symmetric", "graph_terms", "graph_gradients"), 5)
+
+
+def relation_copies(work: Work) -> int:
+    """How many matrices are copied: each stage of a launch, as rows and, for every piece of the rows, as columns."""
+    from gkd_fast.kernels import launch, table
+
+    name = "relation_sums" if work.direction == "forward" else "relation_gradients"
+    (arch,) = (device.arch for device in devices.DEVICES if device.name == work.device)
+    width = launch.padded_width(work.dim)
+    S, T = (min(work.stages, most) for most in table.relation_group(name, arch, work.dtype, width))
+    groups = -(-work.stages // S) * -(-work.stages // T)
+    in_one_piece = work.batch * (S + T) * width * COPIED_TYPES.get(work.dtype, 0) <= launch.COLUMN_BYTES
+    passes = 1 if in_one_piece else 1 + -(-work.batch // launch.ROWS_AT_A_TIME)
+    return groups * (S + T) * passes
 
 
 def time_rows(kernels: list[KernelReport]) -> dict[Work, tuple[float, str]]:
@@ -337,12 +353,18 @@ def triton_version() -> str:
 def memory_table(batch: int, dim: int) -> tuple[list[str], list[list[str]]]:
     from bench.gpu import allocations
 
+    variants: dict[str, list[tuple[str, dict]]] = {
+        "relation_kl": [("", {})],
+        "node_contrast": [(", weighted sums kept", {}), (", recomputed", {"keep_weighted": False})],
+        "graph_conv": [(f", {name}", {"normalization": name}) for name in ("symmetric", "row")],
+    }
     rows = []
-    for op in cases.OPS:
-        for dtype in ("bfloat16", "float32"):
-            extra = allocations.op_peak(op, batch, dim, 1, dtype)
-            unit = allocations.unit_row_bytes(op, batch, dim, 1)
-            rows.append([op, dtype, f"{batch:,}", str(dim), report.megabytes(extra), report.megabytes(unit)])
+    for op, options in variants.items():
+        for name, option in options:
+            for dtype in ("bfloat16", "float16", "float32"):
+                extra = allocations.op_peak(op, batch, dim, 1, dtype, **option)
+                unit = allocations.unit_row_bytes(op, batch, dim, 1)
+                rows.append([op + name, dtype, f"{batch:,}", str(dim), report.megabytes(extra), report.megabytes(unit)])
     return ["op", "type", "B", "D", "op alone, MB", "float32 unit rows, MB"], rows
 
 

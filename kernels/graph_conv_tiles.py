@@ -74,7 +74,7 @@ def degree_sums(
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
         total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, False, ALIGNED, BLOCK_ROWS,
                             BLOCK_COLUMNS, WIDTH, TYPE, PRECISION)  # fmt: skip
-    for k in tl.range(0, crossed + rest, num_stages=1):
+    for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, True, ALIGNED, BLOCK_ROWS,
                             BLOCK_COLUMNS, WIDTH, TYPE, PRECISION)  # fmt: skip
@@ -193,7 +193,7 @@ def graph_sums(
             slope, False, DEGREES, COLUMN_FACTOR, BOOST, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS,
             BLOCK_COLUMNS, TYPE, SUM, PRECISION,
         )  # fmt: skip
-    for k in tl.range(0, crossed + rest, num_stages=1):
+    for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
             total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width,
@@ -317,7 +317,7 @@ def graph_gradients(
     d = load_vector(terms, i, row_count, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
-    for k in range(0, whole - crossed):
+    for k in tl.range(0, whole - crossed, disable_licm=True):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
         total = add_nodes(
             total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,
@@ -325,7 +325,7 @@ def graph_gradients(
             UPSTREAM_FACTOR, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, SUM,
             PRECISION,
         )  # fmt: skip
-    for k in tl.range(0, crossed + rest, num_stages=1):
+    for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total = add_nodes(
             total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,

@@ -157,23 +157,36 @@ def column_pieces(
         yield Piece(0, count, tuple(columns), True, exact and count % block == 0)
         return
     stored = widths or [x.shape[1] for x in columns]
-    row_bytes = sum(stored) * dtype.itemsize
-    step = min(count, most or max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH))
-    length = triton.cdiv(step, block) * block
-    copies = [x.new_empty(length, width, dtype=dtype) for x, width in zip(columns, stored, strict=True)]
-    for x, copy in zip(columns, copies, strict=True):
+    step = min(count, most or _rows_of_a_copy(sum(stored) * dtype.itemsize))
+    copies = _copies(columns, dtype, stored, triton.cdiv(step, block) * block)
+    yield from _copied(columns, copies, step, factors, widths is not None)
+
+
+def _rows_of_a_copy(row_bytes: int) -> int:
+    return max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH)
+
+
+def _copies(matrices: Sequence[Tensor], dtype: torch.dtype, widths: Sequence[int], length: int) -> list[Tensor]:
+    copies = [x.new_empty(length, width, dtype=dtype) for x, width in zip(matrices, widths, strict=True)]
+    for x, copy in zip(matrices, copies, strict=True):
         copy[:, x.shape[1] :] = 0
+    return copies
+
+
+def _copied(matrices, copies, step: int, factors, aligned: bool) -> Iterator[Piece]:
+    """Pieces of ``step`` rows, one after another in the same ``copies``."""
+    count = len(matrices[0])
     for start in range(0, count, step):
         stop = min(start + step, count)
-        for x, factor, copy in zip(columns, factors, copies, strict=True):
+        for x, factor, copy in zip(matrices, factors, copies, strict=True):
             here = copy[: stop - start, : x.shape[1]]
             if factor is None:
                 here.copy_(x[start:stop])
             else:
                 torch.mul(x[start:stop], factor[start:stop, None], out=here)
             copy[stop - start :] = 0
-        matrices = [copy if widths else copy[: stop - start] for copy in copies]
-        yield Piece(start, stop - start, tuple(matrices), stop == count, widths is not None)
+        pieces = copies if aligned else [copy[: stop - start] for copy in copies]
+        yield Piece(start, stop - start, tuple(pieces), stop == count, aligned)
 
 
 def row_and_column_pieces(
@@ -183,21 +196,23 @@ def row_and_column_pieces(
 
     Matrix units read a program's own rows from shared memory at once only if the kernel need not convert them.
     """
-    widths = [width] * len(rows)
-
-    def pieces(matrices: Sequence[Tensor], most: int | None = None) -> Iterator[Piece]:
-        return column_pieces(matrices, dtype, most=most, widths=widths, block=block)
-
-    first = next(pieces(columns))
-    if rows is columns and first.is_last:
-        yield first, first
-    elif rows[0].dtype == dtype or not first.aligned:
+    widths, none = [width] * len(rows), [None] * len(rows)
+    if rows[0].dtype == dtype or len(columns[0]) <= SMALL_BATCH:
         whole = Piece(0, len(rows[0]), tuple(rows), True)
-        yield from ((whole, piece) for piece in pieces(columns))
-    else:
-        del first
-        for own in pieces(rows, ROWS_AT_A_TIME):
-            yield from ((own, piece) for piece in pieces(columns))
+        for piece in column_pieces(columns, dtype, widths=widths, block=block):
+            yield whole, piece
+        return
+    step = min(len(columns[0]), _rows_of_a_copy(sum(widths) * dtype.itemsize))
+    copies = _copies(columns, dtype, widths, triton.cdiv(step, block) * block)
+    if rows is columns and step == len(columns[0]):
+        for piece in _copied(columns, copies, step, none, True):
+            yield piece, piece
+        return
+    row_step = min(len(rows[0]), ROWS_AT_A_TIME)
+    row_copies = _copies(rows, dtype, widths, triton.cdiv(row_step, block) * block)
+    for own in _copied(rows, row_copies, row_step, none, True):
+        for piece in _copied(columns, copies, step, none, True):
+            yield own, piece
 
 
 def power_of_two(bound: Tensor) -> Tensor:

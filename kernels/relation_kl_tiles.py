@@ -29,6 +29,7 @@ from gkd_fast.kernels.tile import (
     store_rows,
     store_tile,
     store_vector,
+    touches_edge,
 )  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -40,9 +41,16 @@ def relations(
     c, i, j, offset, column_count, inner, MISSING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     POLYNOMIALS: tl.constexpr, EDGE: tl.constexpr = True,
 ):  # fmt: skip
-    """R of a tile of similarities: at an EDGE 0 on the diagonal, MISSING, unless that is 0, in missing columns."""
+    """R of a tile of similarities: at an EDGE 0 on the diagonal, MISSING, unless that is 0, in missing columns.
+
+    EDGE None: found out when the kernel runs.
+    """
     r = bounded_exp2(c * inner - inner, POLYNOMIALS)
-    if EDGE:
+    if EDGE is None:
+        at_edge = touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    else:
+        at_edge = EDGE
+    if at_edge:
         r = replace_diagonal(r, i, j, offset, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
         if MISSING != 0:
             r = replace_missing(r, j, column_count, MISSING, BLOCK_COLUMNS)
@@ -113,7 +121,7 @@ def relation_sums(
         total = add_sums(total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S, T,
                          False, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
                          POLYNOMIALS)  # fmt: skip
-    for k in tl.range(0, crossed + rest, num_stages=1):
+    for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total = add_sums(total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S, T,
                          True, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
@@ -401,21 +409,30 @@ def relation_gradients(
         if (WANTED >> q) & 1 and not STRIP:
             total = total + (tl.zeros([BLOCK_ROWS, WIDTH], SUM),)
     mine = load_row_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT)
-    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
-    for k in range(0, whole - crossed):
-        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
-        total = add_gradients(
-            total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset, inner,
-            outer, S, T, WANTED, OWN_SHIFT, False, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
-            POLYNOMIALS,
-        )  # fmt: skip
-    for k in tl.range(0, crossed + rest, num_stages=1):
-        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
-        total = add_gradients(
-            total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset, inner,
-            outer, S, T, WANTED, OWN_SHIFT, True, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
-            POLYNOMIALS,
-        )  # fmt: skip
+    # A second loop for the edges would cost operands of 32 bits their registers.
+    if TYPE.primitive_bitwidth > 16:
+        for j in range(start, stop, BLOCK_COLUMNS):
+            total = add_gradients(
+                total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset,
+                inner, outer, S, T, WANTED, OWN_SHIFT, None, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+                PRECISION, POLYNOMIALS,
+            )  # fmt: skip
+    else:
+        whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+        for k in range(0, whole - crossed):
+            j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+            total = add_gradients(
+                total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset,
+                inner, outer, S, T, WANTED, OWN_SHIFT, False, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+                PRECISION, POLYNOMIALS,
+            )  # fmt: skip
+        for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
+            j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+            total = add_gradients(
+                total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset,
+                inner, outer, S, T, WANTED, OWN_SHIFT, True, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+                PRECISION, POLYNOMIALS,
+            )  # fmt: skip
     if not STRIP:
         if SCALED:
             unscale = 1.0 / tl.load(power)

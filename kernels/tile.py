@@ -202,6 +202,13 @@ def bounded_exp2(x, HALVES: tl.constexpr):
 
 
 @triton.jit
+def touches_edge(i, j, offset, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Whether the tile at (i, j) holds a diagonal entry or columns that do not exist."""
+    own = i + offset - j
+    return ((own > -BLOCK_ROWS) & (own < BLOCK_COLUMNS)) | (j + BLOCK_COLUMNS > column_count)
+
+
+@triton.jit
 def replace_diagonal(tile, i, j, offset, value, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """The tile at (i, j) with ``value`` where column j + x is row i + r's own."""
     own = tl.arange(0, BLOCK_ROWS) + (i + offset - j)

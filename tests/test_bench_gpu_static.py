@@ -230,15 +230,15 @@ def test_the_plans_name_kernels_of_the_catalogue(stages):
         specs = kernels.specializations("sm_90", "bfloat16", 128, (stages, stages))
     assert {spec.op for spec in specs} == {*cases.OPS, "unit_rows"}
     for op in {spec.op for spec in specs}:
-        names = {(spec.kernel, spec.direction) for spec in specs if spec.op == op}
+        names = {spec.kernel for spec in specs if spec.op == op}
         for direction in gpu_static.DIRECTIONS:
             for batch in (1024, 2**20):
                 plan = gpu_static.plan(gpu_static.Work("H100", op, direction, "bfloat16", 128, stages, batch))
-                assert plan.kernels and {(name, direction) for name in plan.kernels} <= names
+                assert plan.kernels and set(plan.kernels) <= names
 
 
 @pytest.mark.parametrize(
-    ("op", "megabytes"), [("relation_kl", 32), ("graph_conv", 48), ("node_contrast", 4 + 262_144 * 128 * 4 / 1e6)]
+    ("op", "megabytes"), [("relation_kl", 32), ("graph_conv", 32), ("node_contrast", 4 + 262_144 * 128 * 4 / 1e6)]
 )
 def test_memory_of_a_large_batch_is_bounded(op, megabytes):
     """Beyond inputs, outputs and gradients; node_contrast keeps its weighted sums [B, D], as its operator says."""

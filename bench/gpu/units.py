@@ -7,6 +7,7 @@ each). Units that work beside it (:data:`BESIDE`): ``copies`` (asynchronous writ
 unit's reads from it) and ``cache`` (bytes from the second-level cache). ``issue`` counts every instruction.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -102,11 +103,13 @@ def _matrix_costs(clocks: float, shared_bytes: float, device: Device) -> Counter
     return Counter(matrix=max(clocks, reading), copies=reading)
 
 
-def _warp_multiply_adds(digits: str) -> int:
-    """16816 is 16 × 8 × 16; 884 is 8 × 8 × 4."""
-    if digits == "884":
+def _warp_multiply_adds(shape: str) -> int:
+    """16816 is 16 × 8 × 16; 884 and 8x8x4 are 8 × 8 × 4."""
+    if "x" in shape:
+        return math.prod(int(size) for size in shape.split("x"))
+    if shape == "884":
         return 8 * 8 * 4
-    return 16 * 8 * int(digits.removeprefix("168"))
+    return 16 * 8 * int(shape.removeprefix("168"))
 
 
 def _width(modifiers: list[str]) -> int:

@@ -25,7 +25,7 @@ WIDE_LOADS = r"LDG\.E\.128|LDG\.E\.\w*\.?128|LDGSTS\.E\.(\w+\.)*128|UTMALDG|(glo
 FULL_TYPES, FULL_WIDTHS = ("bfloat16", "float16", "tf32"), (64, 128, 256)
 OTHER_TYPES = ("tf32x3", "float32", "float64")
 # Six operands of 32 bits a row leave this kernel no larger tile in the memory of these two.
-SMALLER_TILES = (("sm_80", "tf32", "graph_gradients"), ("sm_86", "tf32", "graph_gradients"))
+SMALLER_TILES = (("sm_80", "tf32", 128, "graph_gradients"), ("sm_86", "tf32", 64, "graph_gradients"))
 
 # All combinations take long: `make test-kernels` compiles them, `make test` these.
 ALWAYS = [("sm_90", "bfloat16", 128), ("gfx942", "bfloat16", 64), ("sm_90", "float16", 512)]
@@ -49,7 +49,7 @@ def complaints(spec: Specialization) -> list[str]:
         found.append(f"no {matrix} instruction")
     if spec.products and not binary.has(WIDE_LOADS):
         found.append("no load of 16 bytes")
-    may_be_small = (spec.arch, spec.dtype, spec.kernel) in SMALLER_TILES
+    may_be_small = (spec.arch, spec.dtype, spec.dim, spec.kernel) in SMALLER_TILES
     if (
         spec.products
         and not may_be_small
