@@ -140,7 +140,8 @@ def add_values(
     if COLUMN_FACTOR == OWN_INVERSE_ROOT:
         column = degree_sums(columns, column_nodes, j, 0, column_count, 0, dim, slope, ALIGNED, BLOCK_COLUMNS,
                              BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
-        scaling = tl.rsqrt(column)
+        # Columns that do not exist may have degree 0.
+        scaling = tl.where(tl.arange(0, BLOCK_COLUMNS) < column_count - j, tl.rsqrt(column), 0.0)
         if SCALED:
             scaling = scaling * tl.load(power)
         v = load_rows(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, SUM)
