@@ -25,6 +25,7 @@ from gkd_fast.kernels.tile import (
     store_rows,
     store_tile,
     store_vector,
+    touches_edge,
 )  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,9 +43,16 @@ def adjacency(
     c, i, j, offset, column_count, slope, DIAGONAL: tl.constexpr, BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, EDGE: tl.constexpr = True,
 ):  # fmt: skip
-    """K·2^BOOST of a tile of similarities: at an EDGE DIAGONAL·2^BOOST on the diagonal, 0 in missing columns."""
+    """K·2^BOOST of a tile of similarities: at an EDGE DIAGONAL·2^BOOST on the diagonal, 0 in missing columns.
+
+    EDGE None: found out when the kernel runs.
+    """
     k = tl.exp2(c * slope - (slope - BOOST))
-    if EDGE:
+    if EDGE is None:
+        at_edge = touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    else:
+        at_edge = EDGE
+    if at_edge:
         k = replace_diagonal(k, i, j, offset, DIAGONAL * 2.0**BOOST, BLOCK_ROWS, BLOCK_COLUMNS)
         if DIAGONAL != 0:
             k = replace_missing(k, j, column_count, 0.0, BLOCK_COLUMNS)
@@ -358,7 +366,7 @@ def graph_strip(
     for j in range(0, column_count, BLOCK_COLUMNS):
         c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
         k = adjacency(c, i, j, offset, column_count, v * LOG2E, 0.0 if GRADIENT else 1.0, BOOST, BLOCK_ROWS,
-                      BLOCK_COLUMNS)  # fmt: skip
+                      BLOCK_COLUMNS, None)  # fmt: skip
         if GRADIENT:
             m = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
             if SCALED:
