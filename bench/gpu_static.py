@@ -361,7 +361,7 @@ def memory_table(batch: int, dim: int) -> tuple[list[str], list[list[str]]]:
     rows = []
     for op, options in variants.items():
         for name, option in options:
-            for dtype in ("bfloat16", "float16", "float32"):
+            for dtype in ("bfloat16", "float16"):
                 extra = allocations.op_peak(op, batch, dim, 1, dtype, **option)
                 unit = allocations.unit_row_bytes(op, batch, dim, 1)
                 rows.append([op + name, dtype, f"{batch:,}", str(dim), report.megabytes(extra), report.megabytes(unit)])
