@@ -116,10 +116,7 @@ class _Call:
     def first_pass(self, inputs: Tensors) -> list[Tensor]:
         """The outputs of all parts, without gradient."""
         with torch.no_grad():
-            outputs = [torch.cat(rows) for rows in zip(*(self.run(part) for part in self.cut(inputs)))]
-        # Autocast's copies of the parameters, made without gradient, must not serve a later pass with it.
-        torch.clear_autocast_cache()
-        return outputs
+            return [torch.cat(rows) for rows in zip(*(self.run(part) for part in self.cut(inputs)))]
 
     def prepare_replay(
         self, roots: Sequence[nn.Module], parameters: Sequence[nn.Parameter], inputs: Sequence[Tensor]
@@ -156,7 +153,6 @@ class _Call:
             for settings in self.autocast:
                 stack.enter_context(torch.autocast(**settings))
             outputs = self.run(inputs)
-        torch.clear_autocast_cache()
         variables = [*self.parameters, *inputs]
         if not self.leaves_checked:
             _check_leaves(outputs, variables)

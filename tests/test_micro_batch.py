@@ -114,13 +114,15 @@ def test_without_the_random_state_the_second_pass_would_differ(monkeypatch):
     assert error(problem.loss_and_gradients(in_parts(3)), expected) > 1e-2
 
 
-def test_activations_are_those_of_one_part():
-    """Bytes that autograd holds at once, beyond parameters and images."""
+@pytest.mark.parametrize("order", [1, 2])
+def test_activations_are_those_of_one_part(order):
+    """Bytes that autograd holds at once, beyond parameters, images and upstreams of the outputs."""
     network, images = Network().to(D64), torch.randn(64, 1, 8, 8, dtype=D64)
+    upstreams = [torch.randn(64, d, dtype=D64, requires_grad=True) for d in (CLASSES, 4)]
+    kept = {x.untyped_storage().data_ptr() for x in (*network.parameters(), images, *upstreams)}
 
-    def peak(run) -> int:
+    def peak(run, samples: int = 64) -> int:
         alive = most = 0
-        kept = {x.untyped_storage().data_ptr() for x in (*network.parameters(), images)}
 
         class Saved:
             def __init__(self, tensor):
@@ -135,11 +137,15 @@ def test_activations_are_those_of_one_part():
                 alive -= self.size
 
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-            logits, features = run(network, images)
-            (logits.sum() + features[0].sum()).backward()
+            logits, features = run(network, images[:samples])
+            given, parameters = [x[:samples] for x in upstreams], list(network.parameters())
+            gradients = torch.autograd.grad([logits, features[0]], parameters, given, create_graph=order == 2)
+            if order == 2:
+                ones = [torch.ones_like(g) for g in gradients]
+                torch.autograd.grad(gradients, [*parameters, *upstreams], ones, allow_unused=True)
         return most
 
-    one_part = peak(lambda network, images: network(images[:8]))
+    one_part = peak(whole, samples=8)
     assert peak(whole) >= 7 * one_part
     assert peak(in_parts(8)) <= one_part
 
@@ -152,9 +158,12 @@ def test_batch_norm_takes_the_statistics_of_each_part_and_updates_once():
     torch.manual_seed(1)
     loss = problem.loss(in_parts(4))
     after = [b.clone() for b in buffers.values()]
+    torch.rand(5)
+    random_state = torch.get_rng_state()
     problem.network.eval()  # the second pass is in the mode of the first
     found = [loss.detach(), *torch.autograd.grad(loss, problem.parameters())]
     assert error(found, expected) <= 1e-12
+    assert torch.equal(torch.get_rng_state(), random_state)
     for b, other, value in zip(problem.network.buffers(), twin.network.buffers(), after, strict=True):
         assert torch.equal(b, value) and torch.equal(b, other)
     assert all(b is buffers[name] for name, b in problem.network.named_buffers())
@@ -236,6 +245,13 @@ def test_parts_are_summed_in_float32():
     layer = nn.Linear(1, 1).bfloat16()
     micro_batched(layer, torch.ones(300, 1, dtype=torch.bfloat16), micro_batch=1).sum().backward()
     assert layer.weight.grad.dtype == torch.bfloat16 and layer.weight.grad.item() == 300  # in bfloat16: 256
+
+
+def test_parameters_whose_gradient_is_one_tensor():
+    pair = nn.ParameterList([torch.ones(3, dtype=D64), torch.zeros(3, dtype=D64)])
+    x = torch.randn(7, 3, dtype=D64)
+    micro_batched(lambda x: x * (pair[0] + pair[1]), x, micro_batch=2, modules=pair).sum().backward()
+    assert error([p.grad for p in pair], [x.sum(dim=0)] * 2) <= 1e-12
 
 
 def test_structures_unused_outputs_and_frozen_parameters():
