@@ -37,8 +37,8 @@ def micro_batched(
     part, and its running statistics are updated once per part. The second run sees the buffers, modes, autocast
     settings and PyTorch random state of the first and leaves no trace in them. Parameters get their gradient once,
     summed over the parts in float32 at least, so gradient accumulation, loss scales, DDP around the caller and
-    ``torch.autograd.grad`` go with it. Second derivatives are taken part by part, too. A batch of one part runs plainly
-    and keeps its activations.
+    ``torch.autograd.grad`` go with it; collectives within ``forward`` need as many parts on every rank. Second
+    derivatives are taken part by part, too. A batch of one part runs plainly and keeps its activations.
 
     Args:
         forward: a module, or a callable that runs ``modules``. Its outputs are tensors with the samples as their first
