@@ -110,6 +110,7 @@ def build_distiller(
         distillation=config.distillation,
         meta=config.meta,
         seed=config.seed,
+        micro_batch=config.micro_batch,
         accelerator=accelerator,
     )
 

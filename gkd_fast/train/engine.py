@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD
+from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD, micro_batched
 from gkd_fast._snapshot import Snapshot
 from gkd_fast.train.config import DistillationConfig, MetaConfig
 from gkd_fast.train.methods import METHODS, Method, PermutedWeights, batch_permutation
@@ -19,23 +19,33 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, student: nn.Module, criterion: GraphKDLoss | None, method: Method, distillation: DistillationConfig
+        self,
+        student: nn.Module,
+        criterion: GraphKDLoss | None,
+        method: Method,
+        distillation: DistillationConfig,
+        micro_batch: int | None = None,
     ):
         super().__init__()
         self.student = student
         self.criterion = criterion
         self.method = method
         self.distillation = distillation
+        self.micro_batch = micro_batch
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher_outputs=None, pair_weights: nn.Module | None = None
     ) -> dict[str, Tensor]:
-        outputs = self.student(images)
+        outputs = self.student_outputs(images)
         terms = self.label_terms(outputs, teacher_outputs, labels)
         if self.method.graph:
             embeddings = self.criterion.embed(outputs.features, teacher_outputs.features)
             terms |= self.criterion.terms_from_embeddings(*embeddings, labels, weights=pair_weights)
         return terms
+
+    def student_outputs(self, images: Tensor):
+        """The student's StageOutputs, of micro-batches where they are wanted."""
+        return micro_batched(self.student, images, micro_batch=self.micro_batch)
 
     def label_terms(self, outputs, teacher_outputs, labels: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and, where the method has it, logit distillation; both averaged over the student's branches."""
@@ -77,6 +87,7 @@ class Distiller:
         distillation: constants of the logit distillation.
         meta: constants of the meta-step.
         seed: of the permutation of weights, for the method that permutes them.
+        micro_batch: images that the networks take at a time, as in gkd_fast.micro_batched; None: the whole batch.
         accelerator: places modules on devices, wraps them for several processes and scales gradients; without one,
             everything runs where and as it is.
 
@@ -97,6 +108,7 @@ class Distiller:
         distillation: DistillationConfig = DistillationConfig(),
         meta: MetaConfig = MetaConfig(),
         seed: int = 0,
+        micro_batch: int | None = None,
         accelerator=None,
     ):
         self.student = student
@@ -108,9 +120,10 @@ class Distiller:
         self.method = method
         self.meta = meta
         self.seed = seed
+        self.micro_batch = micro_batch
         self.step = 0
         self.accelerator = accelerator
-        self.plain_objective = Objective(student, criterion, method, distillation)
+        self.plain_objective = Objective(student, criterion, method, distillation, micro_batch)
         self.objective: nn.Module = self.plain_objective
         if teacher is not None:
             teacher.eval().requires_grad_(False)
@@ -226,12 +239,14 @@ class Distiller:
     @torch.no_grad()
     def teacher_outputs(self, images: Tensor):
         """The teacher's StageOutputs, or None where the method has no teacher."""
-        return None if self.teacher is None else self.teacher(images)
+        return None if self.teacher is None else micro_batched(self.teacher, images, micro_batch=self.micro_batch)
 
     def _graph_objective(self, images: Tensor, labels: Tensor, teacher_outputs) -> Tensor:
         """Node and relation terms, with gradient through the weights too, which are float32 as in a training step."""
         with self._meta_autocast():
-            embeddings = self.criterion.embed(self.student(images).features, teacher_outputs.features)
+            embeddings = self.criterion.embed(
+                self.plain_objective.student_outputs(images).features, teacher_outputs.features
+            )
         weights = self.pair_weights_of(embeddings)
         with self._meta_autocast():
             terms = self.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
@@ -243,7 +258,8 @@ class Distiller:
 
     def _label_objective(self, images: Tensor, labels: Tensor, teacher_outputs) -> Tensor:
         with self._meta_autocast():
-            terms = self.plain_objective.label_terms(self.student(images), teacher_outputs, labels)
+            outputs = self.plain_objective.student_outputs(images)
+            terms = self.plain_objective.label_terms(outputs, teacher_outputs, labels)
             return torch.stack(list(terms.values())).sum()
 
     def _training_weights(self, batch: int, device: torch.device) -> nn.Module | None:

@@ -100,12 +100,17 @@ def evaluate_weights(config: Config, path: Path, display: Display) -> dict:
     of_teacher = result_file.is_file() and json.loads(result_file.read_text())["role"] == "teacher"
     network_config = config.teacher_network if of_teacher else config.student_network
     network = load_network(network_config, splits, file, display.note).to(accelerator.device)
-    batch_size = config.student_training.batch_size
+    batch_size = evaluation_batch_size(config, config.student_training)
     return {
         "network": network_config.name,
         "validation_accuracy": accuracy(network, splits.validation, batch_size, accelerator),
         "test_accuracy": accuracy(network, splits.test, batch_size, accelerator),
     }
+
+
+def evaluation_batch_size(config: Config, training: TrainingConfig) -> int:
+    """The training's batch size, but no more than the networks take at a time."""
+    return min(training.batch_size, config.micro_batch or training.batch_size)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -328,7 +333,7 @@ class Run:
 
     def _accuracy(self, images: Images) -> float:
         student, workers = self.distiller.student, self.config.data.workers
-        return accuracy(student, images, self.training.batch_size, self.accelerator, workers)
+        return accuracy(student, images, evaluation_batch_size(self.config, self.training), self.accelerator, workers)
 
     def _accuracies(self) -> dict[str, float]:
         return {
@@ -359,7 +364,8 @@ class Run:
         distiller.plain_objective.eval()
         count = min(WEIGHT_IMAGES, len(self.splits.validation))
         x, _ = next(iter(self._load(self.splits.validation, [list(range(count))])))
-        embeddings = distiller.criterion.embed(distiller.student(x).features, distiller.teacher_outputs(x).features)
+        student_outputs = distiller.plain_objective.student_outputs(x)
+        embeddings = distiller.criterion.embed(student_outputs.features, distiller.teacher_outputs(x).features)
         trained = distiller.pair_weights(*embeddings)
         untrained = self.untrained_weights.to(trained.device)(*embeddings)
         change = (trained - untrained).abs()

@@ -291,6 +291,7 @@ def test_user_mistakes_get_one_line(tiny, tmp_path, capsys):
         (["--method", "ce", "--student_network.name", "tiny"], "there is no network 'tiny'"),
         (["--method", "ce", "--precision", "fp16"], "precision fp16 cannot be had here"),
         (["--method", "ce", "--student_training", '{"batch_size": 500, "drop_last": true}'], "no batch"),
+        (["--method", "ce", "--micro-batch", "0"], "micro_batch must be at least 1, got 0"),
     ):
         assert run_cli(*student, *arguments) == 1, message
         error = capsys.readouterr().err
