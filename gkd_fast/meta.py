@@ -231,8 +231,8 @@ class UnrolledSGD:
             gradients = torch.autograd.grad(value.sum(), inputs, create_graph=create_graph, allow_unused=True)
         if create_graph:  # of this rank's part: what is averaged is its second derivative
             return value.detach(), gradients
-        mean, *gradients = self._average([value.detach(), *gradients])
-        return mean, gradients
+        mean, *means = self._average([value.detach(), *gradients])
+        return mean, means
 
 
 class _State:
