@@ -46,8 +46,10 @@ class BatchGCN(nn.Module):
         self.normalization = normalization
         self.backend = backend
 
-    def forward(self, nodes: Tensor) -> Tensor:
+    def forward(self, nodes: Tensor, process_group: functional.Group = None) -> Tensor:
         """Graph embeddings ``[B, embed_dim]`` of the nodes ``[B, in_dim]``.
+
+        With ``process_group`` the graph is that of all its ranks' nodes (:mod:`gkd_fast.distributed`).
 
         Raises:
             ValueError: the nodes are not a matrix of that width.
@@ -57,7 +59,8 @@ class BatchGCN(nn.Module):
             raise ValueError(f"nodes must have shape [batch, {first.in_features}], got {tuple(nodes.shape)}")
         if not functional.autocast_enabled(nodes):
             nodes = nodes.to(next(first.parameters()).dtype)
-        bandwidth = functional.adaptive_bandwidth(nodes) if self.bandwidth == "auto" else self.bandwidth
+        automatic = self.bandwidth == "auto"
+        bandwidth = functional.adaptive_bandwidth(nodes, process_group=process_group) if automatic else self.bandwidth
         hidden = nodes
         for depth, linear in enumerate(self.linears):
             hidden = functional.graph_conv(
@@ -66,6 +69,7 @@ class BatchGCN(nn.Module):
                 bandwidth=bandwidth,
                 normalization=self.normalization,
                 backend=self.backend,
+                process_group=process_group,
             )
         return hidden
 

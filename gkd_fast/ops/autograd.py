@@ -1,6 +1,7 @@
 """What the ops' autograd formulas share: the errors for derivatives that are not offered."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -13,12 +14,41 @@ def refuse_derivative(op: str) -> None:
     """Make the derivative of ``op`` an error instead of a silent zero."""
 
     def backward(ctx, *upstream):
-        raise NotImplementedError(
-            f"{op} has no derivative: the fused backends offer first and second derivatives, third-order gradients are "
-            'not offered; use backend="reference", which is differentiable any number of times'
-        )
+        raise _not_offered(op)
 
     torch.library.register_autograd(op, backward)
+
+
+def last_derivative(backward: Callable) -> Callable:
+    """A ``backward`` of an autograd Function whose own derivative is an error."""
+
+    @wraps(backward)
+    def wrapped(ctx, *upstream):
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return gradients
+        return tuple(x if x is None else _Last.apply(backward.__qualname__, x, *upstream) for x in gradients)
+
+    return wrapped
+
+
+class _Last(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, result, *inputs):
+        ctx.name = name
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise _not_offered(ctx.name)
+
+
+def _not_offered(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name} has no derivative: the fused backends offer first and second derivatives, third-order gradients are "
+        'not offered; use backend="reference", which is differentiable any number of times'
+    )
 
 
 def refuse_forward_mode(tensors: Iterable[Tensor]) -> None:

@@ -38,7 +38,7 @@ class TrainingConfig:
 
     Args:
         epochs: how often each image is seen.
-        batch_size: images per step, over all processes; it is also the size of the graphs of one process.
+        batch_size: images per step, over all processes, and so the size of the graphs.
         drop_last: leave out the last batch of an epoch where it is short.
         lr: learning rate at the start.
         milestones: epochs at which the learning rate is multiplied by gamma.
@@ -95,6 +95,7 @@ class GraphConfig:
         relation_weight: factor of the relation loss.
         pairs: all, matched, or a list of [student stage, teacher stage].
         backend: auto, reference, cpp or triton.
+        column_bank: past embeddings that are further columns of the node and relation losses.
     """
 
     embed_dim: int = 128
@@ -107,6 +108,7 @@ class GraphConfig:
     relation_weight: float = 1.0
     pairs: str | list[list[int]] = "all"
     backend: str = "auto"
+    column_bank: int = 0
 
 
 @dataclass

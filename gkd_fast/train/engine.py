@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD, micro_batched
+from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD, distributed, micro_batched
 from gkd_fast._snapshot import Snapshot
 from gkd_fast.train.config import DistillationConfig, MetaConfig
 from gkd_fast.train.methods import METHODS, Method, PermutedWeights, batch_permutation
@@ -41,6 +41,8 @@ class Objective(nn.Module):
         if self.method.graph:
             embeddings = self.criterion.embed(outputs.features, teacher_outputs.features)
             terms |= self.criterion.terms_from_embeddings(*embeddings, labels, weights=pair_weights)
+            if self.training and self.criterion.column_bank:
+                self.criterion.remember(*embeddings)
         return terms
 
     def student_outputs(self, images: Tensor):
@@ -167,8 +169,7 @@ class Distiller:
         """One step of the meta-network on the gradient through unrolled steps of the student, which are then undone.
 
         It follows the training's precision but for float16, whose second derivatives would need a loss scale of their
-        own: then it runs without autocast. With several processes each unrolls on its own share of the batch, and the
-        gradients are averaged.
+        own: then it runs without autocast. With several processes the steps are unrolled on the whole batch.
 
         Args:
             images: ``[B, C, H, W]``, of the unrolled steps.
@@ -179,8 +180,6 @@ class Distiller:
             ``meta_gradient_norm``, a scalar.
         """
         gradients = self.hypergradient(images, labels, outer_batch)
-        if self.accelerator is not None:
-            gradients = [self.accelerator.reduce(g, "mean") for g in gradients]
         for parameter, gradient in zip(self.pair_weights.parameters(), gradients):
             parameter.grad = gradient
         self.meta_optimizer.step()
@@ -204,6 +203,7 @@ class Distiller:
             weight_decay=self.meta.inner_weight_decay,
             nesterov=self.meta.inner_nesterov,
             second_derivatives=self.meta.second_derivatives,
+            process_group=self.criterion.process_group,
         ) as unrolled:
             for _ in range(self.meta.graph_steps):
                 unrolled.step(lambda: self._graph_objective(images, labels, teacher_outputs))
@@ -225,8 +225,10 @@ class Distiller:
         norms = {}
         for name, term in self.plain_objective(images, labels, teacher_outputs, weights).items():
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            gradients = [g.norm() for g in gradients if g is not None]
-            norms[name] = torch.stack(gradients).norm().item() if gradients else 0.0
+            gradients = [g for g in gradients if g is not None]
+            if self.criterion is not None and self.criterion.process_group is not None:
+                gradients = distributed.average(gradients, self.criterion.process_group)
+            norms[name] = torch.stack([g.norm() for g in gradients]).norm().item() if gradients else 0.0
         surroundings.restore()
         total = sum(norms.values())
         return {name: norm / total for name, norm in norms.items()} if total else norms

@@ -159,9 +159,10 @@ class Run:
         if not self._epoch_batches(0):
             size = self.training.batch_size
             raise TrainError(f"an epoch has no batch: {len(self.splits.train)} images, batch size {size}")
-        beside = len(self.splits.train) - len(self._epoch_batches(0)[0])
-        if self.distiller.pair_weights is not None and self.config.meta.outer_batch == "held-out" and beside < 2:
-            raise TrainError(f"outer_batch held-out needs 2 training images beside a batch, there are {beside}")
+        beside = len(self.splits.train) - len(self._global_batches(0)[0])
+        needed = 2 * self.accelerator.num_processes
+        if self.distiller.pair_weights is not None and self.config.meta.outer_batch == "held-out" and beside < needed:
+            raise TrainError(f"outer_batch held-out needs {needed} training images beside a batch, there are {beside}")
         self._open()
         epochs = self.training.epochs
         with self._stoppable(), self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0))):
@@ -241,11 +242,10 @@ class Run:
         """The images and labels of the meta-step's outer loss; None: those of the current batch."""
         if self.config.meta.outer_batch == "current":
             return None
-        position, mine = self.position, self.accelerator.process_index
-        current = self._epoch_batches(position.epoch)[position.batch]
-        seed = stream_seed(self.config.seed, f"held-out {mine}", position.step)
-        chosen = held_out(len(self.splits.train), current, seed)
-        return next(iter(load_batches(self.splits.train, [chosen], 0, self.accelerator.device)))
+        position = self.position
+        current = self._global_batches(position.epoch)[position.batch]
+        chosen = held_out(len(self.splits.train), current, stream_seed(self.config.seed, "held-out", position.step))
+        return next(iter(load_batches(self.splits.train, [self._share(chosen)], 0, self.accelerator.device)))
 
     def _finish_epoch(self) -> None:
         position = self.position
@@ -320,13 +320,21 @@ class Run:
             self.distiller.meta_optimizer.load_state_dict(state["meta_optimizer"])
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
-        """This process's share of every batch of an epoch: equal shares, of at least two images."""
+        """This process's share of every batch of an epoch."""
+        return [self._share(batch) for batch in self._global_batches(epoch)]
+
+    def _global_batches(self, epoch: int) -> list[list[int]]:
+        """Every batch of an epoch of which each process has at least two images."""
         size, processes = self.training.batch_size, self.accelerator.num_processes
         order = epoch_order(len(self.splits.train), self.config.seed, epoch)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        mine = self.accelerator.process_index
-        shares = [batch[: len(batch) // processes * processes][mine::processes] for batch in batches]
-        return [s for s, b in zip(shares, batches) if len(s) >= 2 and (len(b) == size or not self.training.drop_last)]
+        kept = [b for b in batches if len(b) >= 2 * processes and (len(b) == size or not self.training.drop_last)]
+        return [batch[: len(batch) // processes * processes] for batch in kept]
+
+    def _share(self, batch: list[int]) -> list[int]:
+        """This process's images of a batch; equal numbers, so that means over processes are those over images."""
+        processes = self.accelerator.num_processes
+        return batch[: len(batch) // processes * processes][self.accelerator.process_index :: processes]
 
     def _load(self, images: Images, batches: list[list[int]]):
         return load_batches(images, batches, self.config.data.workers, self.accelerator.device)
@@ -363,14 +371,15 @@ class Run:
             return None
         distiller.plain_objective.eval()
         count = min(WEIGHT_IMAGES, len(self.splits.validation))
-        x, _ = next(iter(self._load(self.splits.validation, [list(range(count))])))
+        x, _ = next(iter(self._load(self.splits.validation, [self._share(list(range(count)))])))
         student_outputs = distiller.plain_objective.student_outputs(x)
         embeddings = distiller.criterion.embed(student_outputs.features, distiller.teacher_outputs(x).features)
         trained = distiller.pair_weights(*embeddings)
         untrained = self.untrained_weights.to(trained.device)(*embeddings)
+        trained, untrained = self.accelerator.gather((trained, untrained))
         change = (trained - untrained).abs()
         return {
-            "images": count,
+            "images": len(trained),
             "untrained": untrained.mean(dim=0).tolist(),
             "trained": trained.mean(dim=0).tolist(),
             "mean_absolute_change": change.mean().item(),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from gkd_fast.meta import SECOND_DERIVATIVES
 from gkd_fast.train import build, cli
@@ -18,24 +17,14 @@ from gkd_fast.train.cost import peak_bytes
 from gkd_fast.train.data import load_splits
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.run import Interrupted, train
+from tests.train import group_norm
 from tests.train.conftest import quiet
 from tests.train.test_driver import options
 
 
 @pytest.fixture
 def without_batch_norm(monkeypatch):
-    """The driver's networks with group norm in the place of batch norm."""
-    built = build.build_network
-
-    def build_network(*arguments, **settings):
-        network = built(*arguments, **settings)
-        for module in list(network.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.BatchNorm2d):
-                    setattr(module, name, nn.GroupNorm(2, child.num_features))
-        return network
-
-    monkeypatch.setattr(build, "build_network", build_network)
+    monkeypatch.setattr(build, "build_network", group_norm.without_batch_norm(build.build_network))
 
 
 def double_distiller(config: Config) -> Distiller:
