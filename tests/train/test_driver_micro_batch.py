@@ -99,9 +99,9 @@ def test_interrupted_and_resumed(tiny, tiny_teacher, tmp_path, monkeypatch):
 
 def test_memory_is_that_of_a_micro_batch(tiny):
     """Of a training step and a meta-step, by PyTorch's allocator; features and losses are those of the whole batch."""
-    images, labels = torch.randn(256, 1, 14, 14, dtype=torch.float64), torch.randint(10, (256,))
+    images, labels = torch.randn(96, 1, 14, 14, dtype=torch.float64), torch.randint(10, (96,))
     peaks = []
-    for micro_batch in (None, 16):
+    for micro_batch in (None, 6):
         distiller = double_distiller(replace(tiny, micro_batch=micro_batch))
         steps = (partial(step, images, labels) for step in (distiller.train_step, distiller.meta_step))
         peaks.append([peak_bytes(step, torch.device("cpu")) for step in steps])
