@@ -16,7 +16,8 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def test_two_processes_train_as_one_does(tiny, tmp_path, monkeypatch):
-    """Without batch statistics; training steps, meta-steps with a held-out batch, bank, diagnostics and result."""
+    """Without batch statistics; training steps, meta-steps with a held-out batch, bank, diagnostics and result; the two
+    processes in micro-batches."""
     monkeypatch.setattr(build, "build_network", group_norm.without_batch_norm(build.build_network))
     teacher = replace(tiny, output=str(tmp_path / "teacher"))
     assert cli.main(options(teacher, "teacher")) == 0
@@ -25,6 +26,7 @@ def test_two_processes_train_as_one_does(tiny, tmp_path, monkeypatch):
     config = replace(tiny, method="gkd", teacher=teacher.output, meta=meta, graph=graph)
     runs = [replace(config, output=str(tmp_path / name)) for name in ("one", "two")]
     assert cli.main(options(runs[0], "student")) == 0
+    runs[1] = replace(runs[1], micro_batch=9)
     done = subprocess.run(
         [*LAUNCH, "tests.train.group_norm", *options(runs[1], "student")], capture_output=True, text=True
     )
