@@ -186,11 +186,11 @@ def draw(path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.8), layout="constrained")
     batches = [2**k for k in range(14, 23)]
     for axis, (label, (quantity, scale)) in zip(axes, panels.items()):
-        for ranks in RANKS:
+        for color, ranks in enumerate(RANKS):
             values = [quantity(Step(batch, ranks)) / scale for batch in batches]
             if any(values):
-                axis.plot(batches, values, marker=".", label=f"{ranks:,} GPUs")
-        axis.axvline(ring_from(Step(1, 2)), color="grey", linestyle=":", label="ring from here")
+                axis.plot(batches, values, marker=".", color=f"C{color}", label=f"{ranks:,} GPUs")
+        axis.axvline(ring_from(Step(1, 2)), color="grey", linestyle=":", label="losses: ring from here")
         axis.set(xlabel="global batch", title=f"{label} per GPU and step")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")

@@ -16,13 +16,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gkd_fast import ops
+from gkd_fast.ops.columns import Columns
 
 # Embeddings of the whole global batch are gathered on each rank while they take no more bytes than this, per call;
 # beyond it the ranks pass them around in a ring, at a ring pass for every pass over tiles.
@@ -32,6 +36,9 @@ GATHER_BUDGET = 2**30
 ALIGNMENT = 16
 # How long a rank that saw a collective fail waits for the others to say that they saw it too.
 REPORT_SECONDS = 5.0
+
+# Whose samples are the nodes: this process's alone (None), or those of all ranks.
+Group: TypeAlias = "dist.ProcessGroup | Shards | None"
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -243,6 +250,59 @@ def until_all_end(batches: Iterable[Batch], empty: Batch, group: dist.ProcessGro
         if running.item() == 0:
             return
         yield empty if batch is None else batch
+
+
+@contextmanager
+def checking(group: Group, what: str) -> Iterator[None]:
+    """Lets all ranks raise where the checks of one find fault with its arguments."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if isinstance(group, dist.ProcessGroup):
+            Shards.agree(group, (), what, error)
+        raise
+
+
+def shards_of(group: Group, rows: list[Tensor], what: str, bank: list[Tensor] | None = None) -> Shards | None:
+    """How the rows lie on the ranks; None where they are this process's alone and there is no bank."""
+    shards = Shards.agree(group, rows, what) if isinstance(group, dist.ProcessGroup) else group
+    if bank is None:
+        return None if shards is None or shards.size == 1 else shards
+    return shards or Shards(None, [len(rows[0])], rows[0].device)
+
+
+def unit_columns(shards: Shards, stages: Sequence[Tensor], dtype: torch.dtype, bank: list[Tensor] | None = None):
+    """The unit rows of the stages on all ranks, and of a bank."""
+
+    def prepare(rows: Tensor, place: int = 0) -> Tensor:
+        return ops.unit_rows([rows.detach()], dtype)[0]
+
+    more = None if bank is None else [prepare(x) for x in bank]
+    return Columns(shards, list(stages), prepare, more, GATHER_BUDGET, shards.gathered)
+
+
+def graph_columns(shards: Shards, rows: list[Tensor], dtype: torch.dtype) -> Columns:
+    """The unit nodes on all ranks, the messages, and what goes with them."""
+
+    def prepare(rows: Tensor, place: int) -> Tensor:
+        return ops.unit_rows([rows], dtype)[0] if place == 0 else rows.to(dtype)
+
+    return Columns(shards, rows, prepare, None, GATHER_BUDGET)
+
+
+def of_union(
+    function: Callable[..., Tensor],
+    rows: Sequence[Tensor],
+    shards: Shards | None,
+    bank: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """This rank's rows of ``function`` of all ranks' rows and the bank's."""
+    if shards is None:
+        return function(*rows)
+    whole = union(shards, rows)
+    if bank is not None:
+        whole = [torch.cat([x, more.to(x.dtype)]) for x, more in zip(whole, bank)]
+    return shards.own(function(*whole))
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from gkd_fast import functional
+from gkd_fast._arguments import autocast_disabled, check_positive
+from gkd_fast._column_bank import ColumnBank
+from gkd_fast._diagnostics import mean_cosine, mean_neighbors, vacuous_reasons
 from gkd_fast._stages import check_dims, check_pairs, frozen_widths, widths_of_stages
-from gkd_fast.distributed import Shards
+from gkd_fast.distributed import Shards, checking, shards_of
 from gkd_fast.features import Pool, check_pool, pool_features
 from gkd_fast.modules import BatchGCN, PairWeightNetwork
-from gkd_fast.reference import unit_rows
 
 Features = Tensor | Sequence[Tensor]
 Weights = Tensor | PairWeightNetwork | None
@@ -24,10 +26,6 @@ Weights = Tensor | PairWeightNetwork | None
 # What an untrained PairWeightNetwork gives, so that turning meta-learning on or off does not rescale the losses.
 DEFAULT_WEIGHT = 0.5
 
-# A graph says nothing when every node listens to nearly everybody, or when all embeddings point one way.
-VACUOUS_NEIGHBORS = 0.9
-VACUOUS_COSINE = 0.99
-VACUOUS_MIN_BATCH = 8
 # The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
 # at the last of them.
 CHECKED_CALLS = (1, 100)
@@ -106,8 +104,8 @@ class GraphKDLoss(nn.Module):
         self.student_dims = check_dims("student_dims", student_dims)
         self.teacher_dims = check_dims("teacher_dims", teacher_dims)
         self.pairs = check_pairs(pairs, len(self.student_dims), len(self.teacher_dims))
-        functional.check_positive("node_temperature", node_temperature)
-        functional.check_positive("relation_temperature", relation_temperature)
+        check_positive("node_temperature", node_temperature)
+        check_positive("relation_temperature", relation_temperature)
         for name, value in (("node_weight", node_weight), ("relation_weight", relation_weight)):
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
@@ -129,7 +127,6 @@ class GraphKDLoss(nn.Module):
         self.pool = pool
         self.backend = backend
         self.process_group = process_group
-        self.column_bank = column_bank
 
         options: dict[str, Any] = {
             "layers": layers,
@@ -151,11 +148,10 @@ class GraphKDLoss(nn.Module):
         wanted = torch.zeros(len(self.student_dims), len(self.teacher_dims))
         wanted[tuple(zip(*self.pairs))] = 1
         self.register_buffer("wanted_pairs", wanted, persistent=False)
+        self.bank: ColumnBank | None = None
         if column_bank:
             embedded = self.teacher_dims if self.teacher_heads is None else [embed_dim] * len(self.teacher_dims)
-            for side, dims in (("student", widths), ("teacher", embedded)):
-                for k, width in enumerate(dims):
-                    self.register_buffer(f"{side}_bank_{k}", torch.empty(0, width))
+            self.bank = ColumnBank(column_bank, widths, embedded)
         self._last: dict = {}
         self._training_calls = 0
         self._warned = False
@@ -213,7 +209,7 @@ class GraphKDLoss(nn.Module):
             )
         embeddings = self.embed(student_feats, teacher_feats)
         terms = self.terms_from_embeddings(*embeddings, target, weights=weights)
-        if self.training and self.column_bank:
+        if self.training and self.bank is not None:
             self.remember(*embeddings)
         return terms
 
@@ -222,14 +218,14 @@ class GraphKDLoss(nn.Module):
 
         No gradient reaches the teacher's features; its graph convolutions have theirs.
         """
-        with functional.checking(self.process_group, "GraphKDLoss.embed"):
+        with checking(self.process_group, "GraphKDLoss.embed"):
             students = self._nodes("student_feats", student_feats, self.student_dims)
             teachers = [x.detach() for x in self._nodes("teacher_feats", teacher_feats, self.teacher_dims)]
             if len(students[0]) != len(teachers[0]):
                 raise ValueError(
                     f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"
                 )
-        shards = functional.shards_of(self.process_group, [*students, *teachers], "GraphKDLoss.embed")
+        shards = shards_of(self.process_group, [*students, *teachers], "GraphKDLoss.embed")
         self._last = {"student_nodes": [x.detach() for x in students], "teacher_nodes": teachers}
         student_embeddings = [head(x, shards) for head, x in zip(self.student_heads, students)]
         if self.teacher_heads is None:
@@ -245,7 +241,7 @@ class GraphKDLoss(nn.Module):
         weights: Weights = None,
     ) -> dict[str, Tensor]:
         """:meth:`terms` of the embeddings that :meth:`embed` gave; without a target, ``teacher_graph`` is left out."""
-        with functional.checking(self.process_group, "GraphKDLoss.terms"):
+        with checking(self.process_group, "GraphKDLoss.terms"):
             for side, stages, dims in (
                 ("student", student_embeddings, self.student_dims),
                 ("teacher", teacher_embeddings, self.teacher_dims),
@@ -257,7 +253,7 @@ class GraphKDLoss(nn.Module):
             if self.classifier is not None and target is not None:
                 _check_target(target, teacher_embeddings[0], self.classifier.out_features)
         told = f"GraphKDLoss.terms({'no ' * (target is None)}target)"
-        shards = functional.shards_of(self.process_group, [*student_embeddings, *teacher_embeddings], told)
+        shards = shards_of(self.process_group, [*student_embeddings, *teacher_embeddings], told)
         self._last |= {
             "student_embeddings": [s.detach() for s in student_embeddings],
             "teacher_embeddings": detached,
@@ -279,7 +275,7 @@ class GraphKDLoss(nn.Module):
                 temperature=self.relation_temperature,
                 backend=self.backend,
                 process_group=shards,
-                bank=self._bank(),
+                bank=None if self.bank is None else self.bank.contents(),
             )
             terms["relation"] = self.relation_weight * pair_share * (losses * pair_weights).sum()
         if self.classifier is not None and target is not None:
@@ -297,32 +293,9 @@ class GraphKDLoss(nn.Module):
         :meth:`terms` does so in training mode; whoever calls its two halves calls this after a training step. With a
         process group all ranks call it, and each has the whole bank.
         """
-        if not self.column_bank:
+        if self.bank is None:
             raise ValueError("remember needs a column_bank above 0")
-        embeddings = [*student_embeddings, *teacher_embeddings]
-        shards = self._last.get("shards")
-        if shards is not None:
-            embeddings = shards.gather_newest(embeddings, self.column_bank)
-        for (name, bank), x in zip(self._banks(), embeddings, strict=True):
-            setattr(self, name, torch.cat([bank, x.detach().to(bank.dtype)])[-self.column_bank :])
-
-    def _banks(self) -> list[tuple[str, Tensor]]:
-        """Names and contents of the column bank, students first."""
-        return [(name, bank) for name, bank in self.named_buffers(recurse=False) if "_bank_" in name]
-
-    def _bank(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The column bank of both sides; None where there is none."""
-        if not self.column_bank:
-            return None
-        banks = [bank for _, bank in self._banks()]
-        return banks[: len(self.student_dims)], banks[len(self.student_dims) :]
-
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
-        # The bank may be filled otherwise than at the time of saving.
-        for name, bank in self._banks():
-            if prefix + name in state_dict:
-                setattr(self, name, bank.new_empty(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.bank.add([*student_embeddings, *teacher_embeddings], self._last.get("shards"))
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float | list[float]]:
@@ -357,17 +330,13 @@ class GraphKDLoss(nn.Module):
         for losses in node_losses:
             report["node_loss_minus_log_batch"] = losses[:, wanted].mean().item() - math.log(batch)
         for side, heads in (("student", self.student_heads), ("teacher", self.teacher_heads)):
-            report[f"{side}_cosine"] = [_mean_cosine(e, shards) for e in last[f"{side}_embeddings"]]
+            report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in last[f"{side}_embeddings"]]
             if heads is not None and f"{side}_nodes" in last:
-                report[f"{side}_neighbors"] = [self._mean_neighbors(x, shards) for x in last[f"{side}_nodes"]]
+                report[f"{side}_neighbors"] = [
+                    mean_neighbors(x, self.bandwidth, self.backend, shards) for x in last[f"{side}_nodes"]
+                ]
         self._warn_if_vacuous(report, batch)
         return report
-
-    def _mean_neighbors(self, nodes: Tensor, shards: Shards | None) -> float:
-        neighbors = functional.effective_neighbors(
-            nodes, self.bandwidth, backend=self.backend, process_group=shards
-        ).sum()
-        return neighbors.item() / len(nodes) if shards is None else shards.sum(neighbors).item() / shards.total
 
     def param_groups(self) -> list[dict]:
         """Named parameter groups: ``student_graph``, ``teacher_graph`` and ``classifier`` (where they exist)."""
@@ -403,7 +372,7 @@ class GraphKDLoss(nn.Module):
             return (DEFAULT_WEIGHT * self.wanted_pairs).to(dtype).expand(shape)
         if isinstance(weights, nn.Module):
             # Not within autocast: its cache would hand the copies made here, without gradient, to a later call with.
-            with torch.no_grad(), functional.autocast_disabled(students[0]):
+            with torch.no_grad(), autocast_disabled(students[0]):
                 own = next(weights.parameters()).dtype
                 weights = weights([x.to(own) for x in students], [x.to(own) for x in teachers])
         if not isinstance(weights, Tensor):
@@ -423,9 +392,9 @@ class GraphKDLoss(nn.Module):
             "backend": self.backend,
             "process_group": shards,
         }
-        bank = self._bank()
+        bank = None if self.bank is None else self.bank.contents()[1]
         if len({x.shape[1] for x in (*students, *teachers)}) == 1:
-            return functional.node_contrast(students, teachers, pairs=self.pairs, bank=bank and bank[1], **options)
+            return functional.node_contrast(students, teachers, pairs=self.pairs, bank=bank, **options)
         losses = torch.zeros((), device=students[0].device)
         for width in sorted({students[s].shape[1] for s, _ in self.pairs}):
             pairs = [(s, t) for s, t in self.pairs if students[s].shape[1] == width]
@@ -434,7 +403,7 @@ class GraphKDLoss(nn.Module):
                 [students[s] for s in rows],
                 [teachers[t] for t in columns],
                 pairs=[(rows.index(s), columns.index(t)) for s, t in pairs],
-                bank=bank and [bank[1][t] for t in columns],
+                bank=None if bank is None else [bank[t] for t in columns],
                 **options,
             )
             placed = group.new_zeros(len(group), len(students), len(teachers))
@@ -443,22 +412,11 @@ class GraphKDLoss(nn.Module):
         return losses
 
     def _warn_if_vacuous(self, report: dict, batch: int) -> None:
-        if self._warned or batch < VACUOUS_MIN_BATCH:
-            return
-        reasons = []
-        for side in ("student", "teacher"):
-            for k, neighbors in enumerate(report.get(f"{side}_neighbors", [])):
-                if neighbors > VACUOUS_NEIGHBORS * batch:
-                    reasons.append(f"{side} stage {k} has {neighbors:.0f} effective neighbours of {batch}")
-            for k, cosine in enumerate(report[f"{side}_cosine"]):
-                if cosine > VACUOUS_COSINE and self._training_calls >= CHECKED_CALLS[-1]:
-                    reasons.append(f"{side} stage {k} has embeddings of mean cosine {cosine:.4f}")
+        reasons = [] if self._warned else vacuous_reasons(report, batch, self._training_calls >= CHECKED_CALLS[-1])
         if reasons:
             self._warned = True
             warnings.warn(
-                "the batch's graph says next to nothing: "
-                + "; ".join(reasons)
-                + "; try bandwidth='auto' or a smaller one",
+                f"the batch's graph says next to nothing: {'; '.join(reasons)}; try bandwidth='auto' or a smaller one",
                 stacklevel=2,
             )
 
@@ -489,14 +447,3 @@ def _check_target(target: Tensor, embedding: Tensor, classes: int) -> None:
         )
     if target.device != embedding.device:
         raise ValueError(f"target must be on the device of the features ({embedding.device}), got {target.device}")
-
-
-def _mean_cosine(x: Tensor, shards: Shards | None) -> float:
-    """Mean of c_ij over i ≠ j, from (‖Σ e‖² − Σ ‖e‖²) / (B (B − 1)); 0 for one row."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    e = unit_rows(x) if len(x) else x
-    sums = torch.cat([e.sum(dim=0), e.square().sum()[None]])
-    batch = len(e)
-    if shards is not None:
-        sums, batch = shards.sum(sums), shards.total
-    return ((sums[:-1].square().sum() - sums[-1]) / max(batch * (batch - 1), 1)).item()

@@ -41,7 +41,7 @@ class Objective(nn.Module):
         if self.method.graph:
             embeddings = self.criterion.embed(outputs.features, teacher_outputs.features)
             terms |= self.criterion.terms_from_embeddings(*embeddings, labels, weights=pair_weights)
-            if self.training and self.criterion.column_bank:
+            if self.training and self.criterion.bank is not None:
                 self.criterion.remember(*embeddings)
         return terms
 

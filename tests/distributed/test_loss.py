@@ -193,7 +193,7 @@ def test_column_bank(pool, monkeypatch, budget):
         results = pool.run(with_budget, budget, bank_losses, counts, backend, ranks=len(counts))
         for found, found_state in results:
             assert distance(found, expected) < 1e-12
-            assert found_state["criterion.student_bank_0"].shape == (30, 6)
+            assert found_state["criterion.bank.student_0"].shape == (30, 6)
     without, _ = look_at_plain_losses()
     assert abs(without[0] - expected[0][0]) < 1e-12 and abs(without[1] - expected[0][1]) > 1e-3
     Student(column_bank=30).load_state_dict(state)
