@@ -8,6 +8,80 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 PT2 = (torch.Tag.pt2_compliant_tag,)
+LIBRARY = torch.library.Library("gkd_fast", "FRAGMENT")
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable | None = None) -> None:
+    """What ``torch.library.register_autograd`` does for ops whose tensors come in lists, at a fifth of its cost.
+
+    That one walks every argument as a tree, several times per call, which at the published batch of 64 takes longer
+    than the work. ``backward`` and ``setup_context`` are as there.
+    """
+    op = getattr(torch.ops.gkd_fast, name.removeprefix("gkd_fast::")).default
+    defaults = [x.default_value if x.has_default_value() else None for x in op._schema.arguments]
+    is_single = len(op._schema.returns) == 1
+
+    def redispatch(keyset, arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def forward(ctx, keyset, arguments, structure, *tensors):
+        result = redispatch(keyset, arguments)
+        ctx.arguments = [_shape(x) for x in arguments]
+        ctx.results = structure[:] = [_shape(x) for x in ((result,) if is_single else result)]
+        if setup_context is not None:
+            # The dispatcher leaves out arguments that equal their defaults.
+            setup_context(ctx, (*arguments, *defaults[len(arguments) :]), result)
+        return tuple(_flat((result,) if is_single else result))
+
+    def derived(ctx, *upstream):
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = tuple(_nested(needs[3:], ctx.arguments))
+        try:
+            gradients = backward(ctx, *_nested(upstream, ctx.results))
+        finally:
+            ctx.needs_input_grad = needs
+        flat: list[Tensor | None] = []
+        for gradient, shape in zip(gradients, ctx.arguments):
+            if shape is not None:
+                flat += [gradient] if shape < 0 else gradient or [None] * shape
+        return None, None, None, *flat
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(derived)}
+    function = type(op._opname, (torch.autograd.Function,), methods)
+
+    def implementation(keyset, *arguments):
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return redispatch(keyset, arguments)
+        structure: list[int | None] = []
+        outputs = function.apply(keyset, arguments, structure, *_flat(arguments))
+        results = _nested(outputs, structure)
+        return results[0] if is_single else tuple(results)
+
+    LIBRARY.impl(op._opname, implementation, "Autograd", with_keyset=True)
+
+
+def _shape(x) -> int | None:
+    """-1 for a tensor, their number for a list of tensors, None for anything else."""
+    if isinstance(x, Tensor):
+        return -1
+    return len(x) if isinstance(x, (list, tuple)) and all(isinstance(e, Tensor) for e in x) else None
+
+
+def _flat(values) -> list[Tensor]:
+    """The tensors among the values and in lists among them."""
+    flat = []
+    for x in values:
+        shape = _shape(x)
+        if shape is not None:
+            flat += [x] if shape < 0 else x
+    return flat
+
+
+def _nested(flat, shapes) -> list:
+    """One entry of ``flat`` for each tensor, a list of them for each list; False for anything else."""
+    entries = iter(flat)
+    return [False if n is None else next(entries) if n < 0 else [next(entries) for _ in range(n)] for n in shapes]
 
 
 def refuse_derivative(op: str) -> None:
@@ -16,7 +90,7 @@ def refuse_derivative(op: str) -> None:
     def backward(ctx, *upstream):
         raise _not_offered(op)
 
-    torch.library.register_autograd(op, backward)
+    register_autograd(op, backward)
 
 
 def last_derivative(backward: Callable) -> Callable:

@@ -63,6 +63,7 @@ from gkd_fast.ops.autograd import (
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
+    register_autograd,
     scatter,
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns, add, run
@@ -163,7 +164,7 @@ def _backward(ctx, upstream, _):
     return *scatter(gradients, needs), *[None] * 8
 
 
-torch.library.register_autograd("gkd_fast::graph_conv", _backward, setup_context=_setup_context)
+register_autograd("gkd_fast::graph_conv", _backward, setup_context=_setup_context)
 
 
 def node_terms(
@@ -311,7 +312,7 @@ def _messages_gradient(columns, ctx, upstream, nodes, messages, output, degrees,
     )[0]  # fmt: skip
 
 
-torch.library.register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
+register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
 for _op in ("graph_degrees", "graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"):
     refuse_derivative(f"gkd_fast::{_op}")
 

@@ -57,6 +57,7 @@ from gkd_fast.ops.autograd import (
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
+    register_autograd,
     scatter,
     tangents_of,
 )  # fmt: skip
@@ -142,7 +143,7 @@ def _backward(ctx, upstream, *_):
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
 
-torch.library.register_autograd("gkd_fast::node_contrast", _backward, setup_context=_setup_context)
+register_autograd("gkd_fast::node_contrast", _backward, setup_context=_setup_context)
 
 
 def _setup_double_context(ctx, inputs, output):
@@ -177,9 +178,7 @@ def _double_backward(ctx, cotangents):
     return loss_tangents if needs_upstream else None, students_gradients, teachers_gradients, *[None] * 11
 
 
-torch.library.register_autograd(
-    "gkd_fast::node_contrast_backward", _double_backward, setup_context=_setup_double_context
-)
+register_autograd("gkd_fast::node_contrast_backward", _double_backward, setup_context=_setup_double_context)
 refuse_derivative("gkd_fast::node_contrast_tangent")
 refuse_derivative("gkd_fast::node_contrast_double_backward")
 

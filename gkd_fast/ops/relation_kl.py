@@ -56,6 +56,7 @@ from gkd_fast.ops.autograd import (
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
+    register_autograd,
     scatter,
     tangents_of,
 )  # fmt: skip
@@ -144,7 +145,7 @@ def _backward(ctx, upstream, *_):
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
 
-torch.library.register_autograd("gkd_fast::relation_kl", _backward, setup_context=_setup_context)
+register_autograd("gkd_fast::relation_kl", _backward, setup_context=_setup_context)
 
 
 def _setup_double_context(ctx, inputs, output):
@@ -176,7 +177,7 @@ def _double_backward(ctx, cotangents):
     return moved[0] if needs_upstream else None, students_gradients, teachers_gradients, *[None] * 14
 
 
-torch.library.register_autograd("gkd_fast::relation_kl_backward", _double_backward, setup_context=_setup_double_context)
+register_autograd("gkd_fast::relation_kl_backward", _double_backward, setup_context=_setup_double_context)
 refuse_derivative("gkd_fast::relation_kl_tangent")
 refuse_derivative("gkd_fast::relation_kl_double_backward")
 
