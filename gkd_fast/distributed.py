@@ -263,9 +263,15 @@ def checking(group: Group, what: str) -> Iterator[None]:
         raise
 
 
-def shards_of(group: Group, rows: list[Tensor], what: str, bank: list[Tensor] | None = None) -> Shards | None:
-    """How the rows lie on the ranks; None where they are this process's alone and there is no bank."""
-    shards = Shards.agree(group, rows, what) if isinstance(group, dist.ProcessGroup) else group
+def shards_of(group: Group, rows: list[Tensor], what: tuple, bank: list[Tensor] | None = None) -> Shards | None:
+    """How the rows lie on the ranks; None where they are this process's alone and there is no bank.
+
+    ``what``: the work that follows and its options, which must be the same on all ranks.
+    """
+    if group is None and bank is None:
+        return None
+    told = f"{what[0]}({', '.join(map(str, what[1:]))})"
+    shards = Shards.agree(group, rows, told) if isinstance(group, dist.ProcessGroup) else group
     if bank is None:
         return None if shards is None or shards.size == 1 else shards
     return shards or Shards(None, [len(rows[0])], rows[0].device)

@@ -78,7 +78,7 @@ def graph_conv(
         check_graph_options(bandwidth, normalization, backend)
         fused = select_backend(backend, nodes) != "reference"
     told = bandwidth if isinstance(bandwidth, (str, float, int)) else "a tensor"
-    shards = shards_of(process_group, [nodes, messages], f"graph_conv({told}, {normalization}, {fused})")
+    shards = shards_of(process_group, [nodes, messages], ("graph_conv", told, normalization, fused))
     sigma = _bandwidth(bandwidth, nodes, dtype, shards)
     precision = product_precision(nodes)
     with autocast_disabled(nodes):
@@ -134,7 +134,7 @@ def node_contrast(
     shards = shards_of(
         process_group,
         [*students, *teachers],
-        f"node_contrast({temperature}, {wanted}, {bank_size(more)}, {fused})",
+        ("node_contrast", temperature, wanted, bank_size(more), fused),
         more,
     )
     precision = product_precision(students[0])
@@ -198,7 +198,7 @@ def relation_kl(
         more = None if bank is None else check_bank("bank", [*bank[0], *bank[1]], [*students, *teachers])
         fused = select_backend(backend, students[0]) != "reference"
     stages = [*students, *teachers]
-    told = f"relation_kl({temperature}, {bandwidth}, {len(students)} of, {bank_size(more)}, {fused})"
+    told = "relation_kl", temperature, bandwidth, len(students), bank_size(more), fused
     shards = shards_of(process_group, stages, told, more)
     precision = product_precision(students[0])
     with autocast_disabled(students[0]):
@@ -231,7 +231,7 @@ def adaptive_bandwidth(nodes: Tensor, *, process_group: Group = None) -> Tensor:
     with checking(process_group, "adaptive_bandwidth"):
         check_features("nodes", nodes, process_group is not None)
         dtype = compute_dtype({"nodes": nodes})
-    shards = shards_of(process_group, [nodes], "adaptive_bandwidth")
+    shards = shards_of(process_group, [nodes], ("adaptive_bandwidth",))
     batch = len(nodes) if shards is None else shards.total
     if batch == 1:
         return torch.ones((), dtype=dtype, device=nodes.device)
@@ -273,7 +273,7 @@ def effective_neighbors(
         dtype = compute_dtype({"nodes": nodes})
         check_graph_options(bandwidth, "symmetric", backend)
         fused = select_backend(backend, nodes) != "reference"
-    shards = shards_of(process_group, [nodes], f"effective_neighbors({fused})")
+    shards = shards_of(process_group, [nodes], ("effective_neighbors", fused))
     sigma = _bandwidth(bandwidth, nodes, dtype, shards)
     precision = product_precision(nodes)
     widths = (sigma, sigma / math.sqrt(2))

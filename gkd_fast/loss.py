@@ -225,7 +225,7 @@ class GraphKDLoss(nn.Module):
                 raise ValueError(
                     f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"
                 )
-        shards = shards_of(self.process_group, [*students, *teachers], "GraphKDLoss.embed")
+        shards = shards_of(self.process_group, [*students, *teachers], ("GraphKDLoss.embed",))
         self._last = {"student_nodes": [x.detach() for x in students], "teacher_nodes": teachers}
         student_embeddings = [head(x, shards) for head, x in zip(self.student_heads, students)]
         if self.teacher_heads is None:
@@ -252,7 +252,7 @@ class GraphKDLoss(nn.Module):
             pair_weights = self._pair_weights(weights, student_embeddings, detached)
             if self.classifier is not None and target is not None:
                 _check_target(target, teacher_embeddings[0], self.classifier.out_features)
-        told = f"GraphKDLoss.terms({'no ' * (target is None)}target)"
+        told = "GraphKDLoss.terms", "no target" if target is None else "target"
         shards = shards_of(self.process_group, [*student_embeddings, *teacher_embeddings], told)
         self._last |= {
             "student_embeddings": [s.detach() for s in student_embeddings],

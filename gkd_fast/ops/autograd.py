@@ -19,33 +19,36 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
     """
     op = getattr(torch.ops.gkd_fast, name.removeprefix("gkd_fast::")).default
     defaults = [x.default_value if x.has_default_value() else None for x in op._schema.arguments]
-    is_single = len(op._schema.returns) == 1
+    kinds = [_kind(x.type) for x in op._schema.arguments]
+    result_kinds = [_kind(x.type) for x in op._schema.returns]
+    below = torch._C._after_autograd_keyset
 
     def redispatch(keyset, arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return op.redispatch(keyset & below, *arguments)
 
     def forward(ctx, keyset, arguments, structure, *tensors):
         result = redispatch(keyset, arguments)
-        ctx.arguments = [_shape(x) for x in arguments]
-        ctx.results = structure[:] = [_shape(x) for x in ((result,) if is_single else result)]
+        ctx.arguments = _counts(arguments, kinds)
+        results = (result,) if len(result_kinds) == 1 else result
+        ctx.results = structure[:] = _counts(results, result_kinds)
         if setup_context is not None:
             # The dispatcher leaves out arguments that equal their defaults.
             setup_context(ctx, (*arguments, *defaults[len(arguments) :]), result)
-        return tuple(_flat((result,) if is_single else result))
+        return tuple(_flat(results, ctx.results))
 
     def derived(ctx, *upstream):
         needs = ctx.needs_input_grad
-        ctx.needs_input_grad = tuple(_nested(needs[3:], ctx.arguments))
+        ctx.needs_input_grad = _nested(needs[3:], ctx.arguments)
         try:
             gradients = backward(ctx, *_nested(upstream, ctx.results))
         finally:
             ctx.needs_input_grad = needs
-        flat: list[Tensor | None] = []
-        for gradient, shape in zip(gradients, ctx.arguments):
-            if shape is not None:
-                flat += [gradient] if shape < 0 else gradient or [None] * shape
-        return None, None, None, *flat
+        flat: list[Tensor | None] = [None, None, None]
+        for gradient, count in zip(gradients, ctx.arguments):
+            if count is not None:
+                flat += [gradient] if count < 0 else gradient or [None] * count
+        return tuple(flat)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derived)}
     function = type(op._opname, (torch.autograd.Function,), methods)
@@ -54,34 +57,47 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return redispatch(keyset, arguments)
         structure: list[int | None] = []
-        outputs = function.apply(keyset, arguments, structure, *_flat(arguments))
+        outputs = function.apply(keyset, arguments, structure, *_flat(arguments, _counts(arguments, kinds)))
         results = _nested(outputs, structure)
-        return results[0] if is_single else tuple(results)
+        return results[0] if len(results) == 1 else tuple(results)
 
     LIBRARY.impl(op._opname, implementation, "Autograd", with_keyset=True)
 
 
-def _shape(x) -> int | None:
-    """-1 for a tensor, their number for a list of tensors, None for anything else."""
-    if isinstance(x, Tensor):
-        return -1
-    return len(x) if isinstance(x, (list, tuple)) and all(isinstance(e, Tensor) for e in x) else None
+def _kind(schema_type) -> str | None:
+    """Whether an argument or a result is, or may be, a "tensor" or a "list" of them."""
+    name = str(schema_type).removeprefix("Optional[").rstrip("]")
+    return {"Tensor": "tensor", "List[Tensor": "list"}.get(name)
 
 
-def _flat(values) -> list[Tensor]:
+def _counts(values, kinds) -> list[int | None]:
+    """-1 for each tensor, their number for each list of tensors, None for anything else."""
+    return [None if kind is None or x is None else -1 if kind == "tensor" else len(x) for x, kind in zip(values, kinds)]
+
+
+def _flat(values, counts) -> list[Tensor]:
     """The tensors among the values and in lists among them."""
-    flat = []
-    for x in values:
-        shape = _shape(x)
-        if shape is not None:
-            flat += [x] if shape < 0 else x
+    flat: list[Tensor] = []
+    for x, count in zip(values, counts):
+        if count is not None:
+            flat += [x] if count < 0 else x
     return flat
 
 
-def _nested(flat, shapes) -> list:
+def _nested(flat, counts) -> list:
     """One entry of ``flat`` for each tensor, a list of them for each list; False for anything else."""
-    entries = iter(flat)
-    return [False if n is None else next(entries) if n < 0 else [next(entries) for _ in range(n)] for n in shapes]
+    found: list = []
+    at = 0
+    for count in counts:
+        if count is None:
+            found.append(False)
+        elif count < 0:
+            found.append(flat[at])
+            at += 1
+        else:
+            found.append(flat[at : at + count])
+            at += count
+    return found
 
 
 def refuse_derivative(op: str) -> None:
