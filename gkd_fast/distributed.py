@@ -109,6 +109,10 @@ class Shards:
             raise ValueError(f"no rank has a sample in {what}")
         return cls(group, counts, device)
 
+    def fresh(self) -> Shards:
+        """The same without what was gathered."""
+        return Shards(self.group, self.counts, self.device)
+
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All ranks' rows of each tensor ``[count, …]``, ``[total, …]``, in one collective."""
         if not tensors:

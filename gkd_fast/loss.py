@@ -258,7 +258,7 @@ class GraphKDLoss(nn.Module):
             "student_embeddings": [s.detach() for s in student_embeddings],
             "teacher_embeddings": detached,
             "weights": pair_weights.detach(),
-            "shards": shards,
+            "shards": shards and shards.fresh(),
         }
         # Times a sum over samples: the mean over the batch, or this rank's part in that of all.
         share = 1 / len(detached[0]) if shards is None else shards.size / shards.total
@@ -317,7 +317,7 @@ class GraphKDLoss(nn.Module):
         if "weights" not in self._last:
             raise RuntimeError("diagnostics needs a call of the loss first")
         last = self._last
-        shards = last["shards"]
+        shards = last["shards"] and last["shards"].fresh()
         rows = [last["weights"], *([last["node_losses"]] if "node_losses" in last else [])]
         weights, *node_losses = rows if shards is None else shards.gather(rows)
         batch = len(weights)
