@@ -81,9 +81,17 @@ struct NodeTiles {
   static constexpr int N = Lanes<T>::count;
 
   const NodeGradient<T>& args;
-  const T *rows, *left_rows, *right_rows, *columns, *left_columns, *right_columns, *values;
-  T* tiles;
+  const T *rows, *left_rows, *columns, *left_columns, *right_columns, *values;
+  T *tiles, *right_rows;  // right_rows: of a worker's tile
   int64_t stride;
+
+  // m += H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares the memory.
+  GKD_INLINE void add_right(const Tile& t, int64_t worker, T* m) const {
+    T* packed = right_rows + worker * round_up(stride, kMicroRows) * args.width;
+    pack_rows(args.right.row, args.right_factors.row, t.i, t.i + t.rows, args.width, packed);
+    multiply<Layout::Across, T>(t.rows, round_up(t.columns, kPanel<T>), args.width, {packed, kMicroRows, args.width},
+                                left_columns + t.j * args.width, kPanel<T> * args.width, m, stride, true);
+  }
 
   template <int G>
   GKD_INLINE void weigh_rows(const Tile& t, const T* c, T* m, int64_t r) const {
@@ -104,7 +112,7 @@ struct NodeTiles {
     T* m = c + tile_elements(stride);
     similarities(t, rows, columns, args.sides.dim, c, stride);
     if (right_columns) similarities(t, left_rows, right_columns, args.width, m, stride);
-    if (left_columns) similarities(t, right_rows, left_columns, args.width, m, stride, true);
+    if (left_columns) add_right(t, worker, m);
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });
     for (int64_t r = 0; r < t.rows; ++r) {
       if (const int64_t own = own_column(t, r); own >= 0) m[r * stride + own] = 0;
@@ -122,13 +130,12 @@ void node_gradient(const Host& host, const NodeGradient<T>& args) {
   NodeTiles<T> op{args,
                   rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
                   rows_of(host, args.left.row, sides.row_count, args.width, stride, left.row),
-                  args.left.column ? rows_of(host, args.right.row, sides.row_count, args.width, stride, right.row)
-                                   : nullptr,
                   columns_of(host, sides.columns, count, sides.dim),
                   args.left.column ? columns_of(host, args.left.column, count, args.width, left.column) : nullptr,
                   columns_of(host, args.right.column, count, args.width, right.column),
                   values_of(host, sides.columns, count, sides.dim),
                   allocate<T>(host, host.workers * 2 * tile_elements(stride)),
+                  allocate<T>(host, host.workers * round_up(stride, kMicroRows) * args.width),
                   stride};
   walk(host, sides, op);
 }
