@@ -3,7 +3,7 @@
 import os
 
 import torch
-from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, unit_rows
+from gkd_fast.kernels import graph_conv, node_contrast, node_contrast_tangent, relation_kl, unit_rows
 from gkd_fast.kernels.autotune import autotuned
 from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
 
@@ -17,6 +17,8 @@ OPS = {
     "graph_conv_backward": graph_conv.graph_conv_backward,
     "node_contrast": node_contrast.node_contrast,
     "node_contrast_backward": node_contrast.node_contrast_backward,
+    "node_contrast_tangent": node_contrast_tangent.node_contrast_tangent,
+    "node_contrast_double_backward": node_contrast_tangent.node_contrast_double_backward,
     "relation_kl": relation_kl.relation_kl,
     "relation_kl_backward": relation_kl.relation_kl_backward,
 }

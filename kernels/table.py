@@ -63,6 +63,16 @@ gfx942 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32
 gfx942 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 """
 
+# The second order holds twice the rows and walks them with twice the products. What has no line here goes in strips.
+SECOND_ORDER_KERNELS = (
+    "contrast_tangent_sums", "contrast_double_gradients", "relation_tangent_sums", "relation_double_gradients",
+    "graph_degree_tangents", "graph_tangent_sums", "graph_double_gradients",
+)  # fmt: skip
+_SECOND_ORDER_LINES = """
+sm_90  short    64  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_90  short   128  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+"""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -82,15 +92,16 @@ class Tiles:
         return f"{self.rows}x{self.columns}w{self.warps}s{self.stages}"
 
 
-def _parse(lines: str) -> dict[tuple[str, str, int], dict[str, Tiles]]:
+def _parse(lines: str, kernels: tuple[str, ...]) -> dict[tuple[str, str, int], dict[str, Tiles]]:
     entries = {}
     for line in lines.strip().splitlines():
         arch, kind, width, *texts = line.split()
-        entries[arch, kind, int(width)] = dict(zip(KERNELS, map(Tiles.parse, texts), strict=True))
+        entries[arch, kind, int(width)] = dict(zip(kernels, map(Tiles.parse, texts), strict=True))
     return entries
 
 
-_ENTRIES = _parse(_LINES)
+_ENTRIES = _parse(_LINES, KERNELS)
+_SECOND_ORDER = _parse(_SECOND_ORDER_LINES, SECOND_ORDER_KERNELS)
 
 # Strips hold similarities, not rows: their tiles only pass through registers.
 STRIP = Tiles(32, 64, 4, 1)
@@ -107,19 +118,24 @@ def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:
         return _forced[0]
     if kernel == "strip":
         return STRIP
-    kind = TYPES[product]
-    entry = min(w for entry_arch, entry_kind, w in _ENTRIES if (entry_arch, entry_kind) == (arch, kind) and w >= width)
+    kind, entries = TYPES[product], _SECOND_ORDER if kernel in SECOND_ORDER_KERNELS else _ENTRIES
+    entry = min(w for entry_arch, entry_kind, w in entries if (entry_arch, entry_kind) == (arch, kind) and w >= width)
     key = (kernel, arch, product, entry)
     if _recorded is not None:
         _recorded.add(key)
-    return overrides.get(key) or _ENTRIES[arch, kind, entry][kernel]
+    return overrides.get(key) or entries[arch, kind, entry][kernel]
 
 
-def largest_width(arch: str, product: str) -> int:
-    """The widest rows whose block and gradient fit a program; wider ones are multiplied in strips."""
+def largest_width(arch: str, product: str, second: bool = False) -> int:
+    """The widest rows whose block and gradient fit a program; wider ones are multiplied in strips.
+
+    ``second``: of the second order's kernels; 0 where strips take all.
+    """
     if _forced is not None:
         return _forced[1]
-    return max(width for entry_arch, kind, width in _ENTRIES if (entry_arch, kind) == (arch, TYPES[product]))
+    entries = _SECOND_ORDER if second else _ENTRIES
+    widths = (width for entry_arch, kind, width in entries if (entry_arch, kind) == (arch, TYPES[product]))
+    return max(widths, default=0)
 
 
 def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:

@@ -53,9 +53,9 @@ class Division:
 
 
 def _importers(name: str):
-    from gkd_fast.kernels import graph_conv, node_contrast, relation_kl
+    from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, tangents
 
-    return [module for module in (graph_conv, node_contrast, relation_kl) if hasattr(module, name)]
+    return [module for module in (graph_conv, node_contrast, relation_kl, tangents) if hasattr(module, name)]
 
 
 @pytest.fixture
