@@ -1,22 +1,29 @@
 """node_contrast's second order on GPUs: the launches of ``node_contrast_tangent_tiles``, pair after pair."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from gkd_fast.kernels.launch import on_device, power_of_two
+from gkd_fast.kernels.launch import Columns, on_device, power_of_two
 from gkd_fast.kernels.node_contrast import Problem
 from gkd_fast.kernels.node_contrast_tangent_tiles import contrast_double_gradients, contrast_tangent_sums
-from gkd_fast.kernels.strips import multiply
-from gkd_fast.kernels.tangents import Directions, Walk, complete, is_wide, rounded, row_blocks, spread
+from gkd_fast.kernels.tangents import (
+    Directions,
+    add_weighted,
+    converted,
+    new_strip,
+    pieces,
+    rounded,
+    row_blocks,
+    spread,
+    tiling,
+)  # fmt: skip
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The rows x and columns y of one pair, and their tangents, None where they stand still.
-
-    A kernel gets x or y themselves in the place of tangents that it does not read.
-    """
+    """The rows x and columns y of one pair, and their tangents, None where they stand still."""
 
     rows: Tensor
     row_tangents: Tensor | None
@@ -27,32 +34,27 @@ class Pair:
     def moves(self) -> bool:
         return self.row_tangents is not None or self.column_tangents is not None
 
-    def of(self, block: slice) -> "Pair":
-        """The same with a few of the rows."""
-        tangents = self.row_tangents
-        return Pair(
-            self.rows[block], tangents if tangents is None else tangents[block], self.columns, self.column_tangents
-        )
+    def blocks(self, problem: Problem) -> Iterator[tuple[slice, "Pair"]]:
+        """The rows of one strip after another, in the product's type."""
+        for block in row_blocks(len(self.rows), problem.dim):
+            of_block = (x if x is None else converted(x[block], problem.product) for x in (self.rows, self.row_tangents))
+            rows, row_tangents = of_block
+            yield block, replace(self, rows=rows, row_tangents=row_tangents)
 
-    def walk(self, problem: Problem, kernel: str):
-        """(Walk, compile-time arguments, rows, and for every piece its matrices and what the kernel takes of it)."""
-        x, y = self.rows, self.columns
-        rows = x, x if self.row_tangents is None else self.row_tangents
-        walk = Walk(kernel, problem.arch, problem.product, len(x), len(y), x.device, problem.dim)
-        constants = walk.constants | {
-            "ROWS_MOVE": self.row_tangents is not None, "COLUMNS_MOVE": self.column_tangents is not None,
-        }  # fmt: skip
+    def pieces(self, problem: Problem) -> Iterator[Columns]:
+        """The columns and, if they move, their tangents."""
+        columns = [self.columns] if self.column_tangents is None else [self.columns, self.column_tangents]
+        return pieces(columns, problem.product, len(self.rows), weights=2)
 
-        def pieces():
-            columns = [y] if self.column_tangents is None else [y, self.column_tangents]
-            for piece in walk.pieces(columns, strips=4):
-                matrices = piece.matrices if self.column_tangents is not None else (*piece.matrices, None)
-                taken = (
-                    walk.strips(x, self.row_tangents, *matrices) if walk.is_wide else (matrices[0], piece.matrices[-1])
-                )
-                yield piece, matrices, taken
-
-        return walk, constants, rows, pieces()
+    def launch(self, problem: Problem, kernel, piece: Columns, *arguments, **constants):
+        """A kernel gets x or y themselves in the place of tangents that it does not read."""
+        grid, common = tiling(kernel.__name__, problem.arch, problem.product, len(self.rows), piece.count)
+        tangents = self.rows if self.row_tangents is None else self.row_tangents
+        kernel[grid](
+            self.rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, problem.dim, len(self.rows),
+            piece.count, problem.scale, 1 / problem.temperature, ROWS_MOVE=self.row_tangents is not None,
+            COLUMNS_MOVE=self.column_tangents is not None, **common, **constants,
+        )  # fmt: skip
 
 
 def node_contrast_tangent(
@@ -93,9 +95,8 @@ def _column_side(side: str, columns, tangents, moving, stages, of_rows) -> list[
 def _own_similarities(problem: Problem, pair: Pair, own: slice) -> Tensor:
     """ċ of each row and its own column, of operands rounded as the tiles' are."""
     total = pair.rows.new_zeros(problem.row_count)
-    rows, columns = pair.rows, pair.columns[own]
     tangents = None if pair.column_tangents is None else pair.column_tangents[own]
-    for x, y in ((pair.row_tangents, columns), (rows, tangents)):
+    for x, y in ((pair.row_tangents, pair.columns[own]), (pair.rows, tangents)):
         if x is not None and y is not None:
             total += (rounded(x, problem.product) * rounded(y, problem.product)).sum(dim=1)
     return total
@@ -103,18 +104,14 @@ def _own_similarities(problem: Problem, pair: Pair, own: slice) -> Tensor:
 
 def _moved_log_sums(problem: Problem, pair: Pair, log_sums: Tensor) -> Tensor:
     """ż_i = (1/τ) Σ_j P_ij ċ_ij."""
-    wide, results = is_wide(problem.arch, problem.product, problem.dim), []
-    for block in row_blocks(wide, len(pair.rows), problem.dim):
-        part = pair.of(block)
-        walk, constants, rows, pieces = part.walk(problem, "contrast_tangent_sums")
-        sums = pair.rows.new_empty(walk.parts, len(part.rows))
-        for piece, _, columns in pieces:
-            contrast_tangent_sums[walk.grid](
-                *rows, *columns, log_sums[block], sums, problem.dim, walk.rows, piece.count, walk.parts,
-                int(piece.start > 0), problem.scale, 1 / problem.temperature, **constants,
-            )  # fmt: skip
-        results.append(complete(sums))
-    return torch.cat(results)
+    total = torch.zeros_like(log_sums)
+    for block, part in pair.blocks(problem):
+        for piece in part.pieces(problem):
+            blocks = tiling("contrast_tangent_sums", problem.arch, problem.product, 1, piece.count)[0][0]
+            sums = total.new_empty(blocks, len(part.rows))
+            part.launch(problem, contrast_tangent_sums, piece, log_sums[block], sums)
+            total[block] += sums.sum(dim=0)
+    return total
 
 
 def node_contrast_double_backward(
@@ -159,42 +156,29 @@ def node_contrast_double_backward(
                     continue
                 if pair.moves and side[0] is not None:
                     of_pair = side[0][:, s, t], side[1][place], directions.multiplied(side[2][place])
-                    gradients[q] += _sums(problem, pair, of_pair, by_column=q >= S)
+                    _add_sums(problem, pair, of_pair, q >= S, gradients[q])
                 if partner is not None:
                     gradients[q] -= factor[:, None] * rounded(partner, problem.product)
     return [directions.divided(x) for x in gradients if x is not None]
 
 
-def _sums(problem: Problem, pair: Pair, side: tuple[Tensor, Tensor, Tensor], by_column: bool) -> Tensor:
-    """(1/τ) Σ_j g (P˙_ij y_j + P_ij ẏ_j); ``side``: g, log-sums, their tangents, of rows or ``by_column``."""
+def _add_sums(problem: Problem, pair: Pair, side: tuple[Tensor, Tensor, Tensor], by_column: bool, gradient: Tensor):
+    """Adds (1/τ) Σ_j g (P˙_ij y_j + P_ij ẏ_j); ``side``: g, log-sums, their tangents, of rows or ``by_column``."""
     upstream, log_sums, log_sum_tangents = side
-    factor, unscale = upstream / problem.temperature, None
+    factor, power = upstream / problem.temperature, None
     if problem.product.scaled:
         # |ċ/τ − ż| ≤ 4/τ along directions of length 1.
         power = power_of_two(factor.abs().amax() * max(1.0, 4 / problem.temperature))
-        factor, unscale = factor * power, 1 / power
-    vectors = factor, log_sums, log_sum_tangents
-    wide, results = is_wide(problem.arch, problem.product, problem.dim), []
-    for block in row_blocks(wide, len(pair.rows), problem.dim):
-        part = pair.of(block)
-        walk, constants, rows, pieces = part.walk(problem, "contrast_double_gradients")
-        out = pair.rows.new_empty(walk.parts, walk.rows, problem.dim)
-        if walk.is_wide:
-            out.zero_()
-        for piece, values, columns in pieces:
+        factor = factor * power
+    for block, part in pair.blocks(problem):
+        total = torch.zeros_like(gradient[block])
+        for piece in part.pieces(problem):
             here = slice(piece.start, piece.start + piece.count) if by_column else block
-            moving = still = out
-            if walk.is_wide:
-                moving, still = walk.weights(piece.count, out), walk.weights(piece.count, out)
-            contrast_double_gradients[walk.grid](
-                *rows, *columns, *(x[here].contiguous() for x in vectors), moving, still, problem.dim, walk.rows,
-                piece.count, walk.parts, int(piece.start > 0), problem.scale, 1 / problem.temperature,
-                BY_COLUMN=by_column, **constants,
-            )  # fmt: skip
-            if walk.is_wide:
-                for weights, matrix in zip((moving, still), values, strict=True):
-                    if matrix is not None:
-                        out[0] += multiply(weights, matrix)
-        results.append(complete(out))
-    total = results[0] if len(results) == 1 else torch.cat(results)
-    return total if unscale is None else total * unscale
+            vectors = (x[here].contiguous() for x in (factor, log_sums, log_sum_tangents))
+            strips = [new_strip(part.rows, len(part.rows), piece.count) for _ in piece.matrices]
+            part.launch(
+                problem, contrast_double_gradients, piece, *vectors, strips[0], strips[-1], BY_COLUMN=by_column
+            )
+            for weights, columns in zip(strips, piece.matrices, strict=True):
+                add_weighted(total, weights, columns)
+        gradient[block] += total if power is None else total / power

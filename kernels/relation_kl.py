@@ -195,7 +195,7 @@ def relation_kl_backward(
     new = torch.zeros_like if adds else torch.empty_like
     gradients = [new(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
     with on_device(problem.rows[0]):
-        scale = _scale(problem, own[0], other and other[0]) if problem.product.scaled else own[0]
+        scale = power_of(problem, own[0], other and other[0]) if problem.product.scaled else own[0]
         for group in groups:
             _backward(problem, *group, own, other, gradients, scale, adds)
     return [g for g in gradients if g is not None]
@@ -216,13 +216,13 @@ def _backward_in_strips(problem: Problem, own, other, temperature, bandwidth, pr
     return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
 
 
-def _scale(problem: Problem, upstream: Tensor, column_upstream: Tensor | None) -> Tensor:
-    """The power of two that brings the entries of M, at most a few times the largest upstream, into float16."""
+def power_of(problem: Problem, upstream: Tensor, column_upstream: Tensor | None, growth: float = 1.0) -> Tensor:
+    """The power of two that brings ``growth`` × the entries of M, a few times the largest upstream, into float16."""
     largest = upstream.abs().amax()
     if column_upstream is not None and column_upstream is not upstream:
         largest = torch.maximum(largest, column_upstream.abs().amax())
     pairs = problem.num_students * problem.num_teachers
-    return power_of_two(largest * (problem.slope * 4 * pairs * max(1.0, math.log(problem.column_count))))
+    return power_of_two(largest * (growth * problem.slope * 4 * pairs * max(1.0, math.log(problem.column_count))))
 
 
 def _factors(problem, students, teachers, side, count: int, wanted: int, scale: Tensor) -> Tensor:

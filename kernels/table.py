@@ -63,15 +63,38 @@ gfx942 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32
 gfx942 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 """
 
-# The second order holds twice the rows and walks them with twice the products. What has no line here goes in strips.
+# The second order's kernels make one tile of any width, for which 0 stands.
 SECOND_ORDER_KERNELS = (
     "contrast_tangent_sums", "contrast_double_gradients", "relation_tangent_sums", "relation_double_gradients",
-    "graph_degree_tangents", "graph_tangent_sums", "graph_double_gradients",
+    "graph_degree_tangents", "graph_tangent_weights", "graph_double_gradients",
 )  # fmt: skip
 _SECOND_ORDER_LINES = """
-sm_90  short    64  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
-sm_90  short   128  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_80  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_80  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_80  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_80  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_80  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_86  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_86  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_86  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_86  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_86  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_90  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_90  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_90  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_90  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_90  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_100 short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_100 tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_100 tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_100 ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_100 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 short   0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+gfx942 ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+gfx942 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 """
+BLOCK_WIDTHS = {"short": 64, "tf32": 32, "tf32x3": 32, "ieee": 32, "float64": 16}
 
 
 @dataclass(frozen=True)
@@ -126,20 +149,22 @@ def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:
     return overrides.get(key) or entries[arch, kind, entry][kernel]
 
 
-def largest_width(arch: str, product: str, second: bool = False) -> int:
-    """The widest rows whose block and gradient fit a program; wider ones are multiplied in strips.
-
-    ``second``: of the second order's kernels; 0 where strips take all.
-    """
+def largest_width(arch: str, product: str) -> int:
+    """The widest rows whose block and gradient fit a program; wider ones are multiplied in strips."""
     if _forced is not None:
         return _forced[1]
-    entries = _SECOND_ORDER if second else _ENTRIES
-    widths = (width for entry_arch, kind, width in entries if (entry_arch, kind) == (arch, TYPES[product]))
-    return max(widths, default=0)
+    return max(width for entry_arch, kind, width in _ENTRIES if (entry_arch, kind) == (arch, TYPES[product]))
+
+
+def block_width(product: str) -> int:
+    """Columns of the operands that a step of a second-order kernel's products takes."""
+    return 16 if _forced is not None else BLOCK_WIDTHS[TYPES[product]]
 
 
 def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:
     """The most students and teachers that share one launch of relation_kl."""
+    if kernel in SECOND_ORDER_KERNELS:
+        return 1, 1
     return (1, 2) if arch == "sm_90" and TYPES[product] == "short" and width <= 128 else (1, 1)
 
 
