@@ -18,7 +18,7 @@ from gkd_fast.kernels.relation_kl import STATISTICS_BLOCK
 from gkd_fast.kernels.relation_kl_tiles import relation_factors, relation_gradients, relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.strips import MOST_ROWS
-from gkd_fast.kernels.table import MULTIPROCESSORS, POLYNOMIALS, largest_width, relation_group, tiles
+from gkd_fast.kernels.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
 from gkd_fast.kernels.tangent_catalog import second_order
 from gkd_fast.kernels.tile import COUNTS
 from gkd_fast.kernels.unit_rows import BLOCK_ROWS as UNIT_ROWS
@@ -140,7 +140,7 @@ class _Builder:
         self.arch, self.product, self.dim, self.width = arch, product, dim, padded_width(dim)
         self.row = "*fp64" if product.name == "float64" else "*fp32"
         self.column = {"bfloat16": "*bf16", "float16": "*fp16"}.get(product.name, self.row)
-        self.polynomials = 0 if product.name == "float64" else POLYNOMIALS[arch]
+        self.polynomials = polynomials(arch, product.name)
 
     def relation_kl(self, students: int, teachers: int):
         for fn, direction in ((relation_sums, "forward"), (relation_gradients, "backward")):

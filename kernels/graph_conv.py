@@ -18,7 +18,7 @@ from gkd_fast.kernels.launch import (
     power_of_two,
     product_of,
 )  # fmt: skip
-from gkd_fast.kernels.table import POLYNOMIALS, largest_width, tiles
+from gkd_fast.kernels.table import largest_width, polynomials, tiles
 from torch import Tensor
 
 # Factors of a value's row, as in ``graph_conv_tiles``.
@@ -60,8 +60,8 @@ class Graph:
         )
         constants = {
             "WIDTH": padded_width(self.dim), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
-            "POLYNOMIALS": POLYNOMIALS[self.arch], "num_warps": config.warps, "num_stages": config.stages,
-            **self.product.constants(),
+            "POLYNOMIALS": polynomials(self.arch, self.product.name), "num_warps": config.warps,
+            "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
         if widths:
             constants["VALUE_WIDTH"] = padded_width(*widths)

@@ -5,7 +5,7 @@ import triton
 from gkd_fast.kernels.graph_conv_tiles import graph_strip
 from gkd_fast.kernels.launch import Columns, column_pieces, on_device, power_of_two
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
-from gkd_fast.kernels.table import POLYNOMIALS, tiles
+from gkd_fast.kernels.table import polynomials, tiles
 from torch import Tensor
 
 
@@ -19,7 +19,8 @@ def _strip(graph, rows: Tensor, start: int, piece: Columns, sums, gradient=None)
         similarities, products, weights, sums, terms, column_terms, powers, graph.inverse_variance, len(rows),
         piece.count, graph.offset + start - piece.start, int(piece.start > 0), GRADIENT=gradient is not None,
         SCALED=graph.product.scaled, BLOCK_ROWS=config.rows, BLOCK_COLUMNS=config.columns, TYPE=graph.product.TYPE,
-        SUM=graph.product.SUM, POLYNOMIALS=POLYNOMIALS[graph.arch], num_warps=config.warps, num_stages=config.stages,
+        SUM=graph.product.SUM, POLYNOMIALS=polynomials(graph.arch, graph.product.name), num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
     return weights
 

@@ -1,6 +1,6 @@
 """graph_conv's second order on GPUs: the launches of ``graph_conv_tangent_tiles``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch

@@ -3,14 +3,15 @@
 import triton
 import triton.language as tl
 from gkd_fast.kernels.graph_conv_tiles import LOG2E, adjacency
-from gkd_fast.kernels.tangents import HARDWARE_ONLY, similarities, store_strip
-from gkd_fast.kernels.tile import COUNTS, add_product, load_tile, load_vector, number, replace_diagonal, store_vector
+from gkd_fast.kernels.tangents import HARDWARE_ONLY, add_tile_product, similarities, store_strip
+from gkd_fast.kernels.tile import COUNTS, load_vector, number, replace_diagonal, store_vector
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_degree_tangents(
     rows, row_tangents, columns, column_tangents, sums, inverse_variance, dim, row_count, column_count, offset,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr,
+    APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE:
+    tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums[column block, i] = Σ_j K˙_ij."""
@@ -18,7 +19,7 @@ def graph_degree_tangents(
     i = tl.program_id(1) * BLOCK_ROWS
     v = tl.load(inverse_variance).to(SUM)
     c, moving = similarities(rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim, True,
-                             True, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION)  # fmt: skip
+                             True, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION)  # fmt: skip
     k = adjacency(c, i, j, offset, column_count, v * LOG2E, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY)
     out = sums + number(tl.program_id(0), tl.int64) * row_count
     store_vector(out, tl.sum(k * moving, 1) * v, i, row_count, BLOCK_ROWS)
@@ -27,7 +28,8 @@ def graph_degree_tangents(
 @triton.jit(do_not_specialize=COUNTS)
 def graph_tangent_weights(
     rows, row_tangents, columns, column_tangents, moving, still, inverse_variance, dim, row_count, column_count, offset,
-    NODES_MOVE: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    NODES_MOVE: tl.constexpr, SCALED: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS:
+    tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Strips of K˙ (``moving``), where the nodes move, and of K (``still``), in float16 times 2^14."""
@@ -36,7 +38,7 @@ def graph_tangent_weights(
     BOOST: tl.constexpr = 14 if SCALED else 0
     v = tl.load(inverse_variance).to(SUM)
     c, tangent = similarities(rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim,
-                              NODES_MOVE, NODES_MOVE, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
+                              NODES_MOVE, NODES_MOVE, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
                               PRECISION)  # fmt: skip
     k = adjacency(c, i, j, offset, column_count, v * LOG2E, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY)
     store_strip(still, k, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
@@ -53,13 +55,10 @@ def crossed_products(
     """G'_i·H'_j and H'_i·G'_j."""
     ahead = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     behind = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
-    for k in range(0, width, BLOCK_WIDTH):
-        g = load_tile(left, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH)
-        h = load_tile(column_right, j, k, column_count, width, BLOCK_COLUMNS, BLOCK_WIDTH)
-        ahead = add_product(g, tl.trans(h), ahead, PRECISION)
-        h = load_tile(right, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH)
-        g = load_tile(column_left, j, k, column_count, width, BLOCK_COLUMNS, BLOCK_WIDTH)
-        behind = add_product(h, tl.trans(g), behind, PRECISION)
+    ahead = add_tile_product(left, column_right, i, j, row_count, column_count, width, ahead, BLOCK_ROWS, BLOCK_COLUMNS,
+                             BLOCK_WIDTH, PRECISION)  # fmt: skip
+    behind = add_tile_product(right, column_left, i, j, row_count, column_count, width, behind, BLOCK_ROWS,
+                              BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
     return ahead, behind
 
 
@@ -75,15 +74,16 @@ def both_terms(row_terms, column_terms, k, i, j, row_count, column_count, BLOCK_
 @triton.jit(do_not_specialize=COUNTS)
 def graph_double_gradients(
     rows, row_tangents, columns, column_tangents, left, right, extra, column_left, column_right, column_extra,
-    row_terms, column_terms, moving, still, inverse_variance, scale, dim, width, row_count, column_count, offset,
-    NODES_MOVE: tl.constexpr, HAS_EXTRA: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    row_terms, column_terms, moving, still, inverse_variance, unit, dim, width, row_count, column_count, offset,
+    NODES_MOVE: tl.constexpr, HAS_EXTRA: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS:
+    tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strips of scale·(K˙_ij m_ij + K_ij ṁ_ij) (``moving``) and, where the nodes move, of scale·K_ij m_ij (``still``).
+    """Strips of unit·(K˙_ij m_ij + K_ij ṁ_ij) (``moving``) and, where the nodes move, of unit·K_ij m_ij (``still``).
 
     m_ij = G'_i·H'_j + H'_i·G'_j + d_i + d_j, and with G' and H' moving at rates a and b and by ``extra``
-    ṁ_ij = G'_i·H'_j (a_i + b_j) + H'_i·G'_j (b_i + a_j) + G'_i·extra_j + extra_i·G'_j + ḋ_i + ḋ_j; where the nodes stand
-    still, so do a, b and d. Terms: ḋ, d, a, b, each [count].
+    ṁ_ij = G'_i·H'_j (a_i + b_j) + H'_i·G'_j (b_i + a_j) + G'_i·extra_j + extra_i·G'_j + ḋ_i + ḋ_j; where the nodes
+    stand still, so do a, b and d. Terms: ḋ, d, a, b, each [count].
     """
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
@@ -92,7 +92,7 @@ def graph_double_gradients(
     m_tangent = mine + other
     if HAS_EXTRA:
         _, more = similarities(left, extra, column_left, column_extra, i, j, row_count, column_count, width, True, True,
-                               BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION)  # fmt: skip
+                               APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION)  # fmt: skip
         m_tangent += more
     if NODES_MOVE:
         ahead, behind = crossed_products(left, right, column_left, column_right, i, j, row_count, column_count, width,
@@ -103,10 +103,10 @@ def graph_double_gradients(
         mine, other = both_terms(row_terms, column_terms, 1, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
         m = ahead + behind + (mine + other)
     c, tangent = similarities(rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim,
-                              NODES_MOVE, NODES_MOVE, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
+                              NODES_MOVE, NODES_MOVE, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
                               PRECISION)  # fmt: skip
     k = adjacency(c, i, j, offset, column_count, v * LOG2E, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY)
-    k = k * tl.load(scale).to(SUM)
+    k = k * tl.load(unit).to(SUM)
     if NODES_MOVE:
         m = k * m
         m_tangent = k * m_tangent + m * tangent * v

@@ -37,7 +37,9 @@ class Pair:
     def blocks(self, problem: Problem) -> Iterator[tuple[slice, "Pair"]]:
         """The rows of one strip after another, in the product's type."""
         for block in row_blocks(len(self.rows), problem.dim):
-            of_block = (x if x is None else converted(x[block], problem.product) for x in (self.rows, self.row_tangents))
+            of_block = (
+                x if x is None else converted(x[block], problem.product) for x in (self.rows, self.row_tangents)
+            )
             rows, row_tangents = of_block
             yield block, replace(self, rows=rows, row_tangents=row_tangents)
 
@@ -176,9 +178,7 @@ def _add_sums(problem: Problem, pair: Pair, side: tuple[Tensor, Tensor, Tensor],
             here = slice(piece.start, piece.start + piece.count) if by_column else block
             vectors = (x[here].contiguous() for x in (factor, log_sums, log_sum_tangents))
             strips = [new_strip(part.rows, len(part.rows), piece.count) for _ in piece.matrices]
-            part.launch(
-                problem, contrast_double_gradients, piece, *vectors, strips[0], strips[-1], BY_COLUMN=by_column
-            )
+            part.launch(problem, contrast_double_gradients, piece, *vectors, strips[0], strips[-1], BY_COLUMN=by_column)
             for weights, columns in zip(strips, piece.matrices, strict=True):
                 add_weighted(total, weights, columns)
         gradient[block] += total if power is None else total / power

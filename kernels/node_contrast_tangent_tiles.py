@@ -21,7 +21,8 @@ def softmax_weights(c, log_sums, j, column_count, scale, BLOCK_COLUMNS: tl.const
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_tangent_sums(
     rows, row_tangents, columns, column_tangents, log_sums, sums, dim, row_count, column_count, scale: tl.float64,
-    inverse_temperature: tl.float64, ROWS_MOVE: tl.constexpr, COLUMNS_MOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    inverse_temperature: tl.float64, ROWS_MOVE: tl.constexpr, COLUMNS_MOVE: tl.constexpr, APART: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +30,7 @@ def contrast_tangent_sums(
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
     c, moving = similarities(rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim,
-                             ROWS_MOVE, COLUMNS_MOVE, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
+                             ROWS_MOVE, COLUMNS_MOVE, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
                              PRECISION)  # fmt: skip
     shift = load_vector(log_sums, i, row_count, BLOCK_ROWS)[:, None]
     weights = softmax_weights(c, shift, j, column_count, number(scale, SUM), BLOCK_COLUMNS)
@@ -42,7 +43,8 @@ def contrast_tangent_sums(
 def contrast_double_gradients(
     rows, row_tangents, columns, column_tangents, upstream, log_sums, log_sum_tangents, moving, still, dim, row_count,
     column_count, scale: tl.float64, inverse_temperature: tl.float64, ROWS_MOVE: tl.constexpr,
-    COLUMNS_MOVE: tl.constexpr, BY_COLUMN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    COLUMNS_MOVE: tl.constexpr, BY_COLUMN: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS:
+    tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Strips of ẇ (``moving``) and, where columns move, of w (``still``), of one pair.
@@ -53,7 +55,7 @@ def contrast_double_gradients(
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
     c, tangent = similarities(rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim,
-                              ROWS_MOVE, COLUMNS_MOVE, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
+                              ROWS_MOVE, COLUMNS_MOVE, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
                               PRECISION)  # fmt: skip
     if BY_COLUMN:
         g = load_vector(upstream, j, column_count, BLOCK_COLUMNS)[None, :]

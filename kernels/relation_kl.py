@@ -27,7 +27,7 @@ from gkd_fast.kernels.relation_kl_tiles import (
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
-from gkd_fast.kernels.table import POLYNOMIALS, Tiles, largest_width, relation_group, tiles
+from gkd_fast.kernels.table import Tiles, largest_width, polynomials, relation_group, tiles
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
@@ -102,7 +102,8 @@ class Problem:
         return {
             "S": len(students), "T": len(teachers), "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide,
             "WIDTH": self.width(self.stages(students, teachers)), "BLOCK_ROWS": config.rows,
-            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": POLYNOMIALS[self.arch], "num_warps": config.warps,
+            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": polynomials(self.arch, self.product.name),
+            "num_warps": config.warps,
             "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
 

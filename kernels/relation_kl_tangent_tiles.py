@@ -21,18 +21,20 @@ from gkd_fast.kernels.tile import COUNTS, NOWHERE, load_vector, number, store_ve
 @triton.jit
 def stage_similarities(
     rows, row_tangents, columns, column_tangents, dims, q: tl.constexpr, i, j, row_count, column_count,
-    MOVING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    MOVING: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH:
+    tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """c and ċ of stage q's tile."""
     if (MOVING >> q) & 1:
         return similarities(
             rows[q], row_tangents[place_among(MOVING, q)], columns[q], column_tangents[place_among(MOVING, q)], i, j,
-            row_count, column_count, dims[q], True, True, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
+            row_count, column_count, dims[q], True, True, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
         )  # fmt: skip
     else:
         return similarities(
-            rows[q], rows[q], columns[q], columns[q], i, j, row_count, column_count, dims[q], False, False, BLOCK_ROWS,
+            rows[q], rows[q], columns[q], columns[q], i, j, row_count, column_count, dims[q], False, False, APART,
+            BLOCK_ROWS,
             BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
         )  # fmt: skip
 
@@ -41,7 +43,8 @@ def stage_similarities(
 def relation_tangent_sums(
     rows, row_tangents, columns, column_tangents, dims, sums, shifts, levels, row_count, column_count, offset,
     inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, MOVING: tl.constexpr,
-    OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    OWN_SHIFT: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH:
+    tl.constexpr,
     TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums[column block, k, i]: of every stage Σ_j U and Σ_j U ρ; after those of a teacher, of its pairs
@@ -57,7 +60,8 @@ def relation_tangent_sums(
     students = ()
     for q in tl.static_range(S + T):
         c, moving = stage_similarities(
-            rows, row_tangents, columns, column_tangents, dims, q, i, j, row_count, column_count, MOVING, BLOCK_ROWS,
+            rows, row_tangents, columns, column_tangents, dims, q, i, j, row_count, column_count, MOVING, APART,
+            BLOCK_ROWS,
             BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
         )  # fmt: skip
         r = relations(c, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY)
@@ -85,13 +89,15 @@ def relation_tangent_sums(
 @triton.jit
 def stage_tangents(
     rows, row_tangents, columns, column_tangents, dims, q: tl.constexpr, i, j, row_count, column_count, offset,
-    row_factors, column_factors, inner, outer, S: tl.constexpr, T: tl.constexpr, MOVING: tl.constexpr, OWN_SHIFT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
+    row_factors, column_factors, inner, outer, S: tl.constexpr, T: tl.constexpr, MOVING: tl.constexpr, OWN_SHIFT:
+    tl.constexpr,
+    APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM:
+    tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """R, U_ij, U_ji and υ of stage q's tile."""
     c, moving = stage_similarities(
-        rows, row_tangents, columns, column_tangents, dims, q, i, j, row_count, column_count, MOVING, BLOCK_ROWS,
+        rows, row_tangents, columns, column_tangents, dims, q, i, j, row_count, column_count, MOVING, APART, BLOCK_ROWS,
         BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
     )  # fmt: skip
     r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY)
@@ -115,7 +121,8 @@ def moving_factor(
     stage, k: tl.constexpr, row_factors, column_factors, i, j, row_count, column_count, outer, FACTORS: tl.constexpr,
     MOVES: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """U_ij f_i + U_ji f_j of factor k, and its tangent. Factors are loaded where they are used, to hold no registers."""
+    """U_ij f_i + U_ji f_j of factor k, and its tangent. Factors are loaded where they are used, to hold no
+    registers."""
     mine = row_factor(row_factors, k, i, row_count, BLOCK_ROWS)
     other = column_factor(column_factors, k, j, column_count, BLOCK_COLUMNS)
     still = both_sides(stage[1], stage[2], mine, other, OWN_SHIFT)
@@ -131,7 +138,8 @@ def moving_factor(
 def relation_double_gradients(
     rows, row_tangents, columns, column_tangents, dims, moving, still, row_factors, column_factors, row_count,
     column_count, offset, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
-    MOVING: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    MOVING: tl.constexpr, OWN_SHIFT: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS:
+    tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Strips of M˙ (``moving``) of the stages whose bit of WANTED is set, and of M (``still``) where they move.
@@ -149,8 +157,9 @@ def relation_double_gradients(
     teachers = ()
     for t in tl.static_range(T):
         stage = stage_tangents(
-            rows, row_tangents, columns, column_tangents, dims, S + t, i, j, row_count, column_count, offset, row_factors,
-            column_factors, inner, outer, S, T, MOVING, OWN_SHIFT, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
+            rows, row_tangents, columns, column_tangents, dims, S + t, i, j, row_count, column_count, offset,
+            row_factors,
+            column_factors, inner, outer, S, T, MOVING, OWN_SHIFT, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
             PRECISION,
         )  # fmt: skip
         new = ()
@@ -170,8 +179,10 @@ def relation_double_gradients(
     for s in tl.static_range(S):
         if (WANTED >> S) | ((WANTED >> s) & 1):
             stage = stage_tangents(
-                rows, row_tangents, columns, column_tangents, dims, s, i, j, row_count, column_count, offset, row_factors,
-                column_factors, inner, outer, S, T, MOVING, OWN_SHIFT, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
+                rows, row_tangents, columns, column_tangents, dims, s, i, j, row_count, column_count, offset,
+                row_factors,
+                column_factors, inner, outer, S, T, MOVING, OWN_SHIFT, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+                SUM,
                 PRECISION,
             )  # fmt: skip
             if (WANTED >> s) & 1:

@@ -94,6 +94,8 @@ gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8
 gfx942 ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
 gfx942 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 """
+# Where several products in a loop are laid out by whole rows, which doubles a tile's registers.
+PRODUCTS_APART = ("sm_80", "sm_86")
 BLOCK_WIDTHS = {"short": 64, "tf32": 32, "tf32x3": 32, "ieee": 32, "float64": 16}
 
 
@@ -154,6 +156,11 @@ def largest_width(arch: str, product: str) -> int:
     if _forced is not None:
         return _forced[1]
     return max(width for entry_arch, kind, width in _ENTRIES if (entry_arch, kind) == (arch, TYPES[product]))
+
+
+def polynomials(arch: str, product: str) -> int:
+    """``POLYNOMIALS``; none for the products of float32 grade, which take longer and whose results show its error."""
+    return POLYNOMIALS[arch] if TYPES[product] in ("short", "tf32") else 0
 
 
 def block_width(product: str) -> int:

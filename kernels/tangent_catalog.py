@@ -10,7 +10,7 @@ from gkd_fast.kernels.graph_conv_tangent_tiles import (
 )  # fmt: skip
 from gkd_fast.kernels.node_contrast_tangent_tiles import contrast_double_gradients, contrast_tangent_sums
 from gkd_fast.kernels.relation_kl_tangent_tiles import relation_double_gradients, relation_tangent_sums
-from gkd_fast.kernels.table import block_width, relation_group, tiles
+from gkd_fast.kernels.table import PRODUCTS_APART, block_width, relation_group, tiles
 
 DIRECTION = "double backward"
 
@@ -35,7 +35,8 @@ def second_order(build, students: int, teachers: int) -> Iterator:
         config = tiles(fn.__name__, build.arch, build.product.name, 0)
         width = block_width(build.product.name)
         constants = {
-            **constants, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns, "BLOCK_WIDTH": width,
+            **constants, "APART": build.arch in PRODUCTS_APART, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS":
+            config.columns, "BLOCK_WIDTH": width,
             **build.product.constants(),
         }  # fmt: skip
         # Programs make a tile each, in steps of the width; what the shorter loops take counts as steps of the longest.

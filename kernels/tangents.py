@@ -2,8 +2,8 @@
 
 Twice the rows, two gradients and up to ten products per tile do not fit the registers of a program that walks columns.
 So here a program makes one tile, of whatever width, a piece of the width at a time; what it makes of the similarities
-and their tangents are partial sums, or weights by which cuBLAS multiplies the columns. Weights come in strips of bounded
-size.
+and their tangents are partial sums, or weights by which cuBLAS multiplies the columns. Weights come in strips of
+bounded size.
 
 All results are linear in the directions. So float16, whose range is short, needs no scaling in a kernel: the launchers
 multiply directions by a power of two, and divide the results by it.
@@ -28,24 +28,50 @@ HARDWARE_ONLY = tl.constexpr(0)
 
 
 @triton.jit
-def similarities(
-    rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim, ROWS_MOVE: tl.constexpr,
-    COLUMNS_MOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr,
+def add_tile_product(
+    rows, columns, i, j, row_count, column_count, dim, total, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """c_ij = x_i·y_j and ċ_ij = ẋ_i·y_j + x_i·ẏ_j of the tile at (i, j); both may stand still."""
-    c = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
-    moving = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
+    """total + x_i·y_j of the tile at (i, j)."""
     for k in range(0, dim, BLOCK_WIDTH):
         x = load_tile(rows, i, k, row_count, dim, BLOCK_ROWS, BLOCK_WIDTH)
         y = load_tile(columns, j, k, column_count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
-        c = add_product(x, tl.trans(y), c, PRECISION)
+        total = add_product(x, tl.trans(y), total, PRECISION)
+    return total
+
+
+@triton.jit
+def similarities(
+    rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim, ROWS_MOVE: tl.constexpr,
+    COLUMNS_MOVE: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c_ij = x_i·y_j and ċ_ij = ẋ_i·y_j + x_i·ẏ_j of the tile at (i, j); both may stand still.
+
+    APART: a loop for each product, so that its result is laid out without regard to the others.
+    """
+    c = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
+    moving = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
+    if APART:
+        c = add_tile_product(rows, columns, i, j, row_count, column_count, dim, c, BLOCK_ROWS, BLOCK_COLUMNS,
+                             BLOCK_WIDTH, PRECISION)  # fmt: skip
         if ROWS_MOVE:
-            x_tangent = load_tile(row_tangents, i, k, row_count, dim, BLOCK_ROWS, BLOCK_WIDTH)
-            moving = add_product(x_tangent, tl.trans(y), moving, PRECISION)
+            moving = add_tile_product(row_tangents, columns, i, j, row_count, column_count, dim, moving, BLOCK_ROWS,
+                                      BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
         if COLUMNS_MOVE:
-            y_tangent = load_tile(column_tangents, j, k, column_count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
-            moving = add_product(x, tl.trans(y_tangent), moving, PRECISION)
+            moving = add_tile_product(rows, column_tangents, i, j, row_count, column_count, dim, moving, BLOCK_ROWS,
+                                      BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
+    else:
+        for k in range(0, dim, BLOCK_WIDTH):
+            x = load_tile(rows, i, k, row_count, dim, BLOCK_ROWS, BLOCK_WIDTH)
+            y = load_tile(columns, j, k, column_count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
+            c = add_product(x, tl.trans(y), c, PRECISION)
+            if ROWS_MOVE:
+                x_tangent = load_tile(row_tangents, i, k, row_count, dim, BLOCK_ROWS, BLOCK_WIDTH)
+                moving = add_product(x_tangent, tl.trans(y), moving, PRECISION)
+            if COLUMNS_MOVE:
+                y_tangent = load_tile(column_tangents, j, k, column_count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
+                moving = add_product(x, tl.trans(y_tangent), moving, PRECISION)
     return c, moving
 
 
@@ -68,14 +94,15 @@ def tiling(kernel: str, arch: str, product: Product, rows: int, columns: int) ->
     """The grid, columns first, of one program per tile; and the compile-time arguments."""
     config = table.tiles(kernel, arch, product.name, 0)
     constants = {
-        "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns, "BLOCK_WIDTH": table.block_width(product.name),
-        "num_warps": config.warps, "num_stages": config.stages, **product.constants(),
+        "APART": arch in table.PRODUCTS_APART, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+        "BLOCK_WIDTH": table.block_width(product.name), "num_warps": config.warps,
+        "num_stages": config.stages, **product.constants(),
     }  # fmt: skip
     return (triton.cdiv(columns, config.columns), triton.cdiv(rows, config.rows)), constants
 
 
 def pieces(columns: Sequence[Tensor], product: Product, rows: int, weights: int) -> Iterator[Columns]:
-    """The columns in the product's type, as many at a time as leave ``weights`` strips with ``rows`` rows their size."""
+    """The columns in the product's type, as many at a time as ``weights`` strips of ``rows`` rows may have."""
     row_bytes = rows * weights * product.torch_type.itemsize
     most = max(strips.LEAST, STRIP_BYTES // row_bytes // strips.LEAST * strips.LEAST)
     return column_pieces(columns, product.torch_type, most=most)
@@ -91,9 +118,9 @@ def add_weighted(total: Tensor, weights: Tensor, columns: Tensor) -> None:
     total += multiply(weights, columns)
 
 
-def converted(x: Tensor | None, product: Product) -> Tensor | None:
+def converted(x: Tensor, product: Product) -> Tensor:
     """x in the product's type."""
-    return x if x is None else x.to(product.torch_type)
+    return x.to(product.torch_type)
 
 
 def rounded(x: Tensor, product: Product) -> Tensor:

@@ -59,7 +59,8 @@ def second_order(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of Σ ⟨gradient, cotangent⟩ at the inputs that require gradient, and at the upstream.
 
-    ``moving``: the inputs whose gradients have a cotangent; None: all that require gradient. The cotangents' entries are
+    ``moving``: the inputs whose gradients have a cotangent; None: all that require gradient. The cotangents' entries
+    are
     random, of the size ``length``.
     """
     generator = torch.Generator().manual_seed(7)
@@ -69,9 +70,7 @@ def second_order(
     moving = wanted if moving is None else [inputs[k] for k in moving]
     gradients = torch.autograd.grad(output, moving, upstream, create_graph=True)
     # Transposed, so that the cotangents are not contiguous.
-    cotangents = [
-        (length * torch.randn(x.shape[::-1], dtype=D64, generator=generator)).to(x.dtype).T for x in moving
-    ]
+    cotangents = [(length * torch.randn(x.shape[::-1], dtype=D64, generator=generator)).to(x.dtype).T for x in moving]
     return list(torch.autograd.grad(gradients, [*wanted, upstream], cotangents, materialize_grads=True))
 
 
