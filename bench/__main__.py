@@ -9,6 +9,7 @@ SUBCOMMANDS = {
     "ops": ("bench.ops", "the ops at chosen sizes, every backend side by side"),
     "step": ("bench.step", "a whole GraphKDLoss step, fused against the reference backend"),
     "targets": ("bench.targets", "the standard table, and which of its targets hold"),
+    "scaling": ("bench.scaling", "memory, traffic and arithmetic of a global batch over many GPUs, by formula"),
     "gpu-static": ("bench.gpu_static", "the Triton kernels' resources and predicted times, without a GPU"),
 }
 

@@ -4,6 +4,7 @@ from gkd_fast import functional
 from gkd_fast.features import StageFeatures
 from gkd_fast.loss import GraphKDLoss
 from gkd_fast.meta import UnrolledSGD
+from gkd_fast.micro_batch import micro_batched
 from gkd_fast.modules import BatchGCN, PairWeightNetwork
 
 __version__ = "0.1.0"
@@ -15,4 +16,5 @@ __all__ = [
     "UnrolledSGD",
     "__version__",
     "functional",
+    "micro_batched",
 ]

@@ -1,16 +1,23 @@
-"""What a forward pass can change beside its output: buffers and random state."""
+"""What a forward pass depends on, and can change, beside its inputs: buffers, modes and random state."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Snapshot:
-    """The buffers of some modules and PyTorch's random state, to be put back exactly."""
+    """The buffers and modes of some modules and PyTorch's random state, to be put back exactly.
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        owners = {id(m): m for root in modules for m in root.modules()}.values()
+    Args:
+        modules: with all that is in them.
+        inputs: of a forward pass; the random state is that of the CPU and of every device of these and the modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], inputs: Iterable[Tensor] = ()):
+        owners = list({id(m): m for root in modules for m in root.modules()}.values())
+        self.modes = [(owner, owner.training) for owner in owners]
         # The tensor objects too: a forward pass may replace a buffer instead of writing into it.
         self.buffers = [
             (owner, name, buffer, None if buffer is None else buffer.detach().clone())
@@ -18,10 +25,7 @@ class Snapshot:
             for name, buffer in owner._buffers.items()
         ]
         tensors = [t for m in owners for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        self.cpu_state = torch.get_rng_state()
-        self.cuda_states = {
-            device: torch.cuda.get_rng_state(device) for device in {t.device for t in tensors} if device.type == "cuda"
-        }
+        self.random_state = _RandomState({t.device for t in (*tensors, *inputs)})
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -29,6 +33,46 @@ class Snapshot:
             owner._buffers[name] = buffer
             if buffer is not None and value is not None:
                 buffer.copy_(value)
+        self._set_modes(self.modes)
+        self.random_state.restore()
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Within the block all is as it was at the snapshot, after it as before the block.
+
+        The modules see copies of the buffers: the originals are left alone, since autograd may have saved them.
+        """
+        buffers = [(owner, name, owner._buffers.get(name)) for owner, name, *_ in self.buffers]
+        modes = [(owner, owner.training) for owner, _ in self.modes]
+        random_state = _RandomState(self.random_state.devices)
+        copies = {id(buffer): value.clone() for _, _, buffer, value in self.buffers if value is not None}
+        try:
+            for owner, name, buffer, _ in self.buffers:
+                owner._buffers[name] = copies.get(id(buffer))
+            self._set_modes(self.modes)
+            self.random_state.restore()
+            yield
+        finally:
+            for owner, name, buffer in buffers:
+                owner._buffers[name] = buffer
+            self._set_modes(modes)
+            random_state.restore()
+
+    @staticmethod
+    def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+        for owner, mode in modes:
+            owner.training = mode
+
+
+class _RandomState:
+    """State of PyTorch's default generators: the CPU's and those of CUDA devices."""
+
+    def __init__(self, devices: Iterable[torch.device]):
+        self.devices = {device for device in devices if device.type == "cuda"}
+        self.cpu_state = torch.get_rng_state()
+        self.cuda_states = {device: torch.cuda.get_rng_state(device) for device in self.devices}
+
+    def restore(self) -> None:
         torch.set_rng_state(self.cpu_state)
         for device, state in self.cuda_states.items():
             torch.cuda.set_rng_state(state, device)

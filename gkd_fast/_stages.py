@@ -52,7 +52,6 @@ def frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]],
 
 def widths_of_stages(model: nn.Module, stages: Sequence[str], sample: Tensor, pool: Pool) -> list[int]:
     """The widths of a model's stage features, read off a forward pass that leaves no trace in the model."""
-    modes = {m: m.training for m in model.modules()}
     snapshot = Snapshot([model])
     collector = StageFeatures(model, stages, pool)
     try:
@@ -62,5 +61,3 @@ def widths_of_stages(model: nn.Module, stages: Sequence[str], sample: Tensor, po
     finally:
         collector.remove()
         snapshot.restore()
-        for module, mode in modes.items():
-            module.training = mode

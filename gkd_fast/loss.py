@@ -1,5 +1,6 @@
 """The distillation loss: graphs of both networks' stages, compared as nodes and as relations."""
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -8,12 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from gkd_fast import functional
+from gkd_fast._arguments import autocast_disabled, check_positive
+from gkd_fast._column_bank import ColumnBank
+from gkd_fast._diagnostics import mean_cosine, mean_neighbors, vacuous_reasons
 from gkd_fast._stages import check_dims, check_pairs, frozen_widths, widths_of_stages
+from gkd_fast.distributed import Shards, checking, shards_of
 from gkd_fast.features import Pool, check_pool, pool_features
 from gkd_fast.modules import BatchGCN, PairWeightNetwork
-from gkd_fast.reference import unit_rows
 
 Features = Tensor | Sequence[Tensor]
 Weights = Tensor | PairWeightNetwork | None
@@ -21,10 +26,6 @@ Weights = Tensor | PairWeightNetwork | None
 # What an untrained PairWeightNetwork gives, so that turning meta-learning on or off does not rescale the losses.
 DEFAULT_WEIGHT = 0.5
 
-# A graph says nothing when every node listens to nearly everybody, or when all embeddings point one way.
-VACUOUS_NEIGHBORS = 0.9
-VACUOUS_COSINE = 0.99
-VACUOUS_MIN_BATCH = 8
 # The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
 # at the last of them.
 CHECKED_CALLS = (1, 100)
@@ -61,6 +62,12 @@ class GraphKDLoss(nn.Module):
         pairs: ``"all"``, ``"matched"`` (k ↔ k, S = T) or a list of (student stage, teacher stage).
         pool: how features become one row per sample, see :func:`gkd_fast.features.pool_features`.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        process_group: the samples of all its ranks are one batch, see :mod:`gkd_fast.distributed`. Each rank's terms
+            are (ranks/global batch) times the sum over its own samples, so that their mean over the ranks, and the mean
+            of the parameters' gradients that DDP takes, are those of one process with the whole batch. All ranks call
+            the loss together, those without samples with zero rows.
+        column_bank: so many past embeddings of either side are further columns of both losses, without gradient: what a
+            sample is told from, and has relations with. :meth:`remember` adds to them.
 
     Shapes: features are a tensor or a list of them, ``[B, C]``, ``[B, C, H, W]`` or tokens ``[B, N, C]``; ``target`` is
     ``[B]`` labels or ``[B, num_classes]`` probabilities; ``weights`` is ``[B, S, T]``, a
@@ -90,13 +97,15 @@ class GraphKDLoss(nn.Module):
         pairs: str | Sequence[tuple[int, int]] = "all",
         pool: Pool = "mean",
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
+        column_bank: int = 0,
     ):
         super().__init__()
         self.student_dims = check_dims("student_dims", student_dims)
         self.teacher_dims = check_dims("teacher_dims", teacher_dims)
         self.pairs = check_pairs(pairs, len(self.student_dims), len(self.teacher_dims))
-        functional.check_positive("node_temperature", node_temperature)
-        functional.check_positive("relation_temperature", relation_temperature)
+        check_positive("node_temperature", node_temperature)
+        check_positive("relation_temperature", relation_temperature)
         for name, value in (("node_weight", node_weight), ("relation_weight", relation_weight)):
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
@@ -105,6 +114,10 @@ class GraphKDLoss(nn.Module):
         if node_weight == 0 and relation_weight == 0:
             raise ValueError("node_weight and relation_weight must not both be 0")
         check_pool(pool)
+        if isinstance(column_bank, bool) or not isinstance(column_bank, int) or column_bank < 0:
+            raise ValueError(f"column_bank must be a number of embeddings, 0 or more, got {column_bank!r}")
+        if process_group is not None and not isinstance(process_group, ProcessGroup):
+            raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
         self.node_temperature = node_temperature
         self.relation_temperature = relation_temperature
         self.node_weight = node_weight
@@ -113,6 +126,7 @@ class GraphKDLoss(nn.Module):
         self.bandwidth = bandwidth
         self.pool = pool
         self.backend = backend
+        self.process_group = process_group
 
         options: dict[str, Any] = {
             "layers": layers,
@@ -134,6 +148,10 @@ class GraphKDLoss(nn.Module):
         wanted = torch.zeros(len(self.student_dims), len(self.teacher_dims))
         wanted[tuple(zip(*self.pairs))] = 1
         self.register_buffer("wanted_pairs", wanted, persistent=False)
+        self.bank: ColumnBank | None = None
+        if column_bank:
+            embedded = self.teacher_dims if self.teacher_heads is None else [embed_dim] * len(self.teacher_dims)
+            self.bank = ColumnBank(column_bank, widths, embedded)
         self._last: dict = {}
         self._training_calls = 0
         self._warned = False
@@ -189,24 +207,30 @@ class GraphKDLoss(nn.Module):
                 "target is needed in training mode with teacher_graph='labels': without labels the teacher's graph "
                 "convolutions learn nothing; use teacher_graph='frozen' if there are none"
             )
-        return self.terms_from_embeddings(*self.embed(student_feats, teacher_feats), target, weights=weights)
+        embeddings = self.embed(student_feats, teacher_feats)
+        terms = self.terms_from_embeddings(*embeddings, target, weights=weights)
+        if self.training and self.bank is not None:
+            self.remember(*embeddings)
+        return terms
 
     def embed(self, student_feats: Features, teacher_feats: Features) -> tuple[list[Tensor], list[Tensor]]:
         """Graph embeddings of the student's and of the teacher's stages, lists of ``[B, embed_dim]``.
 
         No gradient reaches the teacher's features; its graph convolutions have theirs.
         """
-        students = self._nodes("student_feats", student_feats, self.student_dims)
-        teachers = [x.detach() for x in self._nodes("teacher_feats", teacher_feats, self.teacher_dims)]
-        if len(students[0]) != len(teachers[0]):
-            raise ValueError(
-                f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"
-            )
+        with checking(self.process_group, "GraphKDLoss.embed"):
+            students = self._nodes("student_feats", student_feats, self.student_dims)
+            teachers = [x.detach() for x in self._nodes("teacher_feats", teacher_feats, self.teacher_dims)]
+            if len(students[0]) != len(teachers[0]):
+                raise ValueError(
+                    f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"
+                )
+        shards = shards_of(self.process_group, [*students, *teachers], ("GraphKDLoss.embed",))
         self._last = {"student_nodes": [x.detach() for x in students], "teacher_nodes": teachers}
-        student_embeddings = [head(x) for head, x in zip(self.student_heads, students)]
+        student_embeddings = [head(x, shards) for head, x in zip(self.student_heads, students)]
         if self.teacher_heads is None:
             return student_embeddings, [x.to(student_embeddings[0].dtype) for x in teachers]
-        return student_embeddings, [head(x) for head, x in zip(self.teacher_heads, teachers)]
+        return student_embeddings, [head(x, shards) for head, x in zip(self.teacher_heads, teachers)]
 
     def terms_from_embeddings(
         self,
@@ -217,31 +241,45 @@ class GraphKDLoss(nn.Module):
         weights: Weights = None,
     ) -> dict[str, Tensor]:
         """:meth:`terms` of the embeddings that :meth:`embed` gave; without a target, ``teacher_graph`` is left out."""
-        for side, stages, dims in (
-            ("student", student_embeddings, self.student_dims),
-            ("teacher", teacher_embeddings, self.teacher_dims),
-        ):
-            if len(stages) != len(dims):
-                raise ValueError(f"{side}_embeddings must hold {len(dims)} stages, got {len(stages)}")
-        detached = [t.detach() for t in teacher_embeddings]
-        pair_weights = self._pair_weights(weights, student_embeddings, detached)
+        with checking(self.process_group, "GraphKDLoss.terms"):
+            for side, stages, dims in (
+                ("student", student_embeddings, self.student_dims),
+                ("teacher", teacher_embeddings, self.teacher_dims),
+            ):
+                if len(stages) != len(dims):
+                    raise ValueError(f"{side}_embeddings must hold {len(dims)} stages, got {len(stages)}")
+            detached = [t.detach() for t in teacher_embeddings]
+            pair_weights = self._pair_weights(weights, student_embeddings, detached)
+            if self.classifier is not None and target is not None:
+                _check_target(target, teacher_embeddings[0], self.classifier.out_features)
+        told = "GraphKDLoss.terms", "no target" if target is None else "target"
+        shards = shards_of(self.process_group, [*student_embeddings, *teacher_embeddings], told)
         self._last |= {
             "student_embeddings": [s.detach() for s in student_embeddings],
             "teacher_embeddings": detached,
             "weights": pair_weights.detach(),
+            "shards": shards and shards.fresh(),
         }
+        # Times a sum over samples: the mean over the batch, or this rank's part in that of all.
+        share = 1 / len(detached[0]) if shards is None else shards.size / shards.total
+        pair_share = share / len(self.student_dims)
         terms = {}
         if self.node_weight:
-            losses = self._node_losses(student_embeddings, detached)
+            losses = self._node_losses(student_embeddings, detached, shards)
             self._last["node_losses"] = losses.detach()
-            terms["node"] = self.node_weight * self._weighted_mean(losses, pair_weights)
+            terms["node"] = self.node_weight * pair_share * (losses * pair_weights).sum()
         if self.relation_weight:
             losses = functional.relation_kl(
-                student_embeddings, detached, temperature=self.relation_temperature, backend=self.backend
+                student_embeddings,
+                detached,
+                temperature=self.relation_temperature,
+                backend=self.backend,
+                process_group=shards,
+                bank=None if self.bank is None else self.bank.contents(),
             )
-            terms["relation"] = self.relation_weight * self._weighted_mean(losses, pair_weights)
+            terms["relation"] = self.relation_weight * pair_share * (losses * pair_weights).sum()
         if self.classifier is not None and target is not None:
-            terms["teacher_graph"] = _teacher_graph_loss(self.classifier, teacher_embeddings, target)
+            terms["teacher_graph"] = share * _teacher_graph_loss(self.classifier, teacher_embeddings, target)
         if self.training and not torch.compiler.is_compiling():
             self._training_calls += 1
             if self._training_calls in CHECKED_CALLS:
@@ -249,10 +287,22 @@ class GraphKDLoss(nn.Module):
         return terms
 
     @torch.no_grad()
+    def remember(self, student_embeddings: Sequence[Tensor], teacher_embeddings: Sequence[Tensor]) -> None:
+        """Puts a batch's embeddings into the column bank, whose oldest leave it.
+
+        :meth:`terms` does so in training mode; whoever calls its two halves calls this after a training step. With a
+        process group all ranks call it, and each has the whole bank.
+        """
+        if self.bank is None:
+            raise ValueError("remember needs a column_bank above 0")
+        self.bank.add([*student_embeddings, *teacher_embeddings], self._last.get("shards"))
+
+    @torch.no_grad()
     def diagnostics(self) -> dict[str, float | list[float]]:
         """Whether the graphs of the last call say anything; warns, once, when they do not.
 
-        Training-mode calls look at this themselves, at the first (neighbours) and the hundredth (embeddings too).
+        Training-mode calls look at this themselves, at the first (neighbours) and the hundredth (embeddings too). With
+        a process group they are the global batch's, and all ranks call this together.
 
         Returns:
             - ``node_loss_minus_log_batch``: mean node loss of the wanted pairs minus log B; near 0 none is told apart.
@@ -267,21 +317,23 @@ class GraphKDLoss(nn.Module):
         if "weights" not in self._last:
             raise RuntimeError("diagnostics needs a call of the loss first")
         last = self._last
-        batch = len(last["weights"])
-        weights = last["weights"][:, self.wanted_pairs.bool()]
+        shards = last["shards"] and last["shards"].fresh()
+        rows = [last["weights"], *([last["node_losses"]] if "node_losses" in last else [])]
+        weights, *node_losses = rows if shards is None else shards.gather(rows)
+        batch = len(weights)
+        wanted = self.wanted_pairs.bool()
+        weights = weights[:, wanted]
         report: dict[str, float | list[float]] = {
             "weight_mean": weights.mean().item(),
             "weight_std": weights.std(correction=0).item(),
         }
-        if "node_losses" in last:
-            node_loss = last["node_losses"][:, self.wanted_pairs.bool()].mean().item()
-            report["node_loss_minus_log_batch"] = node_loss - math.log(batch)
+        for losses in node_losses:
+            report["node_loss_minus_log_batch"] = losses[:, wanted].mean().item() - math.log(batch)
         for side, heads in (("student", self.student_heads), ("teacher", self.teacher_heads)):
-            report[f"{side}_cosine"] = [_mean_cosine(e) for e in last[f"{side}_embeddings"]]
+            report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in last[f"{side}_embeddings"]]
             if heads is not None and f"{side}_nodes" in last:
                 report[f"{side}_neighbors"] = [
-                    functional.effective_neighbors(x, self.bandwidth, backend=self.backend).mean().item()
-                    for x in last[f"{side}_nodes"]
+                    mean_neighbors(x, self.bandwidth, self.backend, shards) for x in last[f"{side}_nodes"]
                 ]
         self._warn_if_vacuous(report, batch)
         return report
@@ -320,7 +372,7 @@ class GraphKDLoss(nn.Module):
             return (DEFAULT_WEIGHT * self.wanted_pairs).to(dtype).expand(shape)
         if isinstance(weights, nn.Module):
             # Not within autocast: its cache would hand the copies made here, without gradient, to a later call with.
-            with torch.no_grad(), functional.autocast_disabled(students[0]):
+            with torch.no_grad(), autocast_disabled(students[0]):
                 own = next(weights.parameters()).dtype
                 weights = weights([x.to(own) for x in students], [x.to(own) for x in teachers])
         if not isinstance(weights, Tensor):
@@ -333,19 +385,25 @@ class GraphKDLoss(nn.Module):
             )
         return weights.to(dtype) * self.wanted_pairs.to(dtype)
 
-    def _node_losses(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    def _node_losses(self, students: Sequence[Tensor], teachers: Sequence[Tensor], shards: Shards | None) -> Tensor:
         """Node losses ``[B, S, T]``, 0 where a pair is not wanted; stages of one width go together."""
-        options: dict[str, Any] = {"temperature": self.node_temperature, "backend": self.backend}
+        options: dict[str, Any] = {
+            "temperature": self.node_temperature,
+            "backend": self.backend,
+            "process_group": shards,
+        }
+        bank = None if self.bank is None else self.bank.contents()[1]
         if len({x.shape[1] for x in (*students, *teachers)}) == 1:
-            return functional.node_contrast(students, teachers, pairs=self.pairs, **options)
+            return functional.node_contrast(students, teachers, pairs=self.pairs, bank=bank, **options)
         losses = torch.zeros((), device=students[0].device)
-        for width in {students[s].shape[1] for s, _ in self.pairs}:
+        for width in sorted({students[s].shape[1] for s, _ in self.pairs}):
             pairs = [(s, t) for s, t in self.pairs if students[s].shape[1] == width]
             rows, columns = sorted({s for s, _ in pairs}), sorted({t for _, t in pairs})
             group = functional.node_contrast(
                 [students[s] for s in rows],
                 [teachers[t] for t in columns],
                 pairs=[(rows.index(s), columns.index(t)) for s, t in pairs],
+                bank=None if bank is None else [bank[t] for t in columns],
                 **options,
             )
             placed = group.new_zeros(len(group), len(students), len(teachers))
@@ -353,27 +411,12 @@ class GraphKDLoss(nn.Module):
             losses = losses + placed
         return losses
 
-    def _weighted_mean(self, losses: Tensor, weights: Tensor) -> Tensor:
-        """Mean over the batch, sum over the pairs, divided by the number of student stages."""
-        return (losses * weights).sum() / (len(losses) * len(self.student_dims))
-
     def _warn_if_vacuous(self, report: dict, batch: int) -> None:
-        if self._warned or batch < VACUOUS_MIN_BATCH:
-            return
-        reasons = []
-        for side in ("student", "teacher"):
-            for k, neighbors in enumerate(report.get(f"{side}_neighbors", [])):
-                if neighbors > VACUOUS_NEIGHBORS * batch:
-                    reasons.append(f"{side} stage {k} has {neighbors:.0f} effective neighbours of {batch}")
-            for k, cosine in enumerate(report[f"{side}_cosine"]):
-                if cosine > VACUOUS_COSINE and self._training_calls >= CHECKED_CALLS[-1]:
-                    reasons.append(f"{side} stage {k} has embeddings of mean cosine {cosine:.4f}")
+        reasons = [] if self._warned else vacuous_reasons(report, batch, self._training_calls >= CHECKED_CALLS[-1])
         if reasons:
             self._warned = True
             warnings.warn(
-                "the batch's graph says next to nothing: "
-                + "; ".join(reasons)
-                + "; try bandwidth='auto' or a smaller one",
+                f"the batch's graph says next to nothing: {'; '.join(reasons)}; try bandwidth='auto' or a smaller one",
                 stacklevel=2,
             )
 
@@ -381,23 +424,26 @@ class GraphKDLoss(nn.Module):
         # The last call's tensors are for diagnostics alone; copies and pickles start afresh.
         return self.__dict__ | {"_last": {}}
 
+    def __deepcopy__(self, memo: dict) -> "GraphKDLoss":
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        memo[id(self.process_group)] = self.process_group  # cannot be copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
 
 def _teacher_graph_loss(classifier: nn.Linear, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:
-    batch, classes = len(embeddings[0]), classifier.out_features
+    """Cross-entropy, summed over samples and stages."""
+    logits = [classifier(e) for e in embeddings]
+    logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+    return torch.stack([F.cross_entropy(x, target, reduction="sum") for x in logits]).sum()
+
+
+def _check_target(target: Tensor, embedding: Tensor, classes: int) -> None:
+    batch = len(embedding)
     if target.shape != ((batch, classes) if target.is_floating_point() else (batch,)):
         raise ValueError(
             f"target must be {batch} integer labels or probabilities [{batch}, {classes}], "
             f"got {target.dtype} of shape {tuple(target.shape)}"
         )
-    if target.device != embeddings[0].device:
-        raise ValueError(f"target must be on the device of the features ({embeddings[0].device}), got {target.device}")
-    logits = [classifier(e) for e in embeddings]
-    logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-    return torch.stack([F.cross_entropy(x, target) for x in logits]).sum()
-
-
-def _mean_cosine(x: Tensor) -> float:
-    """Mean of c_ij over i ≠ j, from (‖Σ e‖² − Σ ‖e‖²) / (B (B − 1)); 0 for one row."""
-    e = unit_rows(x.to(torch.promote_types(x.dtype, torch.float32)))
-    batch = len(e)
-    return ((e.sum(dim=0).square().sum() - e.square().sum()) / max(batch * (batch - 1), 1)).item()
+    if target.device != embedding.device:
+        raise ValueError(f"target must be on the device of the features ({embedding.device}), got {target.device}")

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from gkd_fast import distributed
 from gkd_fast._snapshot import Snapshot
 
 Objective = Callable[[], Tensor]
@@ -45,6 +47,9 @@ class UnrolledSGD:
         weight_decay: wd ≥ 0.
         nesterov: Nesterov momentum; needs μ > 0.
         second_derivatives: ``"exact"`` or ``"differences"``.
+        process_group: objectives are this rank's part of an objective that is their mean over the ranks, as
+            :class:`gkd_fast.GraphKDLoss` gives it: gradients are averaged, in the steps and on the way back, and all
+            ranks take the same steps and get the same hypergradient. All ranks make the same calls.
 
     Raises:
         ValueError: no parameter, one given twice, or a setting out of range.
@@ -59,10 +64,12 @@ class UnrolledSGD:
         weight_decay: float = 0.0,
         nesterov: bool = False,
         second_derivatives: str = "exact",
+        process_group: ProcessGroup | None = None,
     ):
         if second_derivatives not in SECOND_DERIVATIVES:
             raise ValueError(f"second_derivatives must be one of {SECOND_DERIVATIVES}, got {second_derivatives!r}")
         self._second_derivatives = second_derivatives
+        self._process_group = process_group
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         self._params: list[Tensor] = []
         self._settings: list[dict] = []
@@ -180,7 +187,7 @@ class UnrolledSGD:
         if not pairs:
             return [None] * len(inputs)
         outputs, cotangents = zip(*pairs)
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+        return self._average(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
 
     def _differences(
         self, objective: Objective, state: "_State", v, inputs: Sequence[Tensor]
@@ -202,8 +209,17 @@ class UnrolledSGD:
             sides.append(self._differentiate(objective, inputs, create_graph=False)[1])
         return [None if p is None else (p - m) / (2 * epsilon) for p, m in zip(*sides)]
 
-    @staticmethod
-    def _differentiate(objective: Objective, inputs: Sequence[Tensor], create_graph: bool):
+    def _average(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The mean over the ranks, where there are several."""
+        result = list(tensors)
+        if self._process_group is not None:
+            places = [k for k, x in enumerate(tensors) if x is not None]
+            means = distributed.average([x for x in tensors if x is not None], self._process_group)
+            for k, mean in zip(places, means):
+                result[k] = mean
+        return result
+
+    def _differentiate(self, objective: Objective, inputs: Sequence[Tensor], create_graph: bool):
         with torch.enable_grad():
             value = objective()
             if not isinstance(value, Tensor):
@@ -213,7 +229,10 @@ class UnrolledSGD:
             if not value.requires_grad:
                 raise ValueError("objective must return a value that depends on a parameter, got one without gradient")
             gradients = torch.autograd.grad(value.sum(), inputs, create_graph=create_graph, allow_unused=True)
-        return value.detach(), gradients
+        if create_graph:  # of this rank's part: what is averaged is its second derivative
+            return value.detach(), gradients
+        mean, *means = self._average([value.detach(), *gradients])
+        return mean, means
 
 
 class _State:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast import functional, reference
+from gkd_fast._arguments import autocast_enabled, check_graph_options
+from gkd_fast.distributed import Group
 
 
 class BatchGCN(nn.Module):
@@ -39,15 +41,17 @@ class BatchGCN(nn.Module):
         super().__init__()
         for name, value in (("in_dim", in_dim), ("embed_dim", embed_dim), ("layers", layers)):
             _check_count(name, value)
-        functional.check_graph_options(bandwidth, normalization, backend)
+        check_graph_options(bandwidth, normalization, backend)
         widths = [in_dim] + [embed_dim] * layers
         self.linears = nn.ModuleList(nn.Linear(before, after) for before, after in zip(widths, widths[1:]))
         self.bandwidth = bandwidth
         self.normalization = normalization
         self.backend = backend
 
-    def forward(self, nodes: Tensor) -> Tensor:
+    def forward(self, nodes: Tensor, process_group: Group = None) -> Tensor:
         """Graph embeddings ``[B, embed_dim]`` of the nodes ``[B, in_dim]``.
+
+        With ``process_group`` the graph is that of all its ranks' nodes (:mod:`gkd_fast.distributed`).
 
         Raises:
             ValueError: the nodes are not a matrix of that width.
@@ -55,9 +59,10 @@ class BatchGCN(nn.Module):
         first = self.linears[0]
         if nodes.dim() != 2 or nodes.shape[1] != first.in_features:
             raise ValueError(f"nodes must have shape [batch, {first.in_features}], got {tuple(nodes.shape)}")
-        if not functional.autocast_enabled(nodes):
+        if not autocast_enabled(nodes):
             nodes = nodes.to(next(first.parameters()).dtype)
-        bandwidth = functional.adaptive_bandwidth(nodes) if self.bandwidth == "auto" else self.bandwidth
+        automatic = self.bandwidth == "auto"
+        bandwidth = functional.adaptive_bandwidth(nodes, process_group=process_group) if automatic else self.bandwidth
         hidden = nodes
         for depth, linear in enumerate(self.linears):
             hidden = functional.graph_conv(
@@ -66,6 +71,7 @@ class BatchGCN(nn.Module):
                 bandwidth=bandwidth,
                 normalization=self.normalization,
                 backend=self.backend,
+                process_group=process_group,
             )
         return hidden
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from gkd_fast import functional, reference
+from gkd_fast import _arguments, functional, reference
 from gkd_fast.functional import adaptive_bandwidth, effective_neighbors, graph_conv, node_contrast, relation_kl
 from gkd_fast.ops import backends
 
@@ -156,7 +156,7 @@ def test_nan_in_gives_nan_out():
 
 def test_a_backend_that_is_missing_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(backends, "CPP_MISSING", "the C++ extension is not built: run this")
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(_arguments, "_warned", set())
     x, y = torch.randn(2, 6, 4)
     for call in (relation_kl, node_contrast, graph_conv):
         with pytest.raises(

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import gkd_fast
-from gkd_fast import functional, ops
+from gkd_fast import _arguments, functional, ops
 from gkd_fast.ops import backends
 from tests.ops_cases import D64, FUNCTIONS, MISSING, Calls, check, requires_cpp, results, rows, upstream_like
 
@@ -311,7 +311,7 @@ def test_an_extension_of_another_pytorch_is_named_and_not_opened(elsewhere, monk
 def test_auto_warns_once_where_the_extension_is_missing(monkeypatch, recwarn):
     monkeypatch.setattr(backends, "CPP_MISSING", "no such luck")
     monkeypatch.setattr(backends, "INTERPRETED", False)
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(_arguments, "_warned", set())
     x, y = rows(5, 3, 3)
     for _ in range(2):
         assert torch.equal(functional.relation_kl(x, y), functional.relation_kl(x, y, backend="reference"))

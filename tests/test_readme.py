@@ -31,8 +31,8 @@ def test_example(block):
 
 def test_the_api_table_names_what_exists():
     section = README.read_text().split("## API")[1].split("## ")[0]
-    names = re.findall(r"`((?:functional\.|[A-Z])\w[\w.]*)(?:\(([^)]*)\))?`", section)
-    assert len(names) > 15
+    names = re.findall(r"`((?:functional\.|micro_|[A-Z])\w[\w.]*)(?:\(([^)]*)\))?`", section)
+    assert len(names) > 15 and "micro_batched" in dict(names)
     for name, arguments in names:
         found = operator.attrgetter(name)(gkd_fast)
         known = inspect.signature(found).parameters

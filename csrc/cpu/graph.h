@@ -40,13 +40,14 @@ KernelSums<T> arguments(const Graph& graph) {
   return args;
 }
 
-// Σ_j K_ij values_j, [rows, width]
+// Σ_j K_ij factors_j values_j, [rows, width]
 template <class T>
-at::Tensor kernel_times(Call& call, const Graph& graph, const T* row_values, const T* column_values, int64_t width,
-                        double* degrees) {
+at::Tensor kernel_times(const Graph& graph, const T* values, const T* factors, int64_t width, double* degrees) {
+  Call call;
   KernelSums<T> args = arguments<T>(graph);
   at::Tensor output = at::zeros({graph.rows, width}, graph.nodes.options());
-  args.values = {row_values, column_values};
+  args.values = values;
+  args.factors = factors;
   args.width = width;
   args.degrees = degrees;
   args.output = output.mutable_data_ptr<T>();

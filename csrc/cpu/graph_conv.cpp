@@ -1,5 +1,6 @@
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "graph.h"
@@ -24,18 +25,12 @@ at::Tensor degrees_of(const Graph& graph) {
   return degrees;
 }
 
-// out[i] = f(degrees[i]) x[i], rows of width `width`
+// f(degrees)
 template <class T, class F>
-T* scaled(Call& call, const at::Tensor& x, const at::Tensor& degrees, const F& factor) {
-  const int64_t rows = x.size(0), width = x.size(1);
-  const T *in = x.const_data_ptr<T>(), *degree = degrees.const_data_ptr<T>();
-  T* out = call.zeros<T>(rows * width);
-  at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T f = factor(degree[i]);
-      for (int64_t k = 0; k < width; ++k) out[i * width + k] = f * in[i * width + k];
-    }
-  });
+const T* factors_of(Call& call, const at::Tensor& degrees, const F& factor) {
+  const T* degree = degrees.const_data_ptr<T>();
+  T* out = call.zeros<T>(degrees.numel());
+  std::transform(degree, degree + degrees.numel(), out, factor);
   return out;
 }
 
@@ -70,15 +65,15 @@ std::tuple<at::Tensor, at::Tensor> forward(const Graph& graph, const at::Tensor&
   if (row) {
     double* sums = call.zeros<double>(graph.rows);
     const T* values = columns.const_data_ptr<T>();
-    at::Tensor output = kernel_times<T>(call, graph, values, values, width, sums);
+    at::Tensor output = kernel_times<T>(graph, values, nullptr, width, sums);
     degrees = at::empty({graph.rows}, graph.nodes.options());
     std::copy(sums, sums + graph.rows, degrees.mutable_data_ptr<T>());
     scale_rows<T>(output, degrees, inverse<T>);
     return {output, degrees};
   }
   if (graph.symmetric()) column_degrees = degrees = degrees_of<T>(graph);
-  const T* values = scaled<T>(call, columns, column_degrees, inverse_root<T>);
-  at::Tensor output = kernel_times<T>(call, graph, values, values, width, nullptr);
+  const T* factors = factors_of<T>(call, column_degrees, inverse_root<T>);
+  at::Tensor output = kernel_times<T>(graph, columns.const_data_ptr<T>(), factors, width, nullptr);
   scale_rows<T>(output, degrees, inverse_root<T>);
   return {output, degrees};
 }
@@ -87,17 +82,16 @@ struct Upstream {
   at::Tensor upstream, messages, degrees;  // of one side; upstream undefined: zero
 };
 
-// G' and H' of one side, padded.
+// G' and H' of one side: upstream and messages, and what multiplies them.
 template <class T>
 struct Factors {
-  const T *left = nullptr, *right = nullptr;
+  const T *left = nullptr, *right = nullptr, *left_factors = nullptr, *right_factors = nullptr;
   Factors(Call& call, const Upstream& side, bool row) {
-    if (side.upstream.defined()) {
-      left = row ? scaled<T>(call, side.upstream, side.degrees, inverse<T>)
-                 : scaled<T>(call, side.upstream, side.degrees, inverse_root<T>);
-    }
-    if (!side.messages.defined()) return;
-    right = row ? side.messages.const_data_ptr<T>() : scaled<T>(call, side.messages, side.degrees, inverse_root<T>);
+    if (side.upstream.defined()) left = side.upstream.const_data_ptr<T>();
+    if (side.messages.defined()) right = side.messages.const_data_ptr<T>();
+    if (!side.degrees.defined()) return;
+    left_factors = row ? factors_of<T>(call, side.degrees, inverse<T>) : factors_of<T>(call, side.degrees, inverse_root<T>);
+    if (!row) right_factors = left_factors;
   }
 };
 
@@ -130,7 +124,7 @@ std::vector<at::Tensor> backward(const Graph& graph, const Upstream& own, const 
   std::vector<at::Tensor> gradients;
   at::Tensor messages_gradient;
   if (needs_messages || (graph.symmetric() && !row)) {
-    messages_gradient = other.left ? kernel_times<T>(call, graph, mine.left, other.left, width, nullptr)
+    messages_gradient = other.left ? kernel_times<T>(graph, other.left, other.left_factors, width, nullptr)
                                    : at::zeros_like(output);
     if (!row) scale_rows<T>(messages_gradient, own.degrees, inverse_root<T>);
   }
@@ -141,6 +135,8 @@ std::vector<at::Tensor> backward(const Graph& graph, const Upstream& own, const 
     args.inverse_variance = T(graph.inverse_variance);
     args.left = {mine.left, other.left};
     args.right = {mine.right, other.right};
+    args.left_factors = {mine.left_factors, other.left_factors};
+    args.right_factors = {mine.right_factors, other.right_factors};
     args.width = width;
     if (graph.symmetric()) {
       const T* terms = node_terms<T>(call, own, output, row ? nullptr : &messages_gradient);

@@ -72,7 +72,7 @@ std::vector<at::Tensor> sum_tangents(const Graph& graph, const Both& tangent, co
   if (!tangent.row.defined()) {
     for (size_t p = 0; p < values.size(); ++p) {
       const int64_t width = values[p].size(1);
-      sums.push_back(p == 0 && more ? kernel_times<T>(call, graph, more, more, width, nullptr)
+      sums.push_back(p == 0 && more ? kernel_times<T>(graph, more, nullptr, width, nullptr)
                                     : at::zeros({graph.rows, width}, graph.nodes.options()));
     }
     return sums;

@@ -68,7 +68,7 @@ void kernel_sums(const Host& host, const KernelSums<T>& args) {
   KernelTiles<T> op{args,
                     rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
                     columns_of(host, sides.columns, sides.column_count, sides.dim),
-                    args.output ? values_of(host, args.values.column, sides.column_count, args.width) : nullptr,
+                    args.output ? values_of(host, args.values, sides.column_count, args.width, args.factors) : nullptr,
                     allocate<T>(host, host.workers * tile_elements(stride)),
                     allocate<T>(host, host.workers * stride),
                     stride};
@@ -117,14 +117,16 @@ struct NodeTiles {
 template <class T>
 void node_gradient(const Host& host, const NodeGradient<T>& args) {
   const Sides<T>& sides = args.sides;
+  const Terms<T>&left = args.left_factors, &right = args.right_factors;
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
   NodeTiles<T> op{args,
                   rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                  rows_of(host, args.left.row, sides.row_count, args.width, stride),
-                  args.left.column ? rows_of(host, args.right.row, sides.row_count, args.width, stride) : nullptr,
+                  rows_of(host, args.left.row, sides.row_count, args.width, stride, left.row),
+                  args.left.column ? rows_of(host, args.right.row, sides.row_count, args.width, stride, right.row)
+                                   : nullptr,
                   columns_of(host, sides.columns, count, sides.dim),
-                  args.left.column ? columns_of(host, args.left.column, count, args.width) : nullptr,
-                  columns_of(host, args.right.column, count, args.width),
+                  args.left.column ? columns_of(host, args.left.column, count, args.width, left.column) : nullptr,
+                  columns_of(host, args.right.column, count, args.width, right.column),
                   values_of(host, sides.columns, count, sides.dim),
                   allocate<T>(host, host.workers * 2 * tile_elements(stride)),
                   stride};

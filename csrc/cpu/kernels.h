@@ -95,11 +95,12 @@ struct SoftmaxTangent {
 template <class T>
 struct KernelSums {
   Sides<T> sides;
-  T scale;          // log2(e)/σ²
-  Terms<T> values;  // [count, width] or null
+  T scale;           // log2(e)/σ²
+  const T* values;   // of the columns, [column_count, width], or null
+  const T* factors;  // of the values, [column_count], or null: 1
   int64_t width;
-  double* degrees;  // [row_count] or null, cleared by the caller
-  T* output;        // [row_count, width], cleared by the caller; with values
+  double* degrees;   // [row_count] or null, cleared by the caller
+  T* output;         // [row_count, width], cleared by the caller; with values
 };
 
 template <class T>
@@ -108,6 +109,7 @@ struct NodeGradient {
   T scale;               // log2(e)/σ²
   T inverse_variance;
   Terms<T> left, right;  // G' and H', [count, width]
+  Terms<T> left_factors, right_factors;  // of these, [count], or null: 1
   int64_t width;
   Terms<T> terms;        // d, [count]
   T* gradient;           // [row_count, dim], cleared by the caller

@@ -25,7 +25,7 @@ T* row_shifts(Call& call, SoftmaxSums<T> args, double temperature) {
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, const std::vector<at::Tensor>& columns,
-                                                       int64_t offset, double temperature, bool keep_weighted) {
+                                                       bool own_teacher, double temperature, bool keep_weighted) {
   const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
   const int64_t pairs = stages.pairs.size();
   const auto options = stages.students[0].options();
@@ -42,12 +42,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
       args.weighted = weighted.mutable_data_ptr<T>() + pair.place * rows * dim;
     }
     kernels<T>().softmax_sums(call.host(), args);
+    const T* partners = own_teacher ? stages.teachers[pair.teacher].const_data_ptr<T>() : nullptr;
     T* loss = losses.mutable_data_ptr<T>() + pair.student * R + pair.teacher;
     T* log_sum = log_sums.mutable_data_ptr<T>() + pair.place * rows;
     at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const double log_z = std::log(args.sums[i]) + args.row_shift[i] * kLn2;
-        const double own = own_similarity(args.sides.rows + i * dim, args.sides.columns + (i + offset) * dim, dim);
+        const double own = partners ? own_similarity(args.sides.rows + i * dim, partners + i * dim, dim) : 0;
         log_sum[i] = T(log_z);
         loss[i * S * R] = T(log_z - own / temperature);
         const T inverse = T(1 / args.sums[i]);
@@ -64,9 +65,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> node_contrast(
     int64_t offset) {
   check_precision(product_precision);
   const Stages stages = stages_of(students, teachers, wanted);
-  const auto columns = columns_of("teacher_columns", teacher_columns, stages.teachers, stages, offset);
+  const auto columns = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
+  const bool own_teacher = includes_own(teacher_columns, stages, offset);
   return GKD_DISPATCH(stages.type,
-                      [&] { return forward<scalar_t>(stages, columns, offset, temperature, keep_weighted); });
+                      [&] { return forward<scalar_t>(stages, columns, own_teacher, temperature, keep_weighted); });
 }
 
 std::vector<at::Tensor> node_contrast_backward(
@@ -77,14 +79,13 @@ std::vector<at::Tensor> node_contrast_backward(
     const std::optional<at::Tensor>& column_log_sums) {
   check_precision(product_precision);
   const Stages stages = stages_of(students, teachers, wanted);
-  const auto all_teachers = columns_of("teacher_columns", teacher_columns, stages.teachers, stages,
-                                       teacher_columns ? offset : 0);
-  const auto all_students = columns_of("student_columns", student_columns, stages.students, stages,
-                                       student_columns ? offset : 0);
+  const auto all_teachers = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
+  const auto all_students = columns_of("student_columns", student_columns, stages.students, stages);
   TORCH_CHECK(!column_upstream || student_columns, "column_upstream needs student_columns and column_log_sums");
   const Backward backward =
       backward_of(stages, upstream, log_sums, weighted, temperature, all_students, all_teachers,
-                  !teacher_columns && !student_columns, offset, column_upstream, column_log_sums);
+                  !teacher_columns && !student_columns, includes_own(teacher_columns, stages, offset),
+                  includes_own(student_columns, stages, offset), column_upstream, column_log_sums);
   return GKD_DISPATCH(stages.type, [&] {
     return collect(
         stages, needs, [&](const Pair& pair, const at::Tensor& x) { backward.student<scalar_t>(pair, x); },

@@ -38,17 +38,22 @@ inline Stages stages_of(at::TensorList students, at::TensorList teachers, const 
 }
 
 inline std::vector<at::Tensor> columns_of(const char* name, const std::optional<at::TensorList>& columns,
-                                   const std::vector<at::Tensor>& rows, const Stages& stages, int64_t offset) {
-  if (!columns) {
-    TORCH_CHECK(offset == 0, "offset needs a column set");
-    return rows;
-  }
+                                   const std::vector<at::Tensor>& rows, const Stages& stages) {
+  if (!columns) return rows;
   TORCH_CHECK(columns->size() == rows.size(), name, " must have ", rows.size(), " stages, got ", columns->size());
   std::vector<at::Tensor> out = matrices(name, *columns, stages.type, (*columns)[0].size(0));
   for (const at::Tensor& x : out) TORCH_CHECK(x.size(1) == stages.dim, name, " must have width ", stages.dim);
-  TORCH_CHECK(offset >= 0 && offset + stages.rows <= out[0].size(0), "every row's own column i + offset must be one of ",
-              out[0].size(0), " columns, got offset ", offset);
   return out;
+}
+
+// Whether the rows' own columns i + offset are among the columns: all of them or none.
+inline bool includes_own(const std::optional<at::TensorList>& columns, const Stages& stages, int64_t offset) {
+  if (!columns) return true;
+  const int64_t count = (*columns)[0].size(0);
+  const bool all = offset >= 0 && offset + stages.rows <= count, none = offset + stages.rows <= 0 || offset >= count;
+  TORCH_CHECK(all || none, "the rows' own columns i + offset must all be columns or none of them: ", stages.rows,
+              " rows, ", count, " columns, offset ", offset);
+  return all;
 }
 
 template <class T>
@@ -90,7 +95,7 @@ struct Backward {
   const std::vector<at::Tensor>&student_columns, &teacher_columns;
   at::Tensor upstream, log_sums, weighted;
   at::Tensor column_upstream, column_log_sums;  // undefined: zero
-  int64_t offset;
+  bool own_teacher, own_student;                // whether the rows' own columns are among these
   double temperature;
 
   template <class T>
@@ -107,7 +112,8 @@ struct Backward {
       kernels<T>().softmax_sums(call.host(), args);
       mean = args.weighted;
     }
-    add_difference(gradient.mutable_data_ptr<T>(), mean, args.sides.columns + offset * dim,
+    const T* own = own_teacher ? stages.teachers[pair.teacher].const_data_ptr<T>() : nullptr;
+    add_difference(gradient.mutable_data_ptr<T>(), mean, own,
                    upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, temperature, rows, dim);
   }
 
@@ -124,6 +130,7 @@ struct Backward {
       args.weighted = out;
       kernels<T>().softmax_sums(call.host(), args);
     }
+    if (!own_student) return;
     add_difference<T>(out, nullptr, stages.students[pair.student].const_data_ptr<T>(),
                       upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, temperature, rows, dim);
   }
@@ -154,14 +161,15 @@ inline at::Tensor kept(const at::Tensor& weighted, const Stages& stages) {
 inline Backward backward_of(const Stages& stages, const at::Tensor& upstream, const at::Tensor& log_sums,
                      const at::Tensor& weighted, double temperature,
                      const std::vector<at::Tensor>& student_columns, const std::vector<at::Tensor>& teacher_columns,
-                     bool symmetric, int64_t offset, const std::optional<at::Tensor>& column_upstream,
+                     bool symmetric, bool own_teacher, bool own_student,
+                     const std::optional<at::Tensor>& column_upstream,
                      const std::optional<at::Tensor>& column_log_sums) {
   const int64_t S = stages.students.size(), R = stages.teachers.size(), pairs = stages.pairs.size();
   const auto type = stages.type;
   Backward backward{stages, student_columns, teacher_columns,
                     vector("upstream", upstream, type, {stages.rows, S, R}),
-                    vector("log_sums", log_sums, type, {pairs, stages.rows}), kept(weighted, stages), {}, {}, offset,
-                    temperature};
+                    vector("log_sums", log_sums, type, {pairs, stages.rows}), kept(weighted, stages), {}, {}, own_teacher,
+                    own_student, temperature};
   if (symmetric) {
     backward.column_upstream = backward.upstream;
     backward.column_log_sums = backward.log_sums;

@@ -52,7 +52,7 @@ Directions directions_of(const Stages& stages, at::TensorList tangents, const c1
 template <class T>
 std::tuple<at::Tensor, at::Tensor> tangent(const Stages& stages, const std::vector<at::Tensor>& columns,
                                            const at::Tensor& log_sums, const at::Tensor& weighted,
-                                           const Directions& directions, int64_t offset, double temperature) {
+                                           const Directions& directions, bool own_teacher, double temperature) {
   const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
   at::Tensor losses = at::zeros({rows, S, R}, log_sums.options()), log_sum_tangents = at::zeros_like(log_sums);
   for (const Pair& pair : stages.pairs) {
@@ -73,15 +73,17 @@ std::tuple<at::Tensor, at::Tensor> tangent(const Stages& stages, const std::vect
     const T* mean = known ? weighted.const_data_ptr<T>() + pair.place * rows * dim : nullptr;
     T* loss = losses.mutable_data_ptr<T>() + pair.student * R + pair.teacher;
     T* log_sum = log_sum_tangents.mutable_data_ptr<T>() + pair.place * rows;
-    const Sides<T>& sides = args.softmax.sides;
+    // The own column moves as the row of the teacher that it is.
+    const T *student = args.softmax.sides.rows, *partner = stages.teachers[pair.teacher].const_data_ptr<T>();
+    const T *row = args.tangents.row, *partner_moves = Directions::data<T>(directions.rows[teacher]);
     at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t own = (i + offset) * dim;
-        const T *row = args.tangents.row, *column = args.tangents.column;
+        const int64_t own = i * dim;
         const double moved =
-            known ? own_similarity(row + i * dim, mean + i * dim, dim) / temperature : args.softmax.sums[i];
-        const double own_moved = (row ? own_similarity(row + i * dim, sides.columns + own, dim) : 0) +
-                                 (column ? own_similarity(sides.rows + i * dim, column + own, dim) : 0);
+            known ? own_similarity(row + own, mean + own, dim) / temperature : args.softmax.sums[i];
+        double own_moved = 0;
+        if (own_teacher && row) own_moved += own_similarity(row + own, partner + own, dim);
+        if (own_teacher && partner_moves) own_moved += own_similarity(student + own, partner_moves + own, dim);
         log_sum[i] = T(moved);
         loss[i * S * R] = T(moved - own_moved / temperature);
       }
@@ -100,19 +102,20 @@ struct DoubleBackward {
   void student(const Pair& pair, const at::Tensor& gradient) const {
     const Stages& stages = first.stages;
     const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
-    const T* teacher = Directions::data<T>(directions.columns[S + pair.teacher]);
     Call call;
     SoftmaxTangent<T> args{};
     args.softmax = arguments<T>(stages.students[pair.student], first.teacher_columns[pair.teacher], first.temperature);
     args.softmax.row_shift = base2(call, first.log_sums.const_data_ptr<T>() + pair.place * rows, rows);
     args.softmax.values = args.softmax.sides.columns;
     args.softmax.weighted = call.template zeros<T>(rows * dim);
-    args.tangents = {Directions::data<T>(directions.rows[pair.student]), teacher};
+    args.tangents = {Directions::data<T>(directions.rows[pair.student]),
+                     Directions::data<T>(directions.columns[S + pair.teacher])};
     args.inverse_temperature = T(1 / first.temperature);
     args.row_term = log_sum_tangents.const_data_ptr<T>() + pair.place * rows;
     kernels<T>().softmax_tangent(call.host(), args);
+    const at::Tensor& own = directions.rows[S + pair.teacher];
     add_difference<T>(gradient.mutable_data_ptr<T>(), args.softmax.weighted,
-                      teacher ? teacher + first.offset * dim : nullptr,
+                      first.own_teacher ? Directions::data<T>(own) : nullptr,
                       first.upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, first.temperature,
                       rows, dim);
   }
@@ -137,7 +140,7 @@ struct DoubleBackward {
       args.column_term = call.copy<T>(column_log_sum_tangents.const_data_ptr<T>() + pair.place * columns, columns);
       kernels<T>().softmax_tangent(call.host(), args);
     }
-    if (!directions.rows[pair.student].defined()) return;
+    if (!first.own_student || !directions.rows[pair.student].defined()) return;
     add_difference<T>(out, nullptr, directions.rows[pair.student].const_data_ptr<T>(),
                       first.upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, first.temperature,
                       stages.rows, stages.dim);
@@ -151,13 +154,14 @@ std::tuple<at::Tensor, at::Tensor> node_contrast_tangent(
     std::optional<at::TensorList> teacher_column_tangents, int64_t offset) {
   check_precision(product_precision);
   const Stages stages = stages_of(students, teachers, wanted);
-  const auto columns = columns_of("teacher_columns", teacher_columns, stages.teachers, stages, offset);
+  const auto columns = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
   TORCH_CHECK(teacher_columns.has_value() == teacher_column_tangents.has_value(),
               "teacher_columns and teacher_column_tangents go together");
   const Directions directions = directions_of(stages, tangents, moving, {}, {}, teacher_column_tangents, columns);
   const at::Tensor sums = vector("log_sums", log_sums, stages.type, {int64_t(stages.pairs.size()), stages.rows});
   return GKD_DISPATCH(stages.type, [&] {
-    return tangent<scalar_t>(stages, columns, sums, kept(weighted, stages), directions, offset, temperature);
+    return tangent<scalar_t>(stages, columns, sums, kept(weighted, stages), directions,
+                             includes_own(teacher_columns, stages, offset), temperature);
   });
 }
 
@@ -176,14 +180,13 @@ std::vector<at::Tensor> node_contrast_double_backward(
   TORCH_CHECK(teacher_columns.has_value() == teacher_column_tangents.has_value() &&
                   student_columns.has_value() == student_column_tangents.has_value(),
               "a column set and its tangents go together");
-  const auto all_teachers = columns_of("teacher_columns", teacher_columns, stages.teachers, stages,
-                                       teacher_columns ? offset : 0);
-  const auto all_students = columns_of("student_columns", student_columns, stages.students, stages,
-                                       student_columns ? offset : 0);
+  const auto all_teachers = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
+  const auto all_students = columns_of("student_columns", student_columns, stages.students, stages);
   TORCH_CHECK(!column_upstream || (student_columns && column_log_sum_tangents),
               "column_upstream needs student_columns, column_log_sums and column_log_sum_tangents");
   const Backward backward = backward_of(stages, upstream, log_sums, weighted, temperature, all_students, all_teachers,
-                                        symmetric, offset, column_upstream, column_log_sums);
+                                        symmetric, includes_own(teacher_columns, stages, offset),
+                                        includes_own(student_columns, stages, offset), column_upstream, column_log_sums);
   const Directions directions = directions_of(stages, tangents, moving, student_column_tangents, all_students,
                                               teacher_column_tangents, all_teachers);
   DoubleBackward second{backward, directions,

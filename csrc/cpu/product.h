@@ -92,12 +92,15 @@ void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T
 }
 
 // Rows [begin, end) as the left operand of similarities: [kMicroRows rows][dim][kMicroRows], zeros beyond the end.
+// Here and below a row is multiplied by its factor, 1 where `factors` is null.
 template <class T>
-void pack_rows(const T* rows, int64_t begin, int64_t end, int64_t dim, T* packed) {
+void pack_rows(const T* rows, const T* factors, int64_t begin, int64_t end, int64_t dim, T* packed) {
   for (int64_t i = begin; i < end; i += kMicroRows) {
     const int64_t valid = smaller(kMicroRows, end - i);
+    T factor[kMicroRows];
+    for (int64_t r = 0; r < valid; ++r) factor[r] = factors ? factors[i + r] : T(1);
     for (int64_t k = 0; k < dim; ++k) {
-      for (int64_t r = 0; r < kMicroRows; ++r) *packed++ = r < valid ? rows[(i + r) * dim + k] : T(0);
+      for (int64_t r = 0; r < kMicroRows; ++r) *packed++ = r < valid ? factor[r] * rows[(i + r) * dim + k] : T(0);
     }
   }
 }
@@ -114,25 +117,28 @@ int64_t packed_values(int64_t count, int64_t dim) {
 
 // Rows as columns of a product c = A·rowsᵀ: [panel of rows][dim][kPanel], zeros beyond the last row.
 template <class T>
-void pack_columns(const T* rows, int64_t count, int64_t dim, int64_t panel, T* packed) {
+void pack_columns(const T* rows, const T* factors, int64_t count, int64_t dim, int64_t panel, T* packed) {
   constexpr int P = kPanel<T>;
   T* out = packed + panel * P * dim;
   const int64_t first = panel * P, valid = smaller(P, count - first);
+  T factor[P];
+  for (int64_t n = 0; n < valid; ++n) factor[n] = factors ? factors[first + n] : T(1);
   for (int64_t k = 0; k < dim; ++k) {
-    for (int64_t n = 0; n < P; ++n) out[k * P + n] = n < valid ? rows[(first + n) * dim + k] : T(0);
+    for (int64_t n = 0; n < P; ++n) out[k * P + n] = n < valid ? factor[n] * rows[(first + n) * dim + k] : T(0);
   }
 }
 
 // Rows as the right operand of weights·rows: [panel of dimensions][row][kPanel], zeros beyond the last dimension.
 template <class T>
-void pack_values(const T* rows, int64_t count, int64_t dim, int64_t begin, int64_t end, T* packed) {
+void pack_values(const T* rows, const T* factors, int64_t count, int64_t dim, int64_t begin, int64_t end, T* packed) {
   constexpr int P = kPanel<T>;
   for (int64_t panel = 0; panel * P < dim; ++panel) {
     const int64_t valid = smaller(P, dim - panel * P);
     for (int64_t j = begin; j < end; ++j) {
       T* out = packed + (panel * count + j) * P;
       const T* in = rows + j * dim + panel * P;
-      for (int64_t n = 0; n < P; ++n) out[n] = n < valid ? in[n] : T(0);
+      const T factor = factors ? factors[j] : T(1);
+      for (int64_t n = 0; n < P; ++n) out[n] = n < valid ? factor * in[n] : T(0);
     }
   }
 }

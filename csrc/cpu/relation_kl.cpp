@@ -290,7 +290,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, dou
   for (int64_t i = 0; i < rows; ++i) {
     double inverse[kMaxStages], moved[kMaxStages];
     for (int64_t q = 0; q < count; ++q) {
-      inverse[q] = 1 / (temperature * args.sums[(count + q) * rows + i]);
+      // Z of the same roundings as its tangent where the columns are all; else of the log-sums, so that tangents add up.
+      const double shift = shared ? args.outer : args.shifts[q].row[i];
+      const double z = stages.symmetric ? args.sums[(count + q) * rows + i] : std::exp(log_sum(q)[i] - shift * kLn2);
+      inverse[q] = 1 / (temperature * z);
       moved[q] = args.sums[q * rows + i] * inverse[q];
       (q < S ? out[0][q * rows + i] : out[1][(q - S) * rows + i]) = T(moved[q]);
     }

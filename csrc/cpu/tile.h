@@ -76,29 +76,31 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
 
 // A matrix packed once per call as left operand of similarities, a block after the other.
 template <class T>
-const T* rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block) {
+const T* rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block,
+                 const T* factors = nullptr) {
   const int64_t blocks = ceil_div(count, block), elements = round_up(block, kMicroRows) * dim;
   T* packed = allocate<T>(host, blocks * elements);
   parallel(host, blocks, [&](int64_t p, int64_t) {
-    pack_rows(rows, p * block, smaller(count, (p + 1) * block), dim, packed + p * elements);
+    pack_rows(rows, factors, p * block, smaller(count, (p + 1) * block), dim, packed + p * elements);
   });
   return packed;
 }
 
 // A matrix packed once per call as columns of products.
 template <class T>
-const T* columns_of(const Host& host, const T* rows, int64_t count, int64_t dim) {
+const T* columns_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
   T* packed = allocate<T>(host, packed_columns<T>(count, dim));
-  parallel(host, ceil_div(count, kPanel<T>), [&](int64_t p, int64_t) { pack_columns(rows, count, dim, p, packed); });
+  parallel(host, ceil_div(count, kPanel<T>),
+           [&](int64_t p, int64_t) { pack_columns(rows, factors, count, dim, p, packed); });
   return packed;
 }
 
 // A matrix packed once per call as the right operand of weights·rows.
 template <class T>
-const T* values_of(const Host& host, const T* rows, int64_t count, int64_t dim) {
+const T* values_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
   T* packed = allocate<T>(host, packed_values<T>(count, dim));
   parallel(host, ceil_div(count, kBlock), [&](int64_t p, int64_t) {
-    pack_values(rows, count, dim, p * kBlock, smaller(count, (p + 1) * kBlock), packed);
+    pack_values(rows, factors, count, dim, p * kBlock, smaller(count, (p + 1) * kBlock), packed);
   });
   return packed;
 }

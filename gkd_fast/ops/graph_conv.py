@@ -53,16 +53,20 @@ remain, each an op of its own; what lies between them is in ``_double_backward``
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gkd_fast.ops.autograd import (
     PT2,
     flags,
+    last_derivative,
     needed_like,
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
+    register_autograd,
     scatter,
 )  # fmt: skip
+from gkd_fast.ops.columns import Columns, add, run
 
 # With G the upstream and H the messages, G' = deg^-p G and H' = deg^-q H: the powers (p, q).
 POWERS = {"row": (1.0, 0.0), "symmetric": (0.5, 0.5)}
@@ -160,7 +164,7 @@ def _backward(ctx, upstream, _):
     return *scatter(gradients, needs), *[None] * 8
 
 
-torch.library.register_autograd("gkd_fast::graph_conv", _backward, setup_context=_setup_context)
+register_autograd("gkd_fast::graph_conv", _backward, setup_context=_setup_context)
 
 
 def node_terms(
@@ -195,11 +199,17 @@ def _setup_double_context(ctx, inputs, output):
 
 
 def _double_backward(ctx, cotangents):
+    nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
+    return *_second_order(None, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 13
+
+
+def _second_order(columns: Columns | None, ctx, nodes_tangent, messages_tangent, needs) -> list[Tensor | None]:
+    """The tangents of the output and of both gradients along the cotangents of these: the gradients of upstream, nodes
+    and messages. Columns None: the rows."""
     # Output, degrees and the messages' gradient are functions of nodes and messages: their part of the derivative is in
     # the gradients of these.
     upstream, nodes, messages, output, degrees, inverse_variance, messages_gradient = ctx.saved_tensors
-    nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
-    needs_upstream, needs_nodes, needs_messages = ctx.needs_input_grad[:3]
+    needs_upstream, needs_nodes, needs_messages = needs
     settings = inverse_variance, ctx.product_precision
     left_power, right_power = POWERS[ctx.normalization]
     left_scale, right_scale = (degrees.pow(-power)[:, None] for power in (left_power, right_power))
@@ -207,7 +217,14 @@ def _double_backward(ctx, cotangents):
     extra = None if messages_tangent is None else right_scale * messages_tangent
     growth = torch.zeros_like(degrees)
     if nodes_tangent is not None:
-        growth = torch.ops.gkd_fast.graph_degrees_tangent(nodes, nodes_tangent, *settings) / degrees
+        degree_tangents = _over(
+            columns,
+            lambda **block: run(
+                torch.ops.gkd_fast.graph_degrees_tangent, nodes, nodes_tangent, *settings, **block
+            ),
+            column_tangent=nodes_tangent,
+        )  # fmt: skip
+        growth = degree_tangents[0] / degrees
     left_rates, right_rates = -left_power * growth, -right_power * growth
 
     moves_messages_gradient = needs_messages or (needs_nodes and right_power > 0)
@@ -215,11 +232,16 @@ def _double_backward(ctx, cotangents):
     if moves_messages_gradient:
         values, rates = [right, left], [right_rates, left_rates]
         if messages_gradient is None and right_power:
-            (messages_gradient,) = torch.ops.gkd_fast.graph_conv_backward(
-                upstream, nodes, messages, output, degrees, inverse_variance, ctx.normalization,
-                ctx.product_precision, [False, True],
-            )  # fmt: skip
-    sums = torch.ops.gkd_fast.graph_conv_tangent(nodes, nodes_tangent, values, rates, extra, *settings)
+            messages_gradient = _messages_gradient(
+                columns and columns.beside(upstream), ctx, upstream, nodes, messages, output, degrees, inverse_variance
+            )
+    sums = _over(
+        columns,
+        lambda values=values, rates=rates, extra=extra, **block: run(
+            torch.ops.gkd_fast.graph_conv_tangent, nodes, nodes_tangent, values, rates, extra, *settings, **block
+        ),
+        column_tangent=nodes_tangent, values=values, rates=rates, extra=extra,
+    )  # fmt: skip
     output_tangent = left_scale * sums[0] + left_rates[:, None] * output
     messages_gradient_tangent = nodes_gradient_tangent = None
     if moves_messages_gradient:
@@ -235,30 +257,166 @@ def _double_backward(ctx, cotangents):
         )
         if right_power and messages_tangent is not None:
             term_tangents = term_tangents - right_power * _dots(messages_tangent, messages_gradient) / degrees
-        nodes_gradient_tangent = torch.ops.gkd_fast.graph_conv_double_backward(
-            nodes, nodes_tangent, left, right, left_rates, right_rates, extra, terms, term_tangents, *settings
-        )
-    return (
+        (nodes_gradient_tangent,) = _over(
+            columns,
+            lambda **block: run(
+                torch.ops.gkd_fast.graph_conv_double_backward, nodes, nodes_tangent, left, right, left_rates,
+                right_rates, extra, terms, term_tangents, *settings, **block,
+            ),
+            column_tangent=nodes_tangent, column_left=left, column_right=right, column_left_rates=left_rates,
+            column_right_rates=right_rates, column_extra=extra, column_terms=terms,
+            column_term_tangents=term_tangents,
+        )  # fmt: skip
+    return [
         output_tangent if needs_upstream else None,
         nodes_gradient_tangent,
         messages_gradient_tangent if needs_messages else None,
-        *[None] * 13,
-    )
+    ]
 
 
-torch.library.register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
+NODES = ("column_nodes",)
+MESSAGES = (*NODES, "column_messages")
+UPSTREAM = (*MESSAGES, "column_upstream")
+
+
+def _over(columns: Columns | None, call, names: tuple[str, ...] = NODES, **own) -> list[Tensor]:
+    """The sums over the blocks of ``columns`` of what ``call(column_nodes=…, offset=…, …)`` gives, a tensor or a list.
+
+    ``names``: of the columns that ``call`` takes.  ``own``: what these bring along, by the name that ``call`` has for
+    it: this rank's rows of it, a tensor, a list of them, or None. Columns None: ``call()``, whose columns are the rows.
+    """
+    if columns is None:
+        result = call()
+        return [result] if isinstance(result, Tensor) else result
+    sent, spec = tree_flatten(own)
+    places = [k for k, x in enumerate(sent) if x is not None]
+    total = None
+    for block in columns.blocks(*(sent[k] for k in places), only=len(names)):
+        arrived: list[Tensor | None] = [None] * len(sent)
+        for k, x in zip(places, block.extra, strict=True):
+            arrived[k] = x
+        part = call(**dict(zip(names, block.columns)), offset=block.offset, **tree_unflatten(arrived, spec))
+        total = add(total, [part] if isinstance(part, Tensor) else part)
+    return total
+
+
+def _messages_gradient(columns, ctx, upstream, nodes, messages, output, degrees, inverse_variance) -> Tensor:
+    """dH of this rank's rows; ``columns``: nodes, messages and upstream."""
+    return _over(
+        columns,
+        lambda **block: run(
+            torch.ops.gkd_fast.graph_conv_backward, upstream, nodes, messages, output, degrees, inverse_variance,
+            ctx.normalization, ctx.product_precision, [False, True], **block,
+        ),
+        UPSTREAM, column_degrees=degrees,
+    )[0]  # fmt: skip
+
+
+register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
 for _op in ("graph_degrees", "graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"):
     refuse_derivative(f"gkd_fast::{_op}")
 
 
+class GraphConv(torch.autograd.Function):
+    """Output of one rank's rows against ``columns``, nodes and messages; the other ranks run it at the same time."""
+
+    @staticmethod
+    def forward(ctx, columns, nodes, messages, inverse_variance, normalization, product_precision):
+        settings = inverse_variance, normalization, product_precision
+        if normalization == "symmetric":
+            degrees = graph_degrees(nodes, inverse_variance, product_precision, columns)
+            (output,) = _over(
+                columns,
+                lambda **block: run(
+                    torch.ops.gkd_fast.graph_conv, nodes, messages, *settings, degrees=degrees, **block
+                )[0],
+                MESSAGES, column_degrees=degrees,
+            )  # fmt: skip
+        else:
+            # Σ_j K_ij H_j and Σ_j K_ij add up.
+            def sums(**block):
+                rows, degrees = run(torch.ops.gkd_fast.graph_conv, nodes, messages, *settings, **block)
+                return [rows * degrees[:, None], degrees]
+
+            output, degrees = _over(columns, sums, MESSAGES)
+            output = output / degrees[:, None]
+        ctx.columns, ctx.normalization, ctx.product_precision = columns, normalization, product_precision
+        ctx.save_for_backward(nodes, messages, output.detach(), degrees, inverse_variance)
+        return output
+
+    @staticmethod
+    def backward(ctx, upstream):
+        nodes, messages, output, degrees, inverse_variance = ctx.saved_tensors
+        needs = flags(ctx.needs_input_grad[1:3])
+        gradients = GraphConvBackward.apply(
+            ctx.columns, upstream.contiguous(), nodes, messages, output, degrees, inverse_variance, ctx.normalization,
+            ctx.product_precision, needs,
+        )  # fmt: skip
+        return None, *scatter(gradients, needs), None, None, None
+
+
+class GraphConvBackward(torch.autograd.Function):
+    """The gradients of nodes and messages that ``needs`` asks for."""
+
+    @staticmethod
+    def forward(ctx, columns, upstream, nodes, messages, output, degrees, inverse_variance, normalization,
+                product_precision, needs):  # fmt: skip
+        ctx.columns, ctx.normalization, ctx.product_precision, ctx.needed = (
+            columns, normalization, product_precision, needs,
+        )  # fmt: skip
+        rows = upstream, nodes, messages, output, degrees, inverse_variance
+        needs_nodes, needs_messages = needs
+        columns = columns.beside(upstream)
+        messages_gradient = None
+        if needs_messages or normalization == "symmetric":
+            messages_gradient = _messages_gradient(columns, ctx, *rows)
+        gradients = []
+        if needs_nodes:
+            terms = node_terms(upstream, output, messages, messages_gradient, degrees, normalization)
+            gradients = _over(
+                columns,
+                lambda **block: run(
+                    torch.ops.gkd_fast.graph_conv_backward, *rows, normalization, product_precision, [True, False],
+                    node_terms=terms, **block,
+                ),
+                UPSTREAM, column_degrees=degrees, column_node_terms=terms,
+            )  # fmt: skip
+        if needs_messages:
+            gradients.append(messages_gradient)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*rows, None if messages_gradient is None else messages_gradient.detach())
+        return tuple(gradients)
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx, *cotangents):
+        nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
+        gradients = _second_order(ctx.columns, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[1:4])
+        return None, *gradients, *[None] * 6
+
+
 def graph_conv(
-    nodes: Tensor, messages: Tensor, inverse_variance: Tensor, normalization: str, product_precision: str
+    nodes: Tensor,
+    messages: Tensor,
+    inverse_variance: Tensor,
+    normalization: str,
+    product_precision: str,
+    columns: Columns | None = None,
 ) -> Tensor:
-    """The convolution ``[B, K]`` of unit rows; see the head of this file."""
+    """The convolution ``[B, K]`` of unit rows, over each other or ``columns``, nodes and messages; see the head."""
     refuse_forward_mode((nodes, messages))
-    return torch.ops.gkd_fast.graph_conv(nodes, messages, inverse_variance, normalization, product_precision)[0]
+    settings = inverse_variance, normalization, product_precision
+    if columns is None:
+        return torch.ops.gkd_fast.graph_conv(nodes, messages, *settings)[0]
+    return GraphConv.apply(columns, nodes, messages, *settings)
 
 
-def graph_degrees(nodes: Tensor, inverse_variance: Tensor, product_precision: str) -> Tensor:
+def graph_degrees(
+    nodes: Tensor, inverse_variance: Tensor, product_precision: str, columns: Columns | None = None
+) -> Tensor:
     """The row sums of the adjacency ``[B]`` of unit rows, without gradient."""
-    return torch.ops.gkd_fast.graph_degrees(nodes.detach(), inverse_variance, product_precision)
+    nodes = nodes.detach()
+    return _over(
+        columns,
+        lambda **block: run(torch.ops.gkd_fast.graph_degrees, nodes, inverse_variance, product_precision, **block),
+    )[0]

@@ -14,7 +14,7 @@ gives e = 0, 1/‖x‖ = 0 and so zero gradient.
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import PT2, refuse_forward_mode
+from gkd_fast.ops.autograd import PT2, refuse_forward_mode, register_autograd
 
 torch.library.define("gkd_fast::unit_rows", "(Tensor[] rows, ScalarType dtype) -> (Tensor[], Tensor[])", tags=PT2)
 torch.library.define(
@@ -77,7 +77,7 @@ def _differentiable(unit: Tensor, inverse_norms: Tensor, upstream: Tensor | None
     return gradient
 
 
-torch.library.register_autograd("gkd_fast::unit_rows", _backward, setup_context=_setup_context)
+register_autograd("gkd_fast::unit_rows", _backward, setup_context=_setup_context)
 
 
 def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -78,7 +78,9 @@ def build_distiller(
         load_weights(student, weights_file(network.weights))
     criterion = pair_weights = meta_optimizer = None
     if method.graph:
-        criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution)
+        several = accelerator is not None and accelerator.num_processes > 1
+        group = torch.distributed.group.WORLD if several else None
+        criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution, group)
     if method.meta:
         meta = config.meta
         with random_stream(config.seed, "meta-network"):
@@ -110,12 +112,18 @@ def build_distiller(
         distillation=config.distillation,
         meta=config.meta,
         seed=config.seed,
+        micro_batch=config.micro_batch,
         accelerator=accelerator,
     )
 
 
 def build_criterion(
-    config: Config, student: StagedNetwork, teacher: StagedNetwork, num_classes: int, convolution: bool = True
+    config: Config,
+    student: StagedNetwork,
+    teacher: StagedNetwork,
+    num_classes: int,
+    convolution: bool = True,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> GraphKDLoss:
     graph = config.graph
     with random_stream(config.seed, "heads"):
@@ -133,6 +141,8 @@ def build_criterion(
             relation_weight=graph.relation_weight,
             pairs=graph.pairs,
             backend=graph.backend,
+            process_group=process_group,
+            column_bank=graph.column_bank,
         )
     if not convolution:
         remove_graphs(criterion, graph.embed_dim)

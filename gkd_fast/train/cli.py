@@ -26,6 +26,7 @@ COMMANDS = {
 SHORT_NAMES = {
     "--data-dir": "--data.data_dir",
     "--download": "--data.download",
+    "--micro-batch": "--micro_batch",
     "--methods": "--compare.methods",
     "--seeds": "--compare.seeds",
 }

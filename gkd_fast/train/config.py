@@ -38,7 +38,7 @@ class TrainingConfig:
 
     Args:
         epochs: how often each image is seen.
-        batch_size: images per step, over all processes; it is also the size of the graphs of one process.
+        batch_size: images per step, over all processes, and so the size of the graphs.
         drop_last: leave out the last batch of an epoch where it is short.
         lr: learning rate at the start.
         milestones: epochs at which the learning rate is multiplied by gamma.
@@ -95,6 +95,7 @@ class GraphConfig:
         relation_weight: factor of the relation loss.
         pairs: all, matched, or a list of [student stage, teacher stage].
         backend: auto, reference, cpp or triton.
+        column_bank: past embeddings that are further columns of the node and relation losses.
     """
 
     embed_dim: int = 128
@@ -107,6 +108,7 @@ class GraphConfig:
     relation_weight: float = 1.0
     pairs: str | list[list[int]] = "all"
     backend: str = "auto"
+    column_bank: int = 0
 
 
 @dataclass
@@ -195,6 +197,8 @@ class Config:
         precision: fp32, bf16 or fp16 (autocast; with fp16 the meta-step is in fp32).
         device: auto or cpu.
         threads: of PyTorch, where not its own choice.
+        micro_batch: images of a process's share of a batch that the networks take at a time, with the activations of
+            these alone, as in gkd_fast.micro_batched; by default all.
         save_every: steps between two checkpoints within an epoch; the end of an epoch has one always.
         diagnostics_every: epochs between two looks at the graphs and at each term's share of the gradient.
         tensorboard: write TensorBoard logs too; needs the package tensorboard.
@@ -217,6 +221,7 @@ class Config:
     precision: str = "fp32"
     device: str = "auto"
     threads: int | None = None
+    micro_batch: int | None = None
     save_every: int = 500
     diagnostics_every: int = 1
     tensorboard: bool = False
@@ -237,6 +242,8 @@ class Config:
             raise ValueError(f"device must be auto or cpu, got {self.device!r}")
         _at_least(self, 0, "seed")
         _at_least(self, 1, "save_every", "diagnostics_every")
+        if self.micro_batch is not None:
+            _at_least(self, 1, "micro_batch")
 
 
 # Options that say where and how, and do not change what is computed.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD
+from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD, distributed, micro_batched
 from gkd_fast._snapshot import Snapshot
 from gkd_fast.train.config import DistillationConfig, MetaConfig
 from gkd_fast.train.methods import METHODS, Method, PermutedWeights, batch_permutation
@@ -19,23 +19,35 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, student: nn.Module, criterion: GraphKDLoss | None, method: Method, distillation: DistillationConfig
+        self,
+        student: nn.Module,
+        criterion: GraphKDLoss | None,
+        method: Method,
+        distillation: DistillationConfig,
+        micro_batch: int | None = None,
     ):
         super().__init__()
         self.student = student
         self.criterion = criterion
         self.method = method
         self.distillation = distillation
+        self.micro_batch = micro_batch
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher_outputs=None, pair_weights: nn.Module | None = None
     ) -> dict[str, Tensor]:
-        outputs = self.student(images)
+        outputs = self.student_outputs(images)
         terms = self.label_terms(outputs, teacher_outputs, labels)
         if self.method.graph:
             embeddings = self.criterion.embed(outputs.features, teacher_outputs.features)
             terms |= self.criterion.terms_from_embeddings(*embeddings, labels, weights=pair_weights)
+            if self.training and self.criterion.bank is not None:
+                self.criterion.remember(*embeddings)
         return terms
+
+    def student_outputs(self, images: Tensor):
+        """The student's StageOutputs, of micro-batches where they are wanted."""
+        return micro_batched(self.student, images, micro_batch=self.micro_batch)
 
     def label_terms(self, outputs, teacher_outputs, labels: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and, where the method has it, logit distillation; both averaged over the student's branches."""
@@ -77,6 +89,7 @@ class Distiller:
         distillation: constants of the logit distillation.
         meta: constants of the meta-step.
         seed: of the permutation of weights, for the method that permutes them.
+        micro_batch: images that the networks take at a time, as in gkd_fast.micro_batched; None: the whole batch.
         accelerator: places modules on devices, wraps them for several processes and scales gradients; without one,
             everything runs where and as it is.
 
@@ -97,6 +110,7 @@ class Distiller:
         distillation: DistillationConfig = DistillationConfig(),
         meta: MetaConfig = MetaConfig(),
         seed: int = 0,
+        micro_batch: int | None = None,
         accelerator=None,
     ):
         self.student = student
@@ -108,9 +122,10 @@ class Distiller:
         self.method = method
         self.meta = meta
         self.seed = seed
+        self.micro_batch = micro_batch
         self.step = 0
         self.accelerator = accelerator
-        self.plain_objective = Objective(student, criterion, method, distillation)
+        self.plain_objective = Objective(student, criterion, method, distillation, micro_batch)
         self.objective: nn.Module = self.plain_objective
         if teacher is not None:
             teacher.eval().requires_grad_(False)
@@ -154,8 +169,7 @@ class Distiller:
         """One step of the meta-network on the gradient through unrolled steps of the student, which are then undone.
 
         It follows the training's precision but for float16, whose second derivatives would need a loss scale of their
-        own: then it runs without autocast. With several processes each unrolls on its own share of the batch, and the
-        gradients are averaged.
+        own: then it runs without autocast. With several processes the steps are unrolled on the whole batch.
 
         Args:
             images: ``[B, C, H, W]``, of the unrolled steps.
@@ -166,8 +180,6 @@ class Distiller:
             ``meta_gradient_norm``, a scalar.
         """
         gradients = self.hypergradient(images, labels, outer_batch)
-        if self.accelerator is not None:
-            gradients = [self.accelerator.reduce(g, "mean") for g in gradients]
         for parameter, gradient in zip(self.pair_weights.parameters(), gradients):
             parameter.grad = gradient
         self.meta_optimizer.step()
@@ -191,6 +203,7 @@ class Distiller:
             weight_decay=self.meta.inner_weight_decay,
             nesterov=self.meta.inner_nesterov,
             second_derivatives=self.meta.second_derivatives,
+            process_group=self.criterion.process_group,
         ) as unrolled:
             for _ in range(self.meta.graph_steps):
                 unrolled.step(lambda: self._graph_objective(images, labels, teacher_outputs))
@@ -212,8 +225,10 @@ class Distiller:
         norms = {}
         for name, term in self.plain_objective(images, labels, teacher_outputs, weights).items():
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            gradients = [g.norm() for g in gradients if g is not None]
-            norms[name] = torch.stack(gradients).norm().item() if gradients else 0.0
+            gradients = [g for g in gradients if g is not None]
+            if self.criterion is not None and self.criterion.process_group is not None:
+                gradients = distributed.average(gradients, self.criterion.process_group)
+            norms[name] = torch.stack([g.norm() for g in gradients]).norm().item() if gradients else 0.0
         surroundings.restore()
         total = sum(norms.values())
         return {name: norm / total for name, norm in norms.items()} if total else norms
@@ -226,12 +241,14 @@ class Distiller:
     @torch.no_grad()
     def teacher_outputs(self, images: Tensor):
         """The teacher's StageOutputs, or None where the method has no teacher."""
-        return None if self.teacher is None else self.teacher(images)
+        return None if self.teacher is None else micro_batched(self.teacher, images, micro_batch=self.micro_batch)
 
     def _graph_objective(self, images: Tensor, labels: Tensor, teacher_outputs) -> Tensor:
         """Node and relation terms, with gradient through the weights too, which are float32 as in a training step."""
         with self._meta_autocast():
-            embeddings = self.criterion.embed(self.student(images).features, teacher_outputs.features)
+            embeddings = self.criterion.embed(
+                self.plain_objective.student_outputs(images).features, teacher_outputs.features
+            )
         weights = self.pair_weights_of(embeddings)
         with self._meta_autocast():
             terms = self.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
@@ -243,7 +260,8 @@ class Distiller:
 
     def _label_objective(self, images: Tensor, labels: Tensor, teacher_outputs) -> Tensor:
         with self._meta_autocast():
-            terms = self.plain_objective.label_terms(self.student(images), teacher_outputs, labels)
+            outputs = self.plain_objective.student_outputs(images)
+            terms = self.plain_objective.label_terms(outputs, teacher_outputs, labels)
             return torch.stack(list(terms.values())).sum()
 
     def _training_weights(self, batch: int, device: torch.device) -> nn.Module | None:

@@ -55,7 +55,7 @@ class PlainHead(nn.Module):
         linear = convolution.linears[0]
         self.projection = nn.Identity() if linear.in_features == embed_dim else linear
 
-    def forward(self, nodes: Tensor) -> Tensor:
+    def forward(self, nodes: Tensor, process_group=None) -> Tensor:
         return self.projection(nodes)
 
 

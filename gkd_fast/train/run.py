@@ -100,12 +100,17 @@ def evaluate_weights(config: Config, path: Path, display: Display) -> dict:
     of_teacher = result_file.is_file() and json.loads(result_file.read_text())["role"] == "teacher"
     network_config = config.teacher_network if of_teacher else config.student_network
     network = load_network(network_config, splits, file, display.note).to(accelerator.device)
-    batch_size = config.student_training.batch_size
+    batch_size = evaluation_batch_size(config, config.student_training)
     return {
         "network": network_config.name,
         "validation_accuracy": accuracy(network, splits.validation, batch_size, accelerator),
         "test_accuracy": accuracy(network, splits.test, batch_size, accelerator),
     }
+
+
+def evaluation_batch_size(config: Config, training: TrainingConfig) -> int:
+    """The training's batch size, but no more than the networks take at a time."""
+    return min(training.batch_size, config.micro_batch or training.batch_size)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -154,9 +159,10 @@ class Run:
         if not self._epoch_batches(0):
             size = self.training.batch_size
             raise TrainError(f"an epoch has no batch: {len(self.splits.train)} images, batch size {size}")
-        beside = len(self.splits.train) - len(self._epoch_batches(0)[0])
-        if self.distiller.pair_weights is not None and self.config.meta.outer_batch == "held-out" and beside < 2:
-            raise TrainError(f"outer_batch held-out needs 2 training images beside a batch, there are {beside}")
+        beside = len(self.splits.train) - len(self._global_batches(0)[0])
+        needed = 2 * self.accelerator.num_processes
+        if self.distiller.pair_weights is not None and self.config.meta.outer_batch == "held-out" and beside < needed:
+            raise TrainError(f"outer_batch held-out needs {needed} training images beside a batch, there are {beside}")
         self._open()
         epochs = self.training.epochs
         with self._stoppable(), self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0))):
@@ -236,11 +242,10 @@ class Run:
         """The images and labels of the meta-step's outer loss; None: those of the current batch."""
         if self.config.meta.outer_batch == "current":
             return None
-        position, mine = self.position, self.accelerator.process_index
-        current = self._epoch_batches(position.epoch)[position.batch]
-        seed = stream_seed(self.config.seed, f"held-out {mine}", position.step)
-        chosen = held_out(len(self.splits.train), current, seed)
-        return next(iter(load_batches(self.splits.train, [chosen], 0, self.accelerator.device)))
+        position = self.position
+        current = self._global_batches(position.epoch)[position.batch]
+        chosen = held_out(len(self.splits.train), current, stream_seed(self.config.seed, "held-out", position.step))
+        return next(iter(load_batches(self.splits.train, [self._share(chosen)], 0, self.accelerator.device)))
 
     def _finish_epoch(self) -> None:
         position = self.position
@@ -315,20 +320,28 @@ class Run:
             self.distiller.meta_optimizer.load_state_dict(state["meta_optimizer"])
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
-        """This process's share of every batch of an epoch: equal shares, of at least two images."""
+        """This process's share of every batch of an epoch."""
+        return [self._share(batch) for batch in self._global_batches(epoch)]
+
+    def _global_batches(self, epoch: int) -> list[list[int]]:
+        """Every batch of an epoch of which each process has at least two images."""
         size, processes = self.training.batch_size, self.accelerator.num_processes
         order = epoch_order(len(self.splits.train), self.config.seed, epoch)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        mine = self.accelerator.process_index
-        shares = [batch[: len(batch) // processes * processes][mine::processes] for batch in batches]
-        return [s for s, b in zip(shares, batches) if len(s) >= 2 and (len(b) == size or not self.training.drop_last)]
+        kept = [b for b in batches if len(b) >= 2 * processes and (len(b) == size or not self.training.drop_last)]
+        return [batch[: len(batch) // processes * processes] for batch in kept]
+
+    def _share(self, batch: list[int]) -> list[int]:
+        """This process's images of a batch; equal numbers, so that means over processes are those over images."""
+        processes = self.accelerator.num_processes
+        return batch[: len(batch) // processes * processes][self.accelerator.process_index :: processes]
 
     def _load(self, images: Images, batches: list[list[int]]):
         return load_batches(images, batches, self.config.data.workers, self.accelerator.device)
 
     def _accuracy(self, images: Images) -> float:
         student, workers = self.distiller.student, self.config.data.workers
-        return accuracy(student, images, self.training.batch_size, self.accelerator, workers)
+        return accuracy(student, images, evaluation_batch_size(self.config, self.training), self.accelerator, workers)
 
     def _accuracies(self) -> dict[str, float]:
         return {
@@ -358,13 +371,15 @@ class Run:
             return None
         distiller.plain_objective.eval()
         count = min(WEIGHT_IMAGES, len(self.splits.validation))
-        x, _ = next(iter(self._load(self.splits.validation, [list(range(count))])))
-        embeddings = distiller.criterion.embed(distiller.student(x).features, distiller.teacher_outputs(x).features)
+        x, _ = next(iter(self._load(self.splits.validation, [self._share(list(range(count)))])))
+        student_outputs = distiller.plain_objective.student_outputs(x)
+        embeddings = distiller.criterion.embed(student_outputs.features, distiller.teacher_outputs(x).features)
         trained = distiller.pair_weights(*embeddings)
         untrained = self.untrained_weights.to(trained.device)(*embeddings)
+        trained, untrained = self.accelerator.gather((trained, untrained))
         change = (trained - untrained).abs()
         return {
-            "images": count,
+            "images": len(trained),
             "untrained": untrained.mean(dim=0).tolist(),
             "trained": trained.mean(dim=0).tolist(),
             "mean_absolute_change": change.mean().item(),

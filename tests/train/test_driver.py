@@ -291,6 +291,7 @@ def test_user_mistakes_get_one_line(tiny, tmp_path, capsys):
         (["--method", "ce", "--student_network.name", "tiny"], "there is no network 'tiny'"),
         (["--method", "ce", "--precision", "fp16"], "precision fp16 cannot be had here"),
         (["--method", "ce", "--student_training", '{"batch_size": 500, "drop_last": true}'], "no batch"),
+        (["--method", "ce", "--micro-batch", "0"], "micro_batch must be at least 1, got 0"),
     ):
         assert run_cli(*student, *arguments) == 1, message
         error = capsys.readouterr().err
@@ -421,17 +422,6 @@ def test_peak_counts_what_is_held_at_once():
             del a, b
 
     assert 2_048_000 <= peak_bytes(work, torch.device("cpu")) < 2_100_000
-
-
-def test_two_processes_share_a_training(tiny):
-    """The environment of accelerate launch and torchrun: each process trains on its share of every batch."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, "-m", "gkd_fast.train", *options(tiny, "teacher")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/2") == 1
-    manifest = json.loads((Path(tiny.output) / "checkpoints/step-000000008/manifest.json").read_text())
-    assert manifest["processes"] == 2
-    assert {"random_states_0.pkl", "random_states_1.pkl"} <= manifest["files"].keys()
 
 
 @pytest.mark.parametrize("methods", [["--methods", "kd", "gkd"], ["--methods", "kd,gkd"], ["--methods=kd,gkd"]])

@@ -1,0 +1,171 @@
+"""Checks of the public functions' arguments, and what follows from them: types, the backend, the product precision."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from gkd_fast import ops
+
+BACKENDS = ("auto", "reference", "cpp", "triton")
+NORMALIZATIONS = ("symmetric", "row")
+
+
+def check_graph_options(bandwidth: float | Tensor | str, normalization: str, backend: str) -> None:
+    """Raises ValueError or TypeError for options that :func:`graph_conv` does not take."""
+    if isinstance(bandwidth, str):
+        if bandwidth != "auto":
+            raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
+    elif isinstance(bandwidth, Tensor):
+        if bandwidth.dim() != 0:
+            raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
+    else:
+        check_positive("bandwidth", bandwidth)
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    check_backend(backend)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a name that is no backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def select_backend(backend: str, tensor: Tensor) -> str:
+    """The backend that runs, or an error that says what is missing."""
+    check_backend(backend)
+    device = tensor.device
+    if backend == "auto":
+        backend = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
+        reason = None if backend == "reference" else ops.missing(backend, device)
+        if reason is None:
+            return backend
+        _warn_once(f"gkd_fast computes on {device.type} with the slow reference: {reason}")
+        return "reference"
+    if backend != "reference" and (reason := ops.missing(backend, device)) is not None:
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}")
+    return backend
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def product_precision(x: Tensor) -> str:
+    """The type in which tiles are multiplied: the inputs' own, autocast's, or PyTorch's choice for float32."""
+    dtype = x.dtype
+    if autocast_enabled(x) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return _float32_products() if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+
+
+@torch.compiler.assume_constant_result
+def _float32_products() -> str:
+    """PyTorch's setting for float32 products; a compiled function keeps the one that it was compiled under."""
+    try:
+        setting = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # The newer per-backend settings are in use, which this one cannot express.
+        setting = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    return {"highest": "float32", "high": "tf32", "medium": "bfloat16"}[setting]
+
+
+def check_features(name: str, x: Tensor, may_be_empty: bool = False) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions [batch, width], got shape {tuple(x.shape)}")
+    if x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises TypeError or ValueError unless ``value`` is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_stages(
+    students: Tensor | Sequence[Tensor], teachers: Tensor | Sequence[Tensor], may_be_empty: bool
+) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
+    sides = {}
+    for side, stages in (("students", students), ("teachers", teachers)):
+        stages = [stages] if isinstance(stages, Tensor) else list(stages)
+        if not stages:
+            raise ValueError(f"{side} must hold at least one stage, got none")
+        sides[side] = stages
+    named = {f"{side}[{k}]": x for side, stages in sides.items() for k, x in enumerate(stages)}
+    for name, x in named.items():
+        check_features(name, x, may_be_empty)
+    batch = len(sides["students"][0])
+    for name, x in named.items():
+        if len(x) != batch:
+            raise ValueError(f"{name} must have the batch size of students[0] ({batch}), got {len(x)}")
+    return sides["students"], sides["teachers"], compute_dtype(named)
+
+
+def wanted_pairs(
+    pairs: Sequence[tuple[int, int]] | None, num_students: int, num_teachers: int
+) -> list[list[bool]] | None:
+    if pairs is None:
+        return None
+    wanted = [[False] * num_teachers for _ in range(num_students)]
+    for s, t in pairs:
+        if not (0 <= s < num_students and 0 <= t < num_teachers):
+            raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
+        wanted[s][t] = True
+    return wanted
+
+
+def check_bank(name: str, bank: Sequence[Tensor] | None, stages: Sequence[Tensor]) -> list[Tensor] | None:
+    """The bank's tensors, None where it is empty."""
+    if bank is None:
+        return None
+    if len(bank) != len(stages):
+        raise ValueError(f"{name} must hold a tensor for each of {len(stages)} stages, got {len(bank)}")
+    for k, (x, stage) in enumerate(zip(bank, stages)):
+        if x.dim() != 2 or x.shape[1] != stage.shape[1] or len(x) != len(bank[0]) or x.device != stage.device:
+            raise ValueError(
+                f"{name}[{k}] must have shape [{len(bank[0])}, {stage.shape[1]}] on {stage.device}, got "
+                f"{tuple(x.shape)} on {x.device}"
+            )
+    return list(bank) if len(bank[0]) else None
+
+
+def bank_size(bank: list[Tensor] | None) -> int:
+    return 0 if bank is None else len(bank[0])
+
+
+def compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """float64 for float64 inputs, else float32; mixed types are an error, except under autocast, which mixes them."""
+    (first_name, first), *others = tensors.items()
+    for name, x in others:
+        if x.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {x.device}")
+        if x.dtype != first.dtype and not autocast_enabled(first):
+            raise TypeError(f"{name} must have the type of {first_name} ({first.dtype}), got {x.dtype}")
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; never on a device that has none ("meta")."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_disabled(tensor: Tensor) -> AbstractContextManager[None]:
+    """A context in which operations on the tensor's device keep their types."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else nullcontext()

@@ -1,0 +1,113 @@
+"""The functions of a global batch: any number of ranks gives what one process does, in every order."""
+
+import pytest
+import torch
+
+from gkd_fast import distributed, functional
+from tests.ops_cases import D64, requires_cpp, rows
+
+pytestmark = requires_cpp
+BATCH = 41
+
+# Name: the function of its inputs and of options, and the inputs' widths.
+FUNCTIONS = {
+    "graph_conv symmetric": (lambda x, **o: functional.graph_conv(*x, **o), (4, 3)),
+    "graph_conv row": (lambda x, **o: functional.graph_conv(*x, bandwidth=0.6, normalization="row", **o), (4, 3)),
+    "node_contrast": (lambda x, **o: functional.node_contrast(x[:2], x[2:], temperature=0.4, **o), (3, 3, 3, 3)),
+    "node_contrast of some pairs": (
+        lambda x, **o: functional.node_contrast(x[:2], x[2:], pairs=[(0, 1), (1, 0)], **o),
+        (3, 3, 3, 3),
+    ),
+    "relation_kl": (lambda x, **o: functional.relation_kl(x[:2], x[2:], temperature=0.4, **o), (3, 2, 4, 5)),
+    "relation_kl, own shifts": (lambda x, **o: functional.relation_kl(*x, temperature=0.01, **o), (5, 4)),
+}
+SHARDS = {
+    "one": [41],
+    "two equal": [20, 20],
+    "two unequal": [40, 1],
+    "four": [7, 13, 1, 20],
+    "four, two without a sample": [0, 25, 16, 0],
+}
+
+
+def tensors(name: str, dtype: torch.dtype, batch: int):
+    """Inputs, the upstream of the output, and cotangents of the inputs' gradients."""
+    function, widths = FUNCTIONS[name]
+    inputs = [x.to(dtype).requires_grad_() for x in rows(batch, *widths)]
+    generator = torch.Generator().manual_seed(3)
+    upstream, *cotangents = (
+        torch.randn(x.shape, dtype=D64, generator=generator).to(dtype) for x in (function(inputs), *inputs)
+    )
+    return inputs, upstream, cotangents
+
+
+def every_order(function, inputs, upstream, cotangents) -> list[list[torch.Tensor]]:
+    """The output, the gradients, and the gradients of Σ ⟨gradient, cotangent⟩ at inputs and upstream."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    upstream = upstream.requires_grad_()
+    output = function(inputs)
+    gradients = torch.autograd.grad(output, inputs, upstream, create_graph=True)
+    second = torch.autograd.grad(gradients, [*inputs, upstream], cotangents)
+    return [[output.detach()], [g.detach() for g in gradients], list(second)]
+
+
+def on_rank(group, name, dtype, counts, backend, budget):
+    rank = torch.distributed.get_rank(group)
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    inputs, upstream, cotangents = tensors(name, dtype, sum(counts))
+    distributed.GATHER_BUDGET = budget
+
+    def function(x):
+        return FUNCTIONS[name][0](x, backend=backend, process_group=group)
+
+    return every_order(function, [x[own] for x in inputs], upstream[own], [x[own] for x in cotangents])
+
+
+def judge(results, name, dtype, counts, tolerance):
+    """``results`` of all ranks against one process; first what one rank misses if it sees its own samples alone."""
+    inputs, upstream, cotangents = tensors(name, dtype, sum(counts))
+    expected = every_order(FUNCTIONS[name][0], inputs, upstream, cotangents)
+    for order, truths in enumerate(expected):
+        for k, truth in enumerate(truths):
+            found = torch.cat([result[order][k] for result in results])
+            error = (found - truth).abs().max() / truth.abs().max()
+            assert error <= tolerance, f"order {order}, tensor {k}: {error:.2g}"
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ranks_compute_what_one_process_does(pool, name, shards):
+    counts = SHARDS[shards]
+    for budget in (float("inf"), 0):
+        results = pool.run(on_rank, name, D64, counts, "cpp", budget, ranks=len(counts))
+        judge(results, name, D64, counts, 1e-12)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_in_float32(pool, name):
+    counts = SHARDS["four"]
+    for budget in (float("inf"), 0):
+        results = pool.run(on_rank, name, torch.float32, counts, "cpp", budget)
+        # Own shifts: a rounding of a log-sum of size 1/τ.
+        judge(results, name, torch.float32, counts, 1e-4 if "own shifts" in name else 1e-5)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_reference_too(pool, name):
+    counts = SHARDS["four, two without a sample"]
+    judge(pool.run(on_rank, name, D64, counts, "reference", 0), name, D64, counts, 1e-12)
+
+
+def _alone(group, name, dtype, counts, backend, budget):
+    rank = torch.distributed.get_rank(group)
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    inputs, upstream, cotangents = tensors(name, dtype, sum(counts))
+    return every_order(FUNCTIONS[name][0], [x[own] for x in inputs], upstream[own], [x[own] for x in cotangents])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ranks_without_a_group_compute_something_else(pool, name):
+    counts = SHARDS["two equal"]
+    results = pool.run(_alone, name, D64, counts, "cpp", 0, ranks=2)
+    with pytest.raises(AssertionError, match="order 0"):
+        judge(results, name, D64, counts, 1e-2)
