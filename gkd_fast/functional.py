@@ -1,8 +1,8 @@
 """The public functions: check the arguments, choose the backend and the precision, and call it.
 
 Every function takes raw features, L2-normalises their rows and is differentiable; backend="reference" any number of
-times, "cpp" twice, with respect to every input and the upstream, "triton" once (one more derivative or forward mode is
-an error there, never a silent zero).
+times, "cpp" and "triton" twice, with respect to every input and the upstream (one more derivative or forward mode is an
+error there, never a silent zero).
 """
 
 import math

@@ -3,7 +3,15 @@
 import os
 
 import torch
-from gkd_fast.kernels import graph_conv, node_contrast, relation_kl, unit_rows
+from gkd_fast.kernels import (
+    graph_conv,
+    graph_conv_tangent,
+    node_contrast,
+    node_contrast_tangent,
+    relation_kl,
+    relation_kl_tangent,
+    unit_rows,
+)  # fmt: skip
 from gkd_fast.kernels.autotune import autotuned
 from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
 
@@ -15,10 +23,17 @@ OPS = {
     "graph_degrees": graph_conv.graph_degrees,
     "graph_conv": graph_conv.graph_conv,
     "graph_conv_backward": graph_conv.graph_conv_backward,
+    "graph_degrees_tangent": graph_conv_tangent.graph_degrees_tangent,
+    "graph_conv_tangent": graph_conv_tangent.graph_conv_tangent,
+    "graph_conv_double_backward": graph_conv_tangent.graph_conv_double_backward,
     "node_contrast": node_contrast.node_contrast,
     "node_contrast_backward": node_contrast.node_contrast_backward,
+    "node_contrast_tangent": node_contrast_tangent.node_contrast_tangent,
+    "node_contrast_double_backward": node_contrast_tangent.node_contrast_double_backward,
     "relation_kl": relation_kl.relation_kl,
     "relation_kl_backward": relation_kl.relation_kl_backward,
+    "relation_kl_tangent": relation_kl_tangent.relation_kl_tangent,
+    "relation_kl_double_backward": relation_kl_tangent.relation_kl_double_backward,
 }
 
 

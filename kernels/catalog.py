@@ -18,7 +18,8 @@ from gkd_fast.kernels.relation_kl import STATISTICS_BLOCK
 from gkd_fast.kernels.relation_kl_tiles import relation_factors, relation_gradients, relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.strips import MOST_ROWS
-from gkd_fast.kernels.table import MULTIPROCESSORS, POLYNOMIALS, largest_width, relation_group, tiles
+from gkd_fast.kernels.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
+from gkd_fast.kernels.tangent_catalog import second_order
 from gkd_fast.kernels.tile import COUNTS
 from gkd_fast.kernels.unit_rows import BLOCK_ROWS as UNIT_ROWS
 from gkd_fast.kernels.unit_rows import BLOCK_WIDTH as UNIT_WIDTH
@@ -44,7 +45,7 @@ class Specialization:
     Attributes:
         op: the op it belongs to ("relation_kl", …).
         kernel: its name, unique within an architecture, product type, width and number of stages.
-        direction: "forward", "backward" or "normalization".
+        direction: "forward", "backward" or "double backward".
         arch, dtype, dim: as asked for; ``dtype`` is the product precision, ``dim`` the width of every matrix.
         signature: argument → Triton type (a tuple of types for a list of stages); constexprs: argument → value.
         block_rows, block_columns: the rows that a program owns and the columns of one step of its walk.
@@ -125,13 +126,15 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     if dtype not in PRODUCTS:
         raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
     build = _Builder(arch, PRODUCTS[dtype], dim)
+    second = second_order(build, *stages)
     if padded_width(dim) > largest_width(arch, dtype):
-        return [*build.strips(*stages), *build.unit_rows(sum(stages))]
+        return [*build.strips(*stages), *build.unit_rows(sum(stages)), *second]
     return [
         *build.relation_kl(*stages),
         *build.node_contrast(*stages),
         *build.graph_conv(),
         *build.unit_rows(sum(stages)),
+        *second,
     ]
 
 
@@ -140,7 +143,7 @@ class _Builder:
         self.arch, self.product, self.dim, self.width = arch, product, dim, padded_width(dim)
         self.row = "*fp64" if product.name == "float64" else "*fp32"
         self.column = {"bfloat16": "*bf16", "float16": "*fp16"}.get(product.name, self.row)
-        self.polynomials = 0 if product.name == "float64" else POLYNOMIALS[arch]
+        self.polynomials = polynomials(arch, product.name)
 
     def relation_kl(self, students: int, teachers: int):
         for fn, direction in ((relation_sums, "forward"), (relation_gradients, "backward")):

@@ -29,7 +29,7 @@ from gkd_fast.kernels.relation_kl_tiles import (
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
-from gkd_fast.kernels.table import POLYNOMIALS, Tiles, largest_width, relation_group, tiles
+from gkd_fast.kernels.table import Tiles, largest_width, polynomials, relation_group, tiles
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
@@ -62,7 +62,8 @@ class Problem:
         self.product: Product = product_of(product_precision, self.rows[0])
         self.arch = architecture(self.rows[0].device)
         self.inner, self.outer = LOG2E / bandwidth**2, LOG2E / temperature
-        self.polynomials = POLYNOMIALS[self.arch] if 2 * self.inner <= LARGEST_POLYNOMIAL_RANGE else 0
+        bounded = 2 * self.inner <= LARGEST_POLYNOMIAL_RANGE
+        self.polynomials = polynomials(self.arch, self.product.name) if bounded else 0
         self.slope = 1 / (bandwidth**2 * temperature)
         self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
         self.row_count, self.column_count = len(self.rows[0]), len(self.columns[0])
@@ -210,7 +211,7 @@ def relation_kl_backward(
     new = torch.zeros_like if adds else torch.empty_like
     gradients = [new(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
     with on_device(problem.rows[0]):
-        scale = _scale(problem, own[0], other and other[0]) if problem.product.scaled else own[0]
+        scale = power_of(problem, own[0], other and other[0]) if problem.product.scaled else own[0]
         for group in groups:
             _backward(problem, *group, own, other, gradients, scale, adds)
     return [g for g in gradients if g is not None]
@@ -231,13 +232,13 @@ def _backward_in_strips(problem: Problem, own, other, temperature, bandwidth, pr
     return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
 
 
-def _scale(problem: Problem, upstream: Tensor, column_upstream: Tensor | None) -> Tensor:
-    """The power of two that brings the entries of M, at most a few times the largest upstream, into float16."""
+def power_of(problem: Problem, upstream: Tensor, column_upstream: Tensor | None, growth: float = 1.0) -> Tensor:
+    """The power of two that brings ``growth`` × the entries of M, a few times the largest upstream, into float16."""
     largest = upstream.abs().amax()
     if column_upstream is not None and column_upstream is not upstream:
         largest = torch.maximum(largest, column_upstream.abs().amax())
     pairs = problem.num_students * problem.num_teachers
-    return power_of_two(largest * (problem.slope * 4 * pairs * max(1.0, math.log(problem.column_count))))
+    return power_of_two(largest * (growth * problem.slope * 4 * pairs * max(1.0, math.log(problem.column_count))))
 
 
 def _factors(problem, students, teachers, side, count: int, wanted: int, scale: Tensor) -> Tensor:

@@ -306,14 +306,25 @@ def stage_weights(
         other = load_columns(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
         c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+    k: tl.constexpr = S + T * S + T + q
+    weights, mirrored = relation_weights(
+        r, mine[k], column_factors, k, j, column_count, outer, OWN_SHIFT, BLOCK_COLUMNS
+    )
+    return r, weights, mirrored, other
+
+
+@triton.jit
+def relation_weights(
+    r, row_shift, column_factors, k: tl.constexpr, j, column_count, outer, OWN_SHIFT: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """U_ij and U_ji, the same unless OWN_SHIFT; factor k is the columns' shift."""
     if OWN_SHIFT:
-        shift = column_factor(column_factors, S + T * S + T + q, j, column_count, BLOCK_COLUMNS)
-        weights = tl.exp2(r * outer - mine[S + T * S + T + q])
-        mirrored = tl.exp2(r * outer - shift)
+        shift = column_factor(column_factors, k, j, column_count, BLOCK_COLUMNS)
+        return tl.exp2(r * outer - row_shift), tl.exp2(r * outer - shift)
     else:
         weights = tl.exp2(r * outer - outer)
-        mirrored = weights
-    return r, weights, mirrored, other
+        return weights, weights
 
 
 @triton.jit

@@ -63,6 +63,41 @@ gfx942 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32
 gfx942 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 """
 
+# The second order's kernels make one tile of any width, for which 0 stands.
+SECOND_ORDER_KERNELS = (
+    "contrast_tangent_sums", "contrast_double_gradients", "relation_tangent_sums", "relation_double_gradients",
+    "graph_degree_tangents", "graph_tangent_weights", "graph_double_gradients",
+)  # fmt: skip
+_SECOND_ORDER_LINES = """
+sm_80  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_80  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_80  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_80  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_80  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_86  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_86  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_86  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_86  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_86  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_90  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_90  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_90  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_90  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_90  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_100 short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_100 tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_100 tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_100 ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_100 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 short   0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+gfx942 ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+gfx942 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+"""
+# Where several products in a loop are laid out by whole rows, which doubles a tile's registers.
+PRODUCTS_APART = ("sm_80", "sm_86")
+BLOCK_WIDTHS = {"short": 64, "tf32": 32, "tf32x3": 32, "ieee": 32, "float64": 16}
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -82,15 +117,16 @@ class Tiles:
         return f"{self.rows}x{self.columns}w{self.warps}s{self.stages}"
 
 
-def _parse(lines: str) -> dict[tuple[str, str, int], dict[str, Tiles]]:
+def _parse(lines: str, kernels: tuple[str, ...]) -> dict[tuple[str, str, int], dict[str, Tiles]]:
     entries = {}
     for line in lines.strip().splitlines():
         arch, kind, width, *texts = line.split()
-        entries[arch, kind, int(width)] = dict(zip(KERNELS, map(Tiles.parse, texts), strict=True))
+        entries[arch, kind, int(width)] = dict(zip(kernels, map(Tiles.parse, texts), strict=True))
     return entries
 
 
-_ENTRIES = _parse(_LINES)
+_ENTRIES = _parse(_LINES, KERNELS)
+_SECOND_ORDER = _parse(_SECOND_ORDER_LINES, SECOND_ORDER_KERNELS)
 
 # Strips hold similarities, not rows: their tiles only pass through registers.
 STRIP = Tiles(32, 64, 4, 1)
@@ -107,12 +143,12 @@ def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:
         return _forced[0]
     if kernel == "strip":
         return STRIP
-    kind = TYPES[product]
-    entry = min(w for entry_arch, entry_kind, w in _ENTRIES if (entry_arch, entry_kind) == (arch, kind) and w >= width)
+    kind, entries = TYPES[product], _SECOND_ORDER if kernel in SECOND_ORDER_KERNELS else _ENTRIES
+    entry = min(w for entry_arch, entry_kind, w in entries if (entry_arch, entry_kind) == (arch, kind) and w >= width)
     key = (kernel, arch, product, entry)
     if _recorded is not None:
         _recorded.add(key)
-    return overrides.get(key) or _ENTRIES[arch, kind, entry][kernel]
+    return overrides.get(key) or entries[arch, kind, entry][kernel]
 
 
 def largest_width(arch: str, product: str) -> int:
@@ -120,6 +156,16 @@ def largest_width(arch: str, product: str) -> int:
     if _forced is not None:
         return _forced[1]
     return max(width for entry_arch, kind, width in _ENTRIES if (entry_arch, kind) == (arch, TYPES[product]))
+
+
+def polynomials(arch: str, product: str) -> int:
+    """``POLYNOMIALS``; none for the products of float32 grade, which take longer and whose results show its error."""
+    return POLYNOMIALS[arch] if TYPES[product] in ("short", "tf32") else 0
+
+
+def block_width(product: str) -> int:
+    """Columns of the operands that a step of a second-order kernel's products takes."""
+    return 16 if _forced is not None else BLOCK_WIDTHS[TYPES[product]]
 
 
 def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:

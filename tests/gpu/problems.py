@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast import functional
+from tests.second_order_cases import second_order
 
 DEVICE = torch.device("cuda")
 OPS = ("relation_kl", "node_contrast", "graph_conv symmetric", "graph_conv row")
@@ -35,11 +36,22 @@ class Problem:
         generator = torch.Generator().manual_seed(rows)
         self.upstream = torch.randn(rows, *shape[1:], generator=generator, dtype=torch.float64)
 
-    def results(self, backend: str, dtype: torch.dtype | None = None, device=DEVICE) -> dict[str, Tensor]:
-        """Output and gradients, computed from the inputs as they are or cast to ``dtype``."""
+    def results(
+        self, backend: str, dtype: torch.dtype | None = None, device=DEVICE, order: int = 1
+    ) -> dict[str, Tensor]:
+        """Output and gradients, or of order 2 the gradients of Σ ⟨gradient, cotangent⟩ at inputs and upstream.
+
+        They are computed from the inputs as they are or cast to ``dtype``.
+        """
         leaves = [self._leaf(x, k, dtype, device) for k, x in enumerate(self.inputs.values())]
         output = self.call(backend, leaves)
         upstream = self.upstream.to(output.device, output.dtype)
+        if order == 2:
+            leaves = leaves[: self.wanted]
+            found = second_order(lambda *_, **__: output, leaves, upstream, backend)
+            return {
+                f"dd {name}": g for name, g in zip([*self.inputs][: self.wanted] + ["upstream"], found, strict=True)
+            }
         gradients = torch.autograd.grad(output, leaves[: self.wanted], upstream)
         return {"output": output.detach()} | {f"d {name}": g for name, g in zip(self.inputs, gradients)}
 
@@ -90,12 +102,12 @@ def problem(
     return Problem(inputs, wanted, losses, gradient_terms=1.0 if op == "node_contrast" else 0.1)
 
 
-def assert_no_worse_than_plain(problem: Problem, slack: float | None = None) -> None:
-    """|truth − fast| ≤ 2 |truth − plain| + slack · scale, for the output and every gradient."""
+def assert_no_worse_than_plain(problem: Problem, slack: float | None = None, order: int = 1) -> None:
+    """|truth − fast| ≤ 2 |truth − plain| + slack · scale, for the output and every gradient; or those of order 2."""
     dtype = next(iter(problem.inputs.values())).dtype
     slack = SLACK[dtype] if slack is None else slack
-    truth = problem.results("reference", torch.float64)
-    plain, fast = problem.results("reference"), problem.results("triton")
+    truth = problem.results("reference", torch.float64, order=order)
+    plain, fast = (problem.results(backend, order=order) for backend in ("reference", "triton"))
     assert fast.keys() == truth.keys()
     for name, expected in truth.items():
         assert fast[name].shape == expected.shape and fast[name].dtype == plain[name].dtype, name

@@ -87,10 +87,20 @@ def test_gradcheck(op):
 def test_second_order(op):
     checked = problem(op, 5, 3, torch.float64, stages=(2, 2), temperature=0.4, teachers_wanted=False)
     leaves = [x.detach().requires_grad_(k < checked.wanted) for k, x in enumerate(checked.inputs.values())]
-    try:
-        assert gradgradcheck(lambda *inputs: checked.call("triton", inputs), leaves)
-    except NotImplementedError as error:
-        pytest.skip(f"not offered by this version: {error}")
+    assert gradgradcheck(lambda *inputs: checked.call("triton", inputs), leaves)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("batch", "dim"), [(1, 48), (129, 48), (700, 17), (150, 1000)])
+def test_second_order_of_sizes_and_types(op, dtype, batch, dim):
+    """Gradients of Σ ⟨gradient, cotangent⟩ at inputs and upstream, judged as first gradients are."""
+    assert_no_worse_than_plain(problem(op, batch, dim, dtype, stages=(1, 1)), order=2)
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_second_order_of_stages(op):
+    assert_no_worse_than_plain(problem(op, 300, 32, stages=(2, 3)), order=2)
 
 
 @each_op

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gkd_fast.kernels import launch, strips
+from gkd_fast.kernels import launch, strips, tangents
 
 MARGIN = 64
 
@@ -49,6 +49,7 @@ class Division:
         if name == "strips":
             for constant, value in {"LEAST": 16, "MOST_ROWS": 16, "STRIP_BYTES": 1}.items():
                 self.monkeypatch.setattr(strips, constant, value)
+            self.monkeypatch.setattr(tangents, "STRIP_BYTES", 1)
             return {"width": 8}
         return {}
 

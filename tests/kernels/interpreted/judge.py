@@ -34,34 +34,33 @@ def values_and_gradients(function: Callable, inputs: list[Tensor], upstream: Ten
     return [value, *torch.autograd.grad(value, wanted, upstream.to(value.dtype))] if wanted else [value]
 
 
-def judge(function: Callable, inputs: list[Tensor], tiles: dict | None = None) -> None:
-    """``function(*inputs, backend=…)`` with "triton" against "reference": values and gradients.
+def judge(
+    function: Callable, inputs: list[Tensor], tiles: dict | None = None, results: Callable = values_and_gradients
+) -> None:
+    """``function(*inputs, backend=…)`` with "triton" against "reference": values and gradients, or other ``results``.
 
     In the short types the error may be that of the reference in the same type, plus the tolerance.
     """
     truth_inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     shape = function(*truth_inputs, backend="reference").shape
     upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    truth = values_and_gradients(function, truth_inputs, upstream, backend="reference")
+    truth = results(function, truth_inputs, upstream, backend="reference")
     with table.forced(16, 16, **(tiles or {})):
-        fast = values_and_gradients(function, inputs, upstream, backend="triton")
+        fast = results(function, inputs, upstream, backend="triton")
     dtype = inputs[0].dtype
-    plain = plain_in(dtype, function, inputs, upstream) if dtype in SHORT_TYPES else truth
+    plain = plain_in(dtype, function, inputs, upstream, results) if dtype in SHORT_TYPES else truth
     for k, (exact, ours, theirs) in enumerate(zip(truth, fast, plain, strict=True)):
         scale = max(exact.abs().max().item(), 1e-3)
         error = (ours - exact).abs().max().item()
         # Where the reference itself leaves float16's range nothing is conceded.
         allowed = (theirs - exact).abs().max().nan_to_num(0, 0).item()
-        assert error <= allowed + TOLERANCE[dtype] * scale, (
-            "value" if k == 0 else f"gradient {k - 1}",
-            error,
-            allowed,
-            scale,
-        )
+        assert error <= allowed + TOLERANCE[dtype] * scale, (f"result {k}", error, allowed, scale)
 
 
-def plain_in(dtype: torch.dtype, function: Callable, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def plain_in(
+    dtype: torch.dtype, function: Callable, inputs: list[Tensor], upstream: Tensor, results: Callable
+) -> list[Tensor]:
     """The reference with its products in a short type, as autocast makes them."""
     copies = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
     with torch.autocast("cpu", dtype), mock.patch.object(functional, "autocast_disabled", lambda x: nullcontext()):
-        return values_and_gradients(function, copies, upstream, backend="reference")
+        return results(function, copies, upstream, backend="reference")
