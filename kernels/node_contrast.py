@@ -60,15 +60,24 @@ class Problem:
         self.width = padded_width(self.dim)
         self.is_wide = self.width > largest_width(self.arch, self.product.name)
 
-    def column_set(self, name: str, columns, rows: list[Tensor], offset: int) -> list[Tensor]:
+    def column_set(self, name: str, columns, rows: list[Tensor]) -> list[Tensor]:
         if columns is None:
             return rows
         columns = matrices(name, columns)
         if len(columns) != len(rows) or columns[0].shape[1] != self.dim:
             raise ValueError(f"{name} must have {len(rows)} stages of width {self.dim}")
-        if not 0 <= offset <= len(columns[0]) - self.row_count:
-            raise ValueError(f"every row's own column i + offset must be one of {len(columns[0])}, got offset {offset}")
         return columns
+
+    def own_rows(self, columns, rows: list[Tensor], offset: int) -> list[Tensor]:
+        """The rows' own columns, which are ``rows`` themselves; zeros where they are none of the columns."""
+        if columns is None or 0 <= offset <= len(columns[0]) - self.row_count:
+            return rows
+        if -self.row_count < offset < len(columns[0]):
+            raise ValueError(
+                f"the rows' own columns i + offset must all be columns or none of them: {self.row_count} rows, "
+                f"{len(columns[0])} columns, offset {offset}"
+            )
+        return [torch.zeros_like(rows[0])] * len(rows)
 
     def constants(self, config) -> dict:
         return {
@@ -87,9 +96,10 @@ def node_contrast(
     students, teachers, wanted, temperature, product_precision, keep_weighted, teacher_columns=None, offset=0
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(students, teachers, wanted, temperature, product_precision)
-    columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers, offset)
+    columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
+    own = problem.own_rows(teacher_columns, problem.teachers, offset)
     if problem.is_wide:
-        return strips.node_contrast(problem, columns, offset, keep_weighted)
+        return strips.node_contrast(problem, columns, own, keep_weighted)
     x, rows, num_pairs = problem.students[0], problem.row_count, len(problem.pairs)
     everything = num_pairs == problem.S * problem.T
     losses = (x.new_empty if everything else x.new_zeros)(rows, problem.S, problem.T)
@@ -108,14 +118,14 @@ def node_contrast(
         shifts = losses if shifts is None else shifts
         for piece in problem.pieces(columns, config):
             contrast_sums[(row_blocks, num_pairs * parts)](
-                tuple(problem.students), piece.matrices, tuple(columns), sums, partial, shifts, losses, log_sums,
-                problem.dim, rows, piece.count, offset, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
+                tuple(problem.students), piece.matrices, tuple(own), sums, partial, shifts, losses, log_sums,
+                problem.dim, rows, piece.count, 0, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
                 problem.scale, shift, ALIGNED=piece.aligned, **keep, **problem.constants(config),
             )  # fmt: skip
         if parts > 1:
             contrast_losses[(triton.cdiv(rows, EPILOGUE_ROWS), num_pairs)](
-                tuple(problem.students), tuple(columns), sums, partial, weighted, shifts, losses, log_sums, problem.dim,
-                rows, offset, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
+                tuple(problem.students), tuple(own), sums, partial, weighted, shifts, losses, log_sums, problem.dim,
+                rows, 0, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
             )  # fmt: skip
     return losses, log_sums, weighted
 
@@ -141,8 +151,10 @@ def node_contrast_backward(
     S, T = problem.S, problem.T
     if len(needs) != S + T:
         raise ValueError(f"needs must have {S + T} entries, got {len(needs)}")
-    all_teachers = problem.column_set("teacher_columns", teacher_columns, problem.teachers, offset)
-    all_students = problem.column_set("student_columns", student_columns, problem.students, offset)
+    all_teachers = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
+    all_students = problem.column_set("student_columns", student_columns, problem.students)
+    own_teachers = problem.own_rows(teacher_columns, problem.teachers, offset)
+    own_students = problem.own_rows(student_columns, problem.students, offset)
     upstream, log_sums = upstream.contiguous(), log_sums.contiguous()
     column_side = (upstream, log_sums)
     if teacher_columns is not None or student_columns is not None:
@@ -151,24 +163,22 @@ def node_contrast_backward(
         column_side = None if column_upstream is None else (column_upstream.contiguous(), column_log_sums.contiguous())
     if problem.is_wide:
         return strips.node_contrast_backward(
-            problem, all_teachers, all_students, (upstream, log_sums), column_side, weighted, needs,
-            offset if teacher_columns is not None else 0,
+            problem, all_teachers, all_students, own_teachers, own_students, (upstream, log_sums), column_side,
+            weighted, needs,
         )  # fmt: skip
     gradients = [
         torch.empty_like(x) for x, needed in zip((*problem.students, *problem.teachers), needs, strict=True) if needed
     ]
     num_students = sum(needs[:S])
-    student_offset = offset if teacher_columns is not None else 0
     with on_device(upstream):
         if num_students and weighted.numel():
-            _differences(problem, all_teachers, weighted.contiguous(), upstream, gradients[:num_students],
-                         student_offset, needs[:S])  # fmt: skip
+            _differences(problem, own_teachers, weighted.contiguous(), upstream, gradients[:num_students], needs[:S])
         elif num_students:
-            _gradients(problem, problem.students, all_teachers, all_teachers, (upstream, log_sums), upstream,
-                       gradients[:num_students], student_offset, needs[:S], False)  # fmt: skip
+            _gradients(problem, problem.students, all_teachers, own_teachers, (upstream, log_sums), upstream,
+                       gradients[:num_students], needs[:S], False)  # fmt: skip
         if num_students < len(gradients):
-            _gradients(problem, problem.teachers, all_students, problem.students, column_side, upstream,
-                       gradients[num_students:], 0, needs[S:], True)  # fmt: skip
+            _gradients(problem, problem.teachers, all_students, own_students, column_side, upstream,
+                       gradients[num_students:], needs[S:], True)  # fmt: skip
     return gradients
 
 
@@ -176,15 +186,15 @@ def _bits(flags) -> int:
     return sum(1 << k for k, flag in enumerate(flags) if flag)
 
 
-def _differences(problem, own, weighted, upstream, gradients, offset, needs):
+def _differences(problem, own, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
     contrast_differences[(triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients))](
-        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, offset, problem.wanted,
+        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, 0, problem.wanted,
         _bits(needs), 1 / problem.temperature, problem.S, problem.T, **problem.epilogue_constants(),
     )  # fmt: skip
 
 
-def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offset, needs, by_column):
+def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs, by_column):
     """One side's gradients; ``side``: upstream and log-sums of the rows, or by column of the columns (None: zero)."""
     config = tiles("contrast_gradients", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(problem.row_count, config.rows)
@@ -203,7 +213,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, offse
         contrast_gradients[(row_blocks, parts * len(gradients))](
             tuple(rows), piece.matrices, tuple(own), upstream[first:stop] if by_piece else upstream, own_upstream,
             log_sums[:, first:stop].contiguous() if by_piece else log_sums, tuple(partial), power, problem.dim,
-            problem.row_count, min(piece.count, count), offset, problem.wanted, _bits(needs), parts, int(first > 0),
+            problem.row_count, min(piece.count, count), 0, problem.wanted, _bits(needs), parts, int(first > 0),
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
             STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled,
             ALIGNED=piece.aligned, **problem.constants(config),

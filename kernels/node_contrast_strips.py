@@ -24,7 +24,7 @@ def _pieces(problem, columns: Tensor, rows: int):
     return column_pieces([columns], problem.product.torch_type, most=strip_columns(rows, 2))
 
 
-def node_contrast(problem, columns, offset: int, keep_weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+def node_contrast(problem, columns, own, keep_weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, rows, S, T = problem.students[0], problem.row_count, problem.S, problem.T
     losses, log_sums = x.new_zeros(rows, S, T), x.new_empty(len(problem.pairs), rows)
     weighted = x.new_zeros(len(problem.pairs), rows, problem.dim) if keep_weighted else x.new_empty(0)
@@ -34,15 +34,15 @@ def node_contrast(problem, columns, offset: int, keep_weighted: bool) -> tuple[T
             for strip in row_strips(rows, problem.dim):
                 shift_of_strip = None if shifts is None else shifts[place, strip]
                 out = losses[strip], log_sums[place, strip], weighted[place, strip] if keep_weighted else None
-                _forward(problem, s, t, strip, columns[t], offset, shift, shift_of_strip, out)
+                _forward(problem, s, t, strip, columns[t], own[t][strip], shift, shift_of_strip, out)
     return losses, log_sums, weighted
 
 
-def _forward(problem, s, t, strip, columns, offset, shift, shifts, out):
+def _forward(problem, s, t, strip, columns, own, shift, shifts, out):
     losses, log_sums, weighted = out
     student = problem.students[s][strip].to(problem.product.torch_type)
     rows, pair = len(student), s * problem.T + t
-    own = columns[strip.start + offset : strip.stop + offset].to(problem.product.torch_type)
+    own = own.to(problem.product.torch_type)
     own_similarities = (student.to(losses.dtype) * own.to(losses.dtype)).sum(dim=1)
     sums = losses.new_empty(rows)
     grid, constants = _launch(problem, rows)
@@ -62,7 +62,9 @@ def _forward(problem, s, t, strip, columns, offset, shift, shifts, out):
         weighted *= torch.exp2((shift if shifts is None else shifts) - log_sums * LOG2E)[:, None]
 
 
-def node_contrast_backward(problem, teachers, students, own_side, column_side, weighted, needs, offset) -> list[Tensor]:
+def node_contrast_backward(
+    problem, teachers, students, own_teachers, own_students, own_side, column_side, weighted, needs
+) -> list[Tensor]:
     rows, S = problem.row_count, problem.S
     stages = [*problem.students, *problem.teachers]
     gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(stages, needs, strict=True)]
@@ -72,7 +74,7 @@ def node_contrast_backward(problem, teachers, students, own_side, column_side, w
             for strip in row_strips(rows, problem.dim):
                 g = (upstream[strip, s, t] / problem.temperature)[:, None]
                 if needs[s]:
-                    own = teachers[t][strip.start + offset : strip.stop + offset]
+                    own = own_teachers[t][strip]
                     gradient = gradients[s][strip]
                     gradient -= g * own.to(problem.product.torch_type).to(own.dtype)
                     if weighted.numel():
@@ -81,7 +83,7 @@ def node_contrast_backward(problem, teachers, students, own_side, column_side, w
                         side = upstream[strip].contiguous(), log_sums[place : place + 1, strip].contiguous()
                         _add_sums(problem, s, t, problem.students[s][strip], teachers[t], side, gradient, False)
                 if needs[S + t]:
-                    own = problem.students[s][strip]
+                    own = own_students[s][strip]
                     gradient = gradients[S + t][strip]
                     gradient -= g * own.to(problem.product.torch_type).to(own.dtype)
                     if column_side is not None:

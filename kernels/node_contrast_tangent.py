@@ -65,8 +65,8 @@ def node_contrast_tangent(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = Problem(students, teachers, wanted, temperature, product_precision)
     S = problem.S
-    columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers, offset)
-    own = slice(offset, offset + problem.row_count) if teacher_columns is not None else slice(None)
+    columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
+    own = problem.own_rows(teacher_columns, problem.teachers, offset)
     of_rows = spread("tangents", tangents, moving, [*problem.students, *problem.teachers])
     of_columns = _column_side("teacher", teacher_columns, teacher_column_tangents, moving[S:], columns, of_rows[S:])
     directions = Directions(problem.product, of_rows, of_columns)
@@ -83,7 +83,9 @@ def node_contrast_tangent(
             else:
                 moved = _moved_log_sums(problem, pair, log_sums[place])
             log_sum_tangents[place] = directions.divided(moved)
-            losses[:, s, t] = directions.divided(moved - _own_similarities(problem, pair, own) / temperature)
+            if own is problem.teachers:
+                moved = moved - _own_similarities(problem, pair, own[t], of_rows[S + t]) / temperature
+            losses[:, s, t] = directions.divided(moved)
     return losses, log_sum_tangents
 
 
@@ -94,11 +96,10 @@ def _column_side(side: str, columns, tangents, moving, stages, of_rows) -> list[
     return of_rows if columns is None else spread(f"{side}_column_tangents", tangents, moving, stages)
 
 
-def _own_similarities(problem: Problem, pair: Pair, own: slice) -> Tensor:
+def _own_similarities(problem: Problem, pair: Pair, own: Tensor, own_tangents: Tensor | None) -> Tensor:
     """ċ of each row and its own column, of operands rounded as the tiles' are."""
     total = pair.rows.new_zeros(problem.row_count)
-    tangents = None if pair.column_tangents is None else pair.column_tangents[own]
-    for x, y in ((pair.row_tangents, pair.columns[own]), (pair.rows, tangents)):
+    for x, y in ((pair.row_tangents, own), (pair.rows, own_tangents)):
         if x is not None and y is not None:
             total += (rounded(x, problem.product) * rounded(y, problem.product)).sum(dim=1)
     return total
@@ -125,8 +126,8 @@ def node_contrast_double_backward(
     S, stages = problem.S, [*problem.students, *problem.teachers]
     if len(needs) != len(stages):
         raise ValueError(f"needs must have {len(stages)} entries, got {len(needs)}")
-    all_teachers = problem.column_set("teacher_columns", teacher_columns, problem.teachers, offset)
-    all_students = problem.column_set("student_columns", student_columns, problem.students, offset)
+    all_teachers = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
+    all_students = problem.column_set("student_columns", student_columns, problem.students)
     of_rows = spread("tangents", tangents, moving, stages)
     of_teachers = _column_side(
         "teacher", teacher_columns, teacher_column_tangents, moving[S:], all_teachers, of_rows[S:]
@@ -143,7 +144,8 @@ def node_contrast_double_backward(
         ):
             raise ValueError("column_upstream needs student_columns, column_log_sums and column_log_sum_tangents")
         other_side = column_upstream, column_log_sums, column_log_sum_tangents
-    own = slice(offset, offset + problem.row_count) if teacher_columns is not None else slice(None)
+    has_own_teacher = problem.own_rows(teacher_columns, problem.teachers, offset) is problem.teachers
+    has_own_student = problem.own_rows(student_columns, problem.students, offset) is problem.students
     gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(stages, needs, strict=True)]
     with on_device(upstream):
         for place, (s, t) in enumerate(problem.pairs):
@@ -151,8 +153,8 @@ def node_contrast_double_backward(
             teacher = Pair(problem.teachers[t], of_rows[S + t], all_students[s], of_students[s])
             factor = upstream[:, s, t] / temperature
             for q, pair, side, partner in (
-                (s, student, own_side, None if of_teachers[t] is None else of_teachers[t][own]),
-                (S + t, teacher, other_side, of_rows[s]),
+                (s, student, own_side, of_rows[S + t] if has_own_teacher else None),
+                (S + t, teacher, other_side, of_rows[s] if has_own_student else None),
             ):
                 if gradients[q] is None:
                     continue

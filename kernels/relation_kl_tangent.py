@@ -88,6 +88,12 @@ def _move_group(problem: MovingProblem, students, teachers, log_sums, levels, ou
         problem.launch(relation_tangent_sums, students, teachers, piece, partial, shifts, of_pairs)
         sums += partial.sum(dim=0, dtype=torch.float64)
     losses, student_log_sums, teacher_log_sums = out
+    if problem.has_columns:
+        # Columns that may be part of a larger set: Z of the log-sums, so that tangents add up.
+        shift = shifts.double() if problem.own_shift else problem.outer
+        of_shifts = torch.exp(log_sums[stages].double() - shift / LOG2E)
+        sums[: 2 * S : 2] = of_shifts[:S]
+        sums[2 * S :: 2 + S] = of_shifts[S:]
     of_students = [sums[2 * k + 1] / sums[2 * k] for k in range(S)]
     for s, moved in zip(students, of_students, strict=True):
         student_log_sums[s] = moved
