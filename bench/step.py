@@ -109,17 +109,17 @@ class _Strips(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _graph_conv(nodes, messages, *, bandwidth, normalization, backend):
+def _graph_conv(nodes, messages, *, bandwidth, normalization, backend, process_group=None):
     options = {"bandwidth": float(bandwidth), "normalization": normalization}
     return _Strips.apply("graph_conv", options, [], messages.shape, nodes, messages)
 
 
-def _node_contrast(students, teachers, *, temperature, backend, pairs=None):
+def _node_contrast(students, teachers, *, temperature, backend, pairs=None, process_group=None, bank=None):
     shape = (len(students[0]), len(students), len(teachers))
     return _Strips.apply("node_contrast", {"temperature": temperature}, teachers, shape, *students)
 
 
-def _relation_kl(students, teachers, *, temperature, backend):
+def _relation_kl(students, teachers, *, temperature, backend, process_group=None, bank=None):
     options = {"temperature": temperature, "bandwidth": 1.0}
     shape = (len(students[0]), len(students), len(teachers))
     return _Strips.apply("relation_kl", options, teachers, shape, *students)

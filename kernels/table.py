@@ -72,31 +72,31 @@ _SECOND_ORDER_LINES = """
 sm_80  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
 sm_80  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
 sm_80  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
-sm_80  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_80  ieee    0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
 sm_80  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_86  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
 sm_86  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
 sm_86  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
-sm_86  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_86  ieee    0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
 sm_86  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_90  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
 sm_90  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
-sm_90  tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
-sm_90  ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_90  tf32x3  0  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
+sm_90  ieee    0  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
 sm_90  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_100 short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
 sm_100 tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
-sm_100 tf32x3  0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
-sm_100 ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+sm_100 tf32x3  0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_100 ieee    0  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
 sm_100 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 gfx942 short   0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
 gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
 gfx942 ieee    0  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
-gfx942 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 float64 0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
 """
 # Where several products in a loop are laid out by whole rows, which doubles a tile's registers.
 PRODUCTS_APART = ("sm_80", "sm_86")
-BLOCK_WIDTHS = {"short": 64, "tf32": 32, "tf32x3": 32, "ieee": 32, "float64": 16}
+BLOCK_WIDTHS = {"short": 64, "tf32": 32, "tf32x3": 16, "ieee": 16, "float64": 16}
 
 
 @dataclass(frozen=True)

@@ -212,13 +212,15 @@ def test_the_model_is_near_published_attention_times(published):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_a_step_holds_all_the_products(arch):
-    """The matrix instructions that were read multiply what the tile sizes say."""
+    """The matrix instructions that were read multiply what the tile sizes say, where a step is a tile: second-order
+    kernels' are pieces of the width."""
     device = next(device for device in DEVICES if device.arch == arch)
     device = dataclasses.replace(device, shared_bytes=10**9)  # operands come at once
     with table.forced(64, 64, 4, 2):
         specs = kernels.specializations(arch, "bfloat16", 128)
     for spec in [attention.attention(arch, 128, 128, 128, 8, 2), *specs]:
-        if spec.products and not spec.exemption:
+        second_order = spec.kernel.split(",")[0].split(" of ")[0] in table.SECOND_ORDER_KERNELS
+        if spec.products and not spec.exemption and not second_order:
             kernel = gpu_static.compiled(spec)
             expected = spec.products * spec.block_rows * spec.block_columns * spec.dim / device.products["16-bit"]
             assert model.work(kernel, device)[0]["matrix"] == pytest.approx(expected), spec.kernel
