@@ -244,7 +244,9 @@ def contrast_gradients(
                 shift = load_vector(log_sums + place * column_count, j, column_count, BLOCK_COLUMNS) * LOG2E
                 weights = tl.exp2(logits - shift[None, :]) * g[None, :]
             else:
-                weights = tl.exp2(logits - shift[:, None]) * g[:, None]
+                # log2 P ≤ 0; a column that does not exist could give inf, and its zero row NaN.
+                exponent = logits - shift[:, None]
+                weights = tl.exp2(tl.where(exponent > 1.0, 1.0, exponent)) * g[:, None]
             if STRIP:
                 store_tile(
                     gradients[0], convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS

@@ -23,6 +23,14 @@ def keep(request, monkeypatch):
         monkeypatch.setattr(importlib.import_module("gkd_fast.ops.node_contrast"), "KEEP_WEIGHTED_BYTES", 0)
 
 
+def test_students_opposite_to_all_teachers(keep):
+    """Against log-sums near −1/τ a column that does not exist would weigh more than float32 holds."""
+    student = (-torch.ones(5, 8)).requires_grad_()
+    losses = functional.node_contrast(student, torch.ones(5, 8), temperature=0.01, backend="triton")
+    (gradient,) = torch.autograd.grad(losses.sum(), student)
+    assert gradient.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_batches(batch, keep):
     judge(node_contrast(1), features(batch, 13, 13))
