@@ -81,7 +81,7 @@ class Shards:
             ValueError: ranks disagree, or one has an error, or no rank has a row; the message names rank and reason.
             RuntimeError: a rank does not answer.
         """
-        device = rows[0].device if rows else torch.device("cpu")
+        device = rows[0].device if rows else _device_of(group)
         kinds = ", ".join(
             f"{str(x.dtype).removeprefix('torch.')}[*, {', '.join(map(str, x.shape[1:]))}]"
             + (" with gradient" if x.requires_grad and torch.is_grad_enabled() else "")
@@ -140,7 +140,7 @@ class Shards:
         return newest.gather([x[max(len(x) - share, 0) :] for x in tensors])
 
     def ring(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """(rank, its rows of each tensor) for every rank, this one first; two ranks' rows are held at a time.
+        """(rank, its rows of each tensor) for every rank, this one first; two ranks' rows are held here at a time.
 
         The rows of the next rank are on their way while the caller works on those at hand.
         """

@@ -81,8 +81,10 @@ class Columns:
         return self.is_gathered and self.bank is None
 
     def beside(self, *rows: Tensor) -> "Columns":
-        """The same columns with more tensors."""
-        return replace(self, rows=[*self.rows, *rows], gathered=dict(self.gathered))
+        """The same columns with more tensors, gathered or passed around as these are."""
+        more = replace(self, rows=[*self.rows, *rows], gathered=dict(self.gathered))
+        more.is_gathered = self.is_gathered
+        return more
 
     def blocks(self, *extra: Tensor, only: int | None = None) -> Iterator[Block]:
         """The blocks, each with what belongs to its columns of ``extra``, tensors ``[count, …]`` of the ranks' own.

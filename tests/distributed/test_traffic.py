@@ -82,6 +82,15 @@ def test_traffic_is_that_of_the_formulas(pool, ranks, budget):
     assert excess[0] == excess[1] and 0 <= max(excess[0]) < 11_000 * (ranks - 1)
 
 
+def test_traffic_where_some_calls_gather_and_others_do_not(pool):
+    """The nodes and messages of the narrower stages fit the budget, those of the wider ones and the losses' do not."""
+    budget = 1024 * 4 * (40 + 48)
+    expected = scaling.traffic(scaling.Step(1024, 2, **WIDTHS, embed=48, budget=budget))
+    assert [received for _, received in pool.run(step, 1024, budget, ranks=2)] == pytest.approx(
+        [expected] * 2, rel=1e-3
+    )
+
+
 def held(group, batch, budget):
     """The most bytes of columns that a step has at once, as the ops see them."""
     distributed.GATHER_BUDGET = budget
