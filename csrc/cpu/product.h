@@ -115,16 +115,19 @@ int64_t packed_values(int64_t count, int64_t dim) {
   return round_up(dim, kPanel<T>) * count;
 }
 
-// Rows as columns of a product c = A·rowsᵀ: [panel of rows][dim][kPanel], zeros beyond the last row.
+// Rows [begin, end), whole panels but for the matrix's last, as columns of a product c = A·rowsᵀ: [panel of
+// rows][dim][kPanel], zeros beyond the end.
 template <class T>
-void pack_columns(const T* rows, const T* factors, int64_t count, int64_t dim, int64_t panel, T* packed) {
+void pack_columns(const T* rows, const T* factors, int64_t begin, int64_t end, int64_t dim, T* packed) {
   constexpr int P = kPanel<T>;
-  T* out = packed + panel * P * dim;
-  const int64_t first = panel * P, valid = smaller(P, count - first);
-  T factor[P];
-  for (int64_t n = 0; n < valid; ++n) factor[n] = factors ? factors[first + n] : T(1);
-  for (int64_t k = 0; k < dim; ++k) {
-    for (int64_t n = 0; n < P; ++n) out[k * P + n] = n < valid ? factor[n] * rows[(first + n) * dim + k] : T(0);
+  for (int64_t first = begin; first < end; first += P) {
+    T* out = packed + first * dim;
+    const int64_t valid = smaller(P, end - first);
+    T factor[P];
+    for (int64_t n = 0; n < valid; ++n) factor[n] = factors ? factors[first + n] : T(1);
+    for (int64_t k = 0; k < dim; ++k) {
+      for (int64_t n = 0; n < P; ++n) out[k * P + n] = n < valid ? factor[n] * rows[(first + n) * dim + k] : T(0);
+    }
   }
 }
 
