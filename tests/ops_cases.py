@@ -87,10 +87,10 @@ def check(
 
     float64 agrees to 1e-10 of the largest entry. In the other types |truth − fused| ≤ 2·|truth − plain|, with the truth
     in float64 and ``definition`` itself in ``dtype`` as plain (in float32 where it leaves ``dtype``'s range), or, where
-    that errs more, ``with_rounded_rows``: no product of bfloat16 operands knows more, but where one pair of rows decides,
-    plain PyTorch can be right by luck. Plus one rounding of the result and ε·``gain`` of float32, what a rounding of what goes into an exponential does to a result
-    of size 1. With ``own_shifts`` the gradients' P comes from log-sums of the logits' size, so that its relative error
-    is ε·``gain``.
+    that errs more, ``with_rounded_rows``: no product of bfloat16 operands knows more, but where one pair of rows
+    decides, plain PyTorch can be right by luck. Plus one rounding of the result and ε·``gain`` of float32, what a
+    rounding of what goes into an exponential does to a result of size 1. With ``own_shifts`` the gradients' P comes
+    from log-sums of the logits' size, so that its relative error is ε·``gain``.
     """
     inputs = [x.to(dtype) for x in inputs]
     truth = results(definition, [x.double() for x in inputs], dtype)
