@@ -5,6 +5,14 @@
 namespace gkd {
 namespace {
 
+Graph second_order(Graph graph) {
+  for (at::Tensor* x : {&graph.nodes, &graph.columns}) {
+    if (x->defined()) *x = as_multiplied(*x, graph.product);
+  }
+  graph.product = Product::own;
+  return graph;
+}
+
 // A per-row quantity of both sides, checked; the same twice in the symmetric case. Undefined where it is not given.
 struct Both {
   at::Tensor row, column;
@@ -41,7 +49,7 @@ struct BothSides {
 
 template <class T>
 at::Tensor degree_tangents(const Graph& graph, const Both& tangent) {
-  Call call(graph.product);
+  Call call;
   KernelSumsTangent<T> args{};
   args.sides = graph.sides<T>();
   args.scale = T(graph.inverse_variance * kLog2E);
@@ -57,7 +65,7 @@ at::Tensor degree_tangents(const Graph& graph, const Both& tangent) {
 at::Tensor graph_degrees_tangent(const at::Tensor& nodes, const at::Tensor& tangent, const at::Tensor& inverse_variance,
                                  c10::string_view product_precision, const std::optional<at::Tensor>& column_nodes,
                                  const std::optional<at::Tensor>& column_tangent, int64_t offset) {
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
+  const Graph graph = second_order(graph_of(nodes, column_nodes, offset, inverse_variance, product_precision));
   const Both both = BothSides{graph}.take("tangent", tangent, column_tangent, {0, nodes.size(1)});
   return GKD_DISPATCH(graph.type, [&] { return degree_tangents<scalar_t>(graph, both); });
 }
@@ -65,7 +73,7 @@ at::Tensor graph_degrees_tangent(const at::Tensor& nodes, const at::Tensor& tang
 template <class T>
 std::vector<at::Tensor> sum_tangents(const Graph& graph, const Both& tangent, const std::vector<at::Tensor>& values,
                                      const std::vector<at::Tensor>& rates, const at::Tensor& extra) {
-  Call call(graph.product);
+  Call call;
   const T* more = extra.defined() ? extra.const_data_ptr<T>() : nullptr;
   std::vector<at::Tensor> sums;
   if (!tangent.row.defined()) {
@@ -102,7 +110,7 @@ std::vector<at::Tensor> graph_conv_tangent(const at::Tensor& nodes, const std::o
                                            c10::string_view product_precision,
                                            const std::optional<at::Tensor>& column_nodes,
                                            const std::optional<at::Tensor>& column_tangent, int64_t offset) {
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
+  const Graph graph = second_order(graph_of(nodes, column_nodes, offset, inverse_variance, product_precision));
   const int64_t count = graph.column_count;
   TORCH_CHECK(values.size() == rates.size() && !values.empty() && values.size() <= 2,
               "values must be one or two, with as many rates, got ", values.size(), " and ", rates.size());
@@ -121,7 +129,7 @@ struct Movement {
 
 template <class T>
 at::Tensor node_gradient_tangent(const Graph& graph, const Movement& movement) {
-  Call call(graph.product);
+  Call call;
   at::Tensor output = at::zeros_like(graph.nodes);
   NodeGradientTangent<T> args{};
   NodeGradient<T>& first = args.gradient;
@@ -160,7 +168,7 @@ at::Tensor graph_conv_double_backward(
     const std::optional<at::Tensor>& column_right_rates, const std::optional<at::Tensor>& column_extra,
     const std::optional<at::Tensor>& column_terms, const std::optional<at::Tensor>& column_term_tangents,
     int64_t offset) {
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
+  const Graph graph = second_order(graph_of(nodes, column_nodes, offset, inverse_variance, product_precision));
   const BothSides both{graph};
   const int64_t width = left.size(-1);
   const Movement movement{both.take("tangent", tangent, column_tangent, {0, nodes.size(1)}),

@@ -47,6 +47,10 @@ enum class Product { own, bfloat16 };
 // What product_precision means for rows of this type on this processor.
 Product product_of(c10::string_view product_precision, at::ScalarType type);
 
+// Rows as tiles multiply them. The second order, whose directions lose too much in bfloat16 where they are orthogonal to
+// rows that are all alike, multiplies these in their own type.
+at::Tensor as_multiplied(const at::Tensor& rows, Product product);
+
 // Threads and memory of one call; the memory lives as long as this object.
 class Call {
  public:

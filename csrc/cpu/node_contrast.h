@@ -20,10 +20,6 @@ struct Stages {
 };
 
 // As they are multiplied: the own similarities and columns, which are no tile's, cancel with those of tiles.
-inline at::Tensor as_multiplied(const at::Tensor& x, Product product) {
-  return product == Product::bfloat16 ? x.to(at::kBFloat16).to(x.scalar_type()) : x;
-}
-
 inline std::vector<at::Tensor> matrices(const char* name, at::TensorList list, const Stages& stages, int64_t rows) {
   std::vector<at::Tensor> out = gkd::matrices(name, list, stages.type, rows);
   for (at::Tensor& x : out) x = as_multiplied(x, stages.product);

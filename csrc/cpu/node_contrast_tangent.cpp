@@ -24,7 +24,7 @@ std::vector<at::Tensor> spread(const char* name, at::TensorList tangents, const 
   for (int64_t q = first; q < last; ++q) {
     if (!moving.get(q)) continue;
     TORCH_CHECK(next < tangents.size(), name, " must have one for each moving stage, got ", tangents.size());
-    out[q - first] = as_multiplied(matrix(name, tangents[next++], stages.type, rows, stages.dim), stages.product);
+    out[q - first] = matrix(name, tangents[next++], stages.type, rows, stages.dim);
   }
   TORCH_CHECK(next == tangents.size(), name, " must have one for each moving stage, got ", tangents.size());
   return out;
@@ -58,7 +58,7 @@ std::tuple<at::Tensor, at::Tensor> tangent(const Stages& stages, const std::vect
   for (const Pair& pair : stages.pairs) {
     const int64_t teacher = S + pair.teacher;
     if (!directions.move(pair.student, teacher)) continue;
-    Call call(stages.product);
+    Call call;
     SoftmaxTangent<T> args{};
     args.softmax = arguments<T>(stages.students[pair.student], columns[pair.teacher], temperature);
     args.tangents = {Directions::data<T>(directions.rows[pair.student]), Directions::data<T>(directions.columns[teacher])};
@@ -102,7 +102,7 @@ struct DoubleBackward {
   void student(const Pair& pair, const at::Tensor& gradient) const {
     const Stages& stages = first.stages;
     const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
-    Call call(stages.product);
+    Call call;
     SoftmaxTangent<T> args{};
     args.softmax = arguments<T>(stages.students[pair.student], first.teacher_columns[pair.teacher], first.temperature);
     args.softmax.row_shift = base2(call, first.log_sums.const_data_ptr<T>() + pair.place * rows, rows);
@@ -131,7 +131,7 @@ struct DoubleBackward {
     const int64_t S = stages.students.size(), R = stages.teachers.size();
     T* out = gradient.mutable_data_ptr<T>();
     if (first.column_upstream.defined()) {
-      Call call(stages.product);
+      Call call;
       SoftmaxTangent<T> args{};
       args.softmax =
           arguments<T>(stages.teachers[pair.teacher], first.student_columns[pair.student], first.temperature);

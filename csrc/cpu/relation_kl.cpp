@@ -48,6 +48,14 @@ Stages stages_of(at::TensorList students, at::TensorList teachers, const std::op
   return stages;
 }
 
+Stages second_order(Stages stages) {
+  for (auto* side : {&stages.rows, &stages.columns}) {
+    for (at::Tensor& x : *side) x = as_multiplied(x, stages.product);
+  }
+  stages.product = Product::own;
+  return stages;
+}
+
 template <class T>
 RelationKl<T> arguments(const Stages& stages, double temperature, double bandwidth, int64_t offset) {
   RelationKl<T> args{};
@@ -393,7 +401,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl_tangent(
     double temperature, double bandwidth, c10::string_view product_precision,
     std::optional<at::TensorList> student_columns, std::optional<at::TensorList> teacher_columns,
     std::optional<at::TensorList> column_tangents, int64_t offset) {
-  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns, product_precision);
+  const Stages stages =
+      second_order(stages_of(students, teachers, student_columns, teacher_columns, product_precision));
   const Directions directions = directions_of(stages, tangents, moving, column_tangents);
   Side own{{}, losses, student_log_sums, teacher_log_sums};
   own.check("", stages, stages.row_count);
@@ -415,7 +424,8 @@ std::vector<at::Tensor> relation_kl_double_backward(
     const std::optional<at::Tensor>& column_loss_tangents,
     const std::optional<at::Tensor>& column_student_log_sum_tangents,
     const std::optional<at::Tensor>& column_teacher_log_sum_tangents) {
-  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns, product_precision);
+  const Stages stages =
+      second_order(stages_of(students, teachers, student_columns, teacher_columns, product_precision));
   const Directions directions = directions_of(stages, tangents, moving, column_tangents);
   return gradients_of(stages,
                       {upstream, losses, student_log_sums, teacher_log_sums, loss_tangents, student_log_sum_tangents,

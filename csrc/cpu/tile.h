@@ -35,9 +35,7 @@ T* allocate(const Host& host, int64_t count) {
   return static_cast<T*>(host.allocate(host.self, (count + 16) * int64_t(sizeof(T))));
 }
 
-// Whether tiles of T can be multiplied in bfloat16, and whether they are.
-template <class T>
-constexpr bool kRounds = sizeof(T) == sizeof(float);
+// Whether tiles of T are multiplied in bfloat16.
 template <class T>
 GKD_INLINE bool rounds(const Host& host) {
   return kRounds<T> && host.multiply;
