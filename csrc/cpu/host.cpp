@@ -1,6 +1,7 @@
 #include "host.h"
 
 #include <atomic>
+#include <thread>
 
 namespace gkd {
 namespace {
@@ -23,8 +24,8 @@ std::vector<const InstructionSet*> available() {
 std::atomic<const InstructionSet*> chosen{nullptr};
 std::atomic<int64_t> chosen_block{0};
 
-void run(int64_t count, Host::Body body, void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end, at::get_thread_num()); });
+void run(int64_t count, int64_t grain, Host::Body body, void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end, at::get_thread_num()); });
 }
 
 }  // namespace
@@ -58,6 +59,7 @@ Call::Call() {
   host_.workers = at::get_num_threads();
   host_.block = chosen_block.load();
   host_.run = &run;
+  host_.yield = &std::this_thread::yield;
   host_.allocate = [](void* self, int64_t bytes) { return static_cast<Call*>(self)->allocate(bytes); };
 }
 

@@ -11,7 +11,8 @@ struct Host {
   void* self;
   int64_t workers;  // worker < workers in every Body
   int64_t block;    // rows per tile, a multiple of 32; 0: chosen by the kernel
-  void (*run)(int64_t count, Body body, void* context);
+  void (*run)(int64_t count, int64_t grain, Body body, void* context);  // grain: what a thread is worth starting for
+  void (*yield)();                                                      // lets other threads have the processor
   void* (*allocate)(void* self, int64_t bytes);  // aligned to 64 bytes, not cleared
 };
 
@@ -155,6 +156,13 @@ struct UnitRowsBackward {
 };
 
 template <class T>
+struct RowDots {
+  const T *a, *b;  // [count, width]
+  int64_t count, width;
+  double* out;     // [count]
+};
+
+template <class T>
 struct Kernels {
   void (*relation_kl_maxima)(const Host&, const RelationKl<T>&, T* const* maxima);
   void (*relation_kl)(const Host&, const RelationKl<T>&);
@@ -169,6 +177,7 @@ struct Kernels {
   void (*node_gradient_tangent)(const Host&, const NodeGradientTangent<T>&);
   void (*unit_rows)(const Host&, const UnitRows<T>&);
   void (*unit_rows_backward)(const Host&, const UnitRowsBackward<T>&);
+  void (*row_dots)(const Host&, const RowDots<T>&);
 };
 
 struct InstructionSet {

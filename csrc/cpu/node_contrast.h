@@ -64,13 +64,6 @@ SoftmaxSums<T> arguments(const at::Tensor& rows, const at::Tensor& columns, doub
   return args;
 }
 
-template <class T>
-double own_similarity(const T* a, const T* b, int64_t dim) {
-  double c = 0;
-  for (int64_t k = 0; k < dim; ++k) c += double(a[k]) * double(b[k]);
-  return c;
-}
-
 // out_i += (g_i/τ)(mean_i − own_i); null: 0
 template <class T>
 void add_difference(T* out, const T* mean, const T* own, const T* upstream, int64_t stride, double temperature,
