@@ -28,7 +28,7 @@ const InstructionSet& instruction_set();
 std::vector<std::string> instruction_sets();
 // For tests: choose one of them by name; false if there is none of that name.
 bool set_instruction_set(const std::string& name);
-// For tests: rows per tile, a multiple of 32; 0 lets the kernels choose.
+// For tests: rows per tile, a multiple of 32, shared by all threads; 0 lets the kernels choose both.
 void set_block(int64_t rows);
 
 template <class T>

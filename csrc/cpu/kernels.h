@@ -10,7 +10,7 @@ struct Host {
   using Body = void (*)(void* context, int64_t begin, int64_t end, int64_t worker);
   void* self;
   int64_t workers;  // worker < workers in every Body
-  int64_t block;    // rows per tile, a multiple of 32; 0: chosen by the kernel
+  int64_t block;    // for tests: rows per tile, a multiple of 32, by all workers; 0: the kernel chooses both
   void (*run)(int64_t count, int64_t grain, Body body, void* context);  // grain: what a thread is worth starting for
   void (*yield)();                                                      // lets other threads have the processor
   void* (*allocate)(void* self, int64_t bytes);  // aligned to 64 bytes, not cleared

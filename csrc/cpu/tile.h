@@ -28,11 +28,11 @@ void parallel(const Host& host, int64_t count, const F& body, int64_t grain = 1)
       const_cast<F*>(&body));
 }
 
-// The same for tasks of unequal length: in their order, each by the worker that is free next.
+// The same for tasks of unequal length: in their order, each by the one of `workers` that is free next.
 template <class F>
-void take_turns(const Host& host, int64_t count, const F& body) {
+void take_turns(const Host& host, int64_t workers, int64_t count, const F& body) {
   int64_t next = 0;
-  parallel(host, smaller(count, host.workers), [&](int64_t, int64_t worker) {
+  parallel(host, smaller(count, workers), [&](int64_t, int64_t worker) {
     for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(task, worker);
   });
 }
@@ -57,6 +57,16 @@ GKD_INLINE int64_t block_rows(const Host& host, int64_t count) {
 // Of a tile in memory: a block wide, in whole panels, and in whole micro-kernels high.
 GKD_INLINE int64_t tile_elements(int64_t block) { return round_up(block, kMicroRows) * block; }
 
+// So many multiplications of one product are worth a thread.
+constexpr int64_t kProductsPerThread = 1 << 20;
+
+template <class T>
+int64_t workers_for(const Host& host, const Sides<T>& sides) {
+  if (host.block > 0) return host.workers;
+  const int64_t products = sides.row_count * sides.column_count / (sides.symmetric ? 2 : 1) * sides.dim;
+  return smaller(host.workers, larger(1, products / kProductsPerThread));
+}
+
 GKD_INLINE void wait_until(const Host& host, const int64_t* rounds, int64_t round) {
   for (int64_t looks = 0; __atomic_load_n(rounds, __ATOMIC_ACQUIRE) < round; ++looks) {
     if (looks >= 1000) host.yield();
@@ -70,9 +80,9 @@ GKD_INLINE void wait_until(const Host& host, const int64_t* rounds, int64_t roun
 template <class T, class Op>
 void walk(const Host& host, const Sides<T>& sides, Op& op) {
   const int64_t block = block_rows(host, sides.row_count);
-  const int64_t blocks = ceil_div(sides.row_count, block);
+  const int64_t blocks = ceil_div(sides.row_count, block), workers = workers_for(host, sides);
   if (!sides.symmetric) {
-    take_turns(host, blocks, [&](int64_t p, int64_t worker) {
+    take_turns(host, workers, blocks, [&](int64_t p, int64_t worker) {
       const int64_t i = p * block, rows = smaller(block, sides.row_count - i);
       for (int64_t j = 0; j < sides.column_count; j += block) {
         op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false}, worker);
@@ -83,7 +93,7 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
   int64_t* rounds = allocate<int64_t>(host, blocks);  // that a block has been through
   for (int64_t a = 0; a < blocks; ++a) rounds[a] = 0;
   const int64_t even_meetings = blocks / 2 + 1;  // an even round and the odd one after it have blocks + 1 together
-  take_turns(host, blocks * (blocks + 1) / 2, [&](int64_t task, int64_t worker) {
+  take_turns(host, workers, blocks * (blocks + 1) / 2, [&](int64_t task, int64_t worker) {
     const int64_t half = task / (blocks + 1), rest = task % (blocks + 1);
     const bool odd = rest >= even_meetings;
     const int64_t round = 2 * half + odd, p = odd ? rest - even_meetings : rest;
