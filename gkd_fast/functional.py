@@ -86,10 +86,9 @@ def graph_conv(
             inputs = nodes.to(dtype), messages.to(dtype)
             output = of_union(lambda x, h: reference.graph_conv(x, h, sigma, normalization), inputs, shards)
             return output.to(messages.dtype)
-        (unit,) = ops.unit_rows([nodes], dtype)
-        inverse_variance = _inverse_variance(sigma, unit)
+        inverse_variance = _inverse_variance(sigma, dtype, nodes.device)
         columns = None if shards is None else graph_columns(shards, [nodes, messages], dtype)
-        output = ops.graph_conv(unit, messages.to(dtype), inverse_variance, normalization, precision, columns)
+        output = ops.graph_conv(nodes, messages, dtype, inverse_variance, normalization, precision, columns)
         return output.to(messages.dtype)
 
 
@@ -140,15 +139,13 @@ def node_contrast(
     precision = product_precision(students[0])
     with autocast_disabled(students[0]):
         if fused:
-            unit = ops.unit_rows([*students, *teachers], dtype)
             flat = [True] * (len(students) * len(teachers)) if wanted is None else sum(wanted, [])
             columns = None
             if shards is not None:
                 # The students' columns are for the teachers' gradients alone.
                 met = [*teachers, *students] if any(x.requires_grad for x in teachers) else teachers
                 columns = unit_columns(shards, met, dtype, more)
-            halves = unit[: len(students)], unit[len(students) :]
-            return ops.node_contrast(*halves, flat, temperature, precision, columns)
+            return ops.node_contrast(students, teachers, dtype, flat, temperature, precision, columns)
 
         def losses_of(*stages):
             return reference.node_contrast(stages[: len(students)], stages[len(students) :], temperature)
@@ -203,10 +200,8 @@ def relation_kl(
     precision = product_precision(students[0])
     with autocast_disabled(students[0]):
         if fused:
-            unit = ops.unit_rows(stages, dtype)
             columns = None if shards is None else unit_columns(shards, stages, dtype, more)
-            halves = unit[: len(students)], unit[len(students) :]
-            return ops.relation_kl(*halves, temperature, bandwidth, precision, columns)
+            return ops.relation_kl(students, teachers, dtype, temperature, bandwidth, precision, columns)
 
         def losses_of(*stages):
             halves = stages[: len(students)], stages[len(students) :]
@@ -281,7 +276,10 @@ def effective_neighbors(
         if fused:
             (unit,) = ops.unit_rows([nodes], dtype)
             columns = None if shards is None else unit_columns(shards, [nodes], dtype)
-            sums = [ops.graph_degrees(unit, _inverse_variance(width, unit), precision, columns) for width in widths]
+            sums = [
+                ops.graph_degrees(unit, _inverse_variance(width, dtype, nodes.device), precision, columns)
+                for width in widths
+            ]
         else:
 
             def degrees(width):
@@ -291,11 +289,11 @@ def effective_neighbors(
     return sums[0].square() / sums[1]
 
 
-def _inverse_variance(sigma: float | Tensor, like: Tensor) -> Tensor:
+def _inverse_variance(sigma: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """1/σ², a 0-dim tensor, so that an adaptive bandwidth needs no host synchronisation."""
     if isinstance(sigma, Tensor):
         return sigma.square().reciprocal()
-    return torch.full((), sigma**-2, dtype=like.dtype, device=like.device)
+    return torch.full((), sigma**-2, dtype=dtype, device=device)
 
 
 def _bandwidth(

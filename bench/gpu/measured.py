@@ -53,17 +53,17 @@ def prepared(work) -> Callable[[], object]:
         wanted, upstream = [nodes, messages], problem.upstream.to(rows)
 
         def forward() -> torch.Tensor:
-            return ops.graph_conv(nodes, messages, variance, case.normalization, work.dtype)
+            return torch.ops.gkd_fast.graph_conv(nodes, messages, variance, case.normalization, work.dtype)[0]
     else:
         students, teachers = map(unit, problem.arguments)
         wanted, upstream = students, problem.upstream
-        op = getattr(ops, work.op)
+        op = getattr(torch.ops.gkd_fast, work.op)
         options = problem.options | {"product_precision": work.dtype}
         if work.op == "node_contrast":
-            options["wanted"] = [True] * (work.stages**2)
+            options |= {"wanted": [True] * (work.stages**2), "keep_weighted": True}
 
         def forward() -> torch.Tensor:
-            return op(students, teachers, **options)
+            return op(students, teachers, **options)[0]
 
     if work.direction == "forward":
         return forward

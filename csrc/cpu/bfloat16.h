@@ -69,34 +69,21 @@ GKD_ROUNDING inline void round_rows(const float* rows, const float* factors, int
   __builtin_memset(packed + count * depth, 0, (round_up(count, kBfloat16Rows) - count) * depth * sizeof(Bfloat16));
 }
 
-// a[i] lane k ↔ a[k] lane i, in halves: blocks of W lanes change places.
-template <int W, int... K>
-GKD_INLINE void transpose(Bits (&a)[16], Sequence<K...> lanes) {
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & W) continue;
-    const Bits upper = a[i], lower = a[i + W];
-    a[i] = __builtin_shufflevector(upper, lower, (K & W ? 16 + K - W : K)...);
-    a[i + W] = __builtin_shufflevector(upper, lower, (K & W ? 16 + K : K + W)...);
-  }
-  if constexpr (W > 1) transpose<W / 2>(a, lanes);
-}
-
 // Rows [begin, end) as columns of a product c = A·rowsᵀ: [dim/2][block][2], zeros beyond the end.
 GKD_ROUNDING inline void round_columns(const float* rows, const float* factors, int64_t begin, int64_t end,
                                        int64_t dim, int64_t block, Bfloat16* packed) {
   for (int64_t n = 0; n < block; n += 16) {
     for (int64_t k = 0; k < dim; k += 32) {
-      Bits pairs[16];
+      Vec<float> pairs[16];
       const int64_t valid = smaller(32, dim - k);
       for (int64_t r = 0; r < 16; ++r) {
         const int64_t j = begin + n + r;
-        pairs[r] = Bits{};
+        pairs[r] = Vec<float>{};
         if (j >= end) continue;
         const float *x = rows + j * dim + k, factor = factors ? factors[j] : 1;
-        pairs[r] = round_both(load_some(x, valid) * factor, load_some(x + 16, valid - 16) * factor);
+        pairs[r] = (Vec<float>)round_both(load_some(x, valid) * factor, load_some(x + 16, valid - 16) * factor);
       }
-      transpose<8>(pairs, Lanes<float>::Indices{});
+      transpose<float>(pairs);
       for (int64_t p = 0; 2 * p < valid; ++p) {
         __builtin_memcpy(packed + (k + 2 * p) * block + 2 * n, &pairs[p], sizeof(Bits));
       }
@@ -141,14 +128,14 @@ GKD_ROUNDING inline void round_weights(const float* w, int64_t stride, int64_t r
 GKD_ROUNDING inline void round_mirrored(const float* w, int64_t stride, int64_t rows, int64_t columns, Bfloat16* out) {
   for (int64_t r = 0; r < rows; r += 32) {
     for (int64_t x = 0; x < columns; x += 16) {
-      Bits pairs[16];
+      Vec<float> pairs[16];
       const float* row = w + r * stride + x;
 #pragma GCC unroll 16
       for (int64_t k = 0; k < 16; ++k, row += 2 * stride) {
         const bool first = r + 2 * k < rows, second = r + 2 * k + 1 < rows;
-        pairs[k] = round_pairs(first ? load(row) : Vec<float>{}, second ? load(row + stride) : Vec<float>{});
+        pairs[k] = (Vec<float>)round_pairs(first ? load(row) : Vec<float>{}, second ? load(row + stride) : Vec<float>{});
       }
-      transpose<8>(pairs, Lanes<float>::Indices{});
+      transpose<float>(pairs);
 #pragma GCC unroll 16
       for (int64_t k = 0; k < 16; ++k) __builtin_memcpy(out + (x + k) * stride + r, &pairs[k], sizeof(Bits));
     }

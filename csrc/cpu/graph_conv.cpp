@@ -34,19 +34,6 @@ const T* factors_of(Call& call, const at::Tensor& degrees, const F& factor) {
   return out;
 }
 
-template <class T, class F>
-void scale_rows(at::Tensor& x, const at::Tensor& degrees, const F& factor) {
-  const int64_t width = x.size(1);
-  const T* degree = degrees.const_data_ptr<T>();
-  T* out = x.mutable_data_ptr<T>();
-  at::parallel_for(0, x.size(0), 512, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T f = factor(degree[i]);
-      for (int64_t k = 0; k < width; ++k) out[i * width + k] *= f;
-    }
-  });
-}
-
 template <class T>
 T inverse_root(T degree) {
   return 1 / std::sqrt(degree);
@@ -68,13 +55,13 @@ std::tuple<at::Tensor, at::Tensor> forward(const Graph& graph, const at::Tensor&
     at::Tensor output = kernel_times<T>(graph, values, nullptr, width, sums);
     degrees = at::empty({graph.rows}, graph.nodes.options());
     std::copy(sums, sums + graph.rows, degrees.mutable_data_ptr<T>());
-    scale_rows<T>(output, degrees, inverse<T>);
+    scale_rows(output.mutable_data_ptr<T>(), sums, graph.rows, width, inverse<double>);
     return {output, degrees};
   }
   if (graph.symmetric()) column_degrees = degrees = degrees_of<T>(graph);
   const T* factors = factors_of<T>(call, column_degrees, inverse_root<T>);
   at::Tensor output = kernel_times<T>(graph, columns.const_data_ptr<T>(), factors, width, nullptr);
-  scale_rows<T>(output, degrees, inverse_root<T>);
+  scale_rows(output.mutable_data_ptr<T>(), degrees.const_data_ptr<T>(), graph.rows, width, inverse_root<T>);
   return {output, degrees};
 }
 
@@ -99,15 +86,15 @@ struct Factors {
 template <class T>
 T* node_terms(Call& call, const Upstream& side, const at::Tensor& output, const at::Tensor* messages_gradient) {
   const int64_t rows = output.size(0), width = output.size(1);
-  const T *g = side.upstream.const_data_ptr<T>(), *y = output.const_data_ptr<T>(), *h = side.messages.const_data_ptr<T>();
-  const T* dh = messages_gradient ? messages_gradient->const_data_ptr<T>() : nullptr;
   const T* degree = side.degrees.const_data_ptr<T>();
+  double* totals = call.zeros<double>(rows);
+  auto add_dots = [&](const at::Tensor& a, const at::Tensor& b) {
+    kernels<T>().row_dots(call.host(), {a.const_data_ptr<T>(), b.const_data_ptr<T>(), rows, width, totals});
+  };
+  add_dots(side.upstream, output);
+  if (messages_gradient) add_dots(side.messages, *messages_gradient);
   T* terms = call.zeros<T>(rows);
-  for (int64_t i = 0; i < rows; ++i) {
-    T total = 0;
-    for (int64_t k = i * width; k < (i + 1) * width; ++k) total += g[k] * y[k] + (dh ? h[k] * dh[k] : T(0));
-    terms[i] = -total / (dh ? 2 * degree[i] : degree[i]);
-  }
+  for (int64_t i = 0; i < rows; ++i) terms[i] = T(-totals[i] / (messages_gradient ? 2 * degree[i] : degree[i]));
   return terms;
 }
 
@@ -126,7 +113,10 @@ std::vector<at::Tensor> backward(const Graph& graph, const Upstream& own, const 
   if (needs_messages || (graph.symmetric() && !row)) {
     messages_gradient = other.left ? kernel_times<T>(graph, other.left, other.left_factors, width, nullptr)
                                    : at::zeros_like(output);
-    if (!row) scale_rows<T>(messages_gradient, own.degrees, inverse_root<T>);
+    if (!row) {
+      scale_rows(messages_gradient.mutable_data_ptr<T>(), own.degrees.const_data_ptr<T>(), graph.rows, width,
+                 inverse_root<T>);
+    }
   }
   if (needs_nodes) {
     NodeGradient<T> args{};

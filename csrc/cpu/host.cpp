@@ -4,6 +4,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <atomic>
+#include <thread>
 
 namespace gkd {
 namespace {
@@ -65,13 +66,13 @@ const Choice& choice() {
 
 std::atomic<int64_t> chosen_block{0};
 
-void run(int64_t count, Host::Body body, void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end, at::get_thread_num()); });
+void run(int64_t count, int64_t grain, Host::Body body, void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end, at::get_thread_num()); });
 }
 
 // Products leave their matrix unit configured.
-void run_with_products(int64_t count, Host::Body body, void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+void run_with_products(int64_t count, int64_t grain, Host::Body body, void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     body(context, begin, end, at::get_thread_num());
     at::native::cpublas::brgemm_release();
   });
@@ -119,6 +120,7 @@ Call::Call(Product product) {
   host_.block = chosen_block.load();
   host_.run = product == Product::bfloat16 ? &run_with_products : &run;
   host_.multiply = product == Product::bfloat16 ? &multiply : nullptr;
+  host_.yield = &std::this_thread::yield;
   host_.allocate = [](void* self, int64_t bytes) { return static_cast<Call*>(self)->allocate(bytes); };
 }
 

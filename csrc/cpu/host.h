@@ -29,7 +29,7 @@ const InstructionSet& instruction_set();
 std::vector<std::string> instruction_sets();
 // For tests: choose one of them by name; false if there is none of that name.
 bool set_instruction_set(const std::string& name);
-// For tests: rows per tile, a multiple of 32; 0 lets the kernels choose.
+// For tests: rows per tile, a multiple of 32, shared by all threads; 0 lets the kernels choose both.
 void set_block(int64_t rows);
 
 template <class T>
@@ -78,6 +78,17 @@ class Call {
   std::vector<at::Tensor> memory_;
   Host host_;
 };
+
+// x_i ← f(scales_i) x_i for the rows of x [rows, width].
+template <class T, class S, class F>
+void scale_rows(T* x, const S* scales, int64_t rows, int64_t width, const F& f) {
+  at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T factor = T(f(scales[i]));
+      for (int64_t k = i * width; k < (i + 1) * width; ++k) x[k] *= factor;
+    }
+  });
+}
 
 // Checks rank and type and makes contiguous; the tensor that the pointers point into.
 at::Tensor matrix(const char* name, const at::Tensor& x, at::ScalarType type, int64_t rows = -1, int64_t width = -1);

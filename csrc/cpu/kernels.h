@@ -24,8 +24,9 @@ struct Host {
   using Body = void (*)(void* context, int64_t begin, int64_t end, int64_t worker);
   void* self;
   int64_t workers;  // worker < workers in every Body
-  int64_t block;    // rows per tile, a multiple of 32; 0: chosen by the kernel
-  void (*run)(int64_t count, Body body, void* context);
+  int64_t block;    // for tests: rows per tile, a multiple of 32, by all workers; 0: the kernel chooses both
+  void (*run)(int64_t count, int64_t grain, Body body, void* context);  // grain: what a thread is worth starting for
+  void (*yield)();                                                      // lets other threads have the processor
   void* (*allocate)(void* self, int64_t bytes);  // aligned to 64 bytes, not cleared
   void (*multiply)(const Bfloat16Product&);      // null: tiles of float32 are multiplied in float32
 };
@@ -172,6 +173,13 @@ struct UnitRowsBackward {
 };
 
 template <class T>
+struct RowDots {
+  const T *a, *b;  // [count, width]
+  int64_t count, width;
+  double* out;     // [count]
+};
+
+template <class T>
 struct Kernels {
   void (*relation_kl_maxima)(const Host&, const RelationKl<T>&, T* const* maxima);
   void (*relation_kl)(const Host&, const RelationKl<T>&);
@@ -186,6 +194,7 @@ struct Kernels {
   void (*node_gradient_tangent)(const Host&, const NodeGradientTangent<T>&);
   void (*unit_rows)(const Host&, const UnitRows<T>&);
   void (*unit_rows_backward)(const Host&, const UnitRowsBackward<T>&);
+  void (*row_dots)(const Host&, const RowDots<T>&);
 };
 
 struct InstructionSet {

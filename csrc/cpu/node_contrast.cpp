@@ -43,20 +43,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
       if (stages.product == Product::bfloat16) args.weight_sums = call.template zeros<double>(rows);
     }
     kernels<T>().softmax_sums(call.host(), args);
-    const T* partners = own_teacher ? stages.teachers[pair.teacher].const_data_ptr<T>() : nullptr;
+    double* own = call.template zeros<double>(rows);
+    if (own_teacher) {
+      const T* partners = stages.teachers[pair.teacher].const_data_ptr<T>();
+      kernels<T>().row_dots(call.host(), {args.sides.rows, partners, rows, dim, own});
+    }
     T* loss = losses.mutable_data_ptr<T>() + pair.student * R + pair.teacher;
     T* log_sum = log_sums.mutable_data_ptr<T>() + pair.place * rows;
-    at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const double log_z = std::log(args.sums[i]) + args.row_shift[i] * kLn2;
-        const double own = partners ? own_similarity(args.sides.rows + i * dim, partners + i * dim, dim) : 0;
-        log_sum[i] = T(log_z);
-        loss[i * S * R] = T(log_z - own / temperature);
-        // The mean under the weights as they were multiplied: their roundings cancel where columns are alike.
-        const T inverse = T(1 / (args.weight_sums ? args.weight_sums : args.sums)[i]);
-        for (int64_t k = 0; keep_weighted && k < dim; ++k) args.weighted[i * dim + k] *= inverse;
-      }
-    });
+    for (int64_t i = 0; i < rows; ++i) {
+      const double log_z = std::log(args.sums[i]) + args.row_shift[i] * kLn2;
+      log_sum[i] = T(log_z);
+      loss[i * S * R] = T(log_z - own[i] / temperature);
+    }
+    // The mean under the weights as they were multiplied: their roundings cancel where columns are alike.
+    const double* divisors = args.weight_sums ? args.weight_sums : args.sums;
+    if (keep_weighted) scale_rows(args.weighted, divisors, rows, dim, [](double z) { return 1 / z; });
   }
   return {losses, log_sums, weighted};
 }

@@ -74,13 +74,6 @@ SoftmaxSums<T> arguments(const at::Tensor& rows, const at::Tensor& columns, doub
   return args;
 }
 
-template <class T>
-double own_similarity(const T* a, const T* b, int64_t dim) {
-  double c = 0;
-  for (int64_t k = 0; k < dim; ++k) c += double(a[k]) * double(b[k]);
-  return c;
-}
-
 // out_i += (g_i/τ)(mean_i − own_i); null: 0
 template <class T>
 void add_difference(T* out, const T* mean, const T* own, const T* upstream, int64_t stride, double temperature,
@@ -125,8 +118,9 @@ struct Backward {
         args.weight_sums = call.template zeros<double>(rows);
       }
       kernels<T>().softmax_sums(call.host(), args);
-      for (int64_t k = 0; args.weight_sums && k < rows * dim; ++k) {
-        args.weighted[k] *= T(args.sums[k / dim] / args.weight_sums[k / dim]);
+      if (args.weight_sums) {
+        for (int64_t i = 0; i < rows; ++i) args.sums[i] /= args.weight_sums[i];
+        scale_rows(args.weighted, args.sums, rows, dim, [](double factor) { return factor; });
       }
       mean = args.weighted;
     }

@@ -76,18 +76,22 @@ std::tuple<at::Tensor, at::Tensor> tangent(const Stages& stages, const std::vect
     // The own column moves as the row of the teacher that it is.
     const T *student = args.softmax.sides.rows, *partner = stages.teachers[pair.teacher].const_data_ptr<T>();
     const T *row = args.tangents.row, *partner_moves = Directions::data<T>(directions.rows[teacher]);
-    at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t own = i * dim;
-        const double moved =
-            known ? own_similarity(row + own, mean + own, dim) / temperature : args.softmax.sums[i];
-        double own_moved = 0;
-        if (own_teacher && row) own_moved += own_similarity(row + own, partner + own, dim);
-        if (own_teacher && partner_moves) own_moved += own_similarity(student + own, partner_moves + own, dim);
-        log_sum[i] = T(moved);
-        loss[i * S * R] = T(moved - own_moved / temperature);
-      }
-    });
+    double *moved = args.softmax.sums, *own_moved = call.template zeros<double>(rows);
+    auto add_dots = [&](const T* a, const T* b, double* out) {
+      if (a) kernels<T>().row_dots(call.host(), {a, b, rows, dim, out});
+    };
+    if (known) {
+      add_dots(row, mean, moved = call.template zeros<double>(rows));
+      for (int64_t i = 0; i < rows; ++i) moved[i] /= temperature;
+    }
+    if (own_teacher) {
+      add_dots(row, partner, own_moved);
+      add_dots(partner_moves, student, own_moved);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      log_sum[i] = T(moved[i]);
+      loss[i * S * R] = T(moved[i] - own_moved[i] / temperature);
+    }
   }
   return {losses, log_sum_tangents};
 }

@@ -24,25 +24,25 @@ GKD_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // How element (r, k) of a left operand is found: at [r·lead + k], or (Across) at [k·lead + r].
 enum class Layout { Along, Across };
 
-// c[r][n] (+)= Σ_k a(r, k) · b[k][n] for kMicroRows × kPanel.
-template <Layout layout, class T>
+// c[r][n] (+)= Σ_k a(r, k) · b[k][n] for R × kPanel.
+template <Layout layout, int R, class T>
 GKD_INLINE void micro_kernel(const T* a, int64_t lead, const T* b, int64_t depth, T* c, int64_t stride,
                              bool accumulate) {
   constexpr int N = Lanes<T>::count;
-  Vec<T> sums[kMicroRows][2];
+  Vec<T> sums[R][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < kMicroRows; ++r) sums[r][0] = sums[r][1] = Vec<T>{};
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     const Vec<T> b0 = load(b + k * 2 * N), b1 = load(b + k * 2 * N + N);
 #pragma GCC unroll 16
-    for (int r = 0; r < kMicroRows; ++r) {
+    for (int r = 0; r < R; ++r) {
       const Vec<T> x = broadcast(layout == Layout::Along ? a[r * lead + k] : a[k * lead + r]);
       sums[r][0] += x * b0;
       sums[r][1] += x * b1;
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kMicroRows; ++r) {
+  for (int r = 0; r < R; ++r) {
     T* out = c + r * stride;
     if (accumulate) {
       sums[r][0] += load(out);
@@ -50,6 +50,21 @@ GKD_INLINE void micro_kernel(const T* a, int64_t lead, const T* b, int64_t depth
     }
     store(out, sums[r][0]);
     store(out + N, sums[r][1]);
+  }
+}
+
+// The same for `rows` ≤ R and `columns` of a row of c that are to be written.
+template <Layout layout, int R, class T>
+GKD_INLINE void micro_rows(const T* a, int64_t lead, const T* b, int64_t depth, T* c, int64_t stride, bool accumulate,
+                           int64_t rows, int64_t columns) {
+  constexpr int P = kPanel<T>;
+  if (rows == R && columns >= P) return micro_kernel<layout, R>(a, lead, b, depth, c, stride, accumulate);
+  alignas(64) T edge[R * P];
+  micro_kernel<layout, R>(a, lead, b, depth, edge, int64_t(P), false);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t x = 0; x < smaller(P, columns); ++x) {
+      c[r * stride + x] = accumulate ? c[r * stride + x] + edge[r * P + x] : edge[r * P + x];
+    }
   }
 }
 
@@ -66,8 +81,7 @@ struct Left {
 template <Layout layout, class T>
 void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T* panels, int64_t panel_stride, T* c,
               int64_t stride, bool accumulate) {
-  constexpr int P = kPanel<T>;
-  alignas(64) T edge[kMicroRows * P];
+  constexpr int P = kPanel<T>, third = kMicroRows / 3;
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     const int64_t part = smaller(kDepth, depth - k0);
     const bool add = accumulate || k0 > 0;
@@ -76,15 +90,49 @@ void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T
       for (int64_t m = 0; m < count; m += kMicroRows) {
         const T* a = left.data + m * left.step + k0 * (layout == Layout::Along ? 1 : left.lead);
         T* out = c + m * stride + n;
-        if (m + kMicroRows <= count && n + P <= width) {
-          micro_kernel<layout>(a, left.lead, b, part, out, stride, add);
-          continue;
+        const int64_t rows = smaller(kMicroRows, count - m), columns = width - n;
+        if (rows > 2 * third) {
+          micro_rows<layout, kMicroRows>(a, left.lead, b, part, out, stride, add, rows, columns);
+        } else if (rows > third) {
+          micro_rows<layout, 2 * third>(a, left.lead, b, part, out, stride, add, rows, columns);
+        } else {
+          micro_rows<layout, third>(a, left.lead, b, part, out, stride, add, rows, columns);
         }
-        micro_kernel<layout>(a, left.lead, b, part, edge, int64_t(P), false);
-        for (int64_t r = 0; r < smaller(kMicroRows, count - m); ++r) {
-          for (int64_t x = 0; x < smaller(P, width - n); ++x) {
-            out[r * stride + x] = add ? out[r * stride + x] + edge[r * P + x] : edge[r * P + x];
-          }
+      }
+    }
+  }
+}
+
+// `count` rows of `dim`, `valid` of them given, as [dim][count]: zeros beyond. Here and below a row is multiplied by
+// its factor, 1 where `factors` is null.
+template <int count, class T>
+GKD_INLINE void transpose_rows(const T* rows, const T* factors, int64_t valid, int64_t dim, T* out) {
+  constexpr int N = Lanes<T>::count;
+#pragma GCC unroll 2
+  for (int r0 = 0; r0 < count; r0 += N) {
+    const int width = count - r0 < N ? count - r0 : N;
+    for (int64_t k0 = 0; k0 < dim; k0 += N) {
+      const int64_t depth = smaller(N, dim - k0);
+      Vec<T> v[N];
+#pragma GCC unroll 16
+      for (int r = 0; r < N; ++r) {
+        v[r] = Vec<T>{};
+        if (r >= width || r0 + r >= valid) continue;
+        const T* x = rows + (r0 + r) * dim + k0;
+        if (depth == N) {
+          v[r] = load(x);
+        } else {
+          for (int64_t k = 0; k < depth; ++k) v[r][k] = x[k];
+        }
+        if (factors) v[r] *= factors[r0 + r];
+      }
+      transpose<T>(v);
+      for (int64_t k = 0; k < depth; ++k) {
+        T* line = out + (k0 + k) * count + r0;
+        if (width == N) {
+          store(line, v[k]);
+        } else {
+          __builtin_memcpy(line, &v[k], width * sizeof(T));
         }
       }
     }
@@ -92,16 +140,11 @@ void multiply(int64_t count, int64_t width, int64_t depth, Left<T> left, const T
 }
 
 // Rows [begin, end) as the left operand of similarities: [kMicroRows rows][dim][kMicroRows], zeros beyond the end.
-// Here and below a row is multiplied by its factor, 1 where `factors` is null.
 template <class T>
 void pack_rows(const T* rows, const T* factors, int64_t begin, int64_t end, int64_t dim, T* packed) {
-  for (int64_t i = begin; i < end; i += kMicroRows) {
-    const int64_t valid = smaller(kMicroRows, end - i);
-    T factor[kMicroRows];
-    for (int64_t r = 0; r < valid; ++r) factor[r] = factors ? factors[i + r] : T(1);
-    for (int64_t k = 0; k < dim; ++k) {
-      for (int64_t r = 0; r < kMicroRows; ++r) *packed++ = r < valid ? factor[r] * rows[(i + r) * dim + k] : T(0);
-    }
+  for (int64_t i = begin; i < end; i += kMicroRows, packed += kMicroRows * dim) {
+    transpose_rows<kMicroRows>(rows + i * dim, factors ? factors + i : nullptr, smaller(kMicroRows, end - i), dim,
+                               packed);
   }
 }
 
@@ -121,13 +164,8 @@ template <class T>
 void pack_columns(const T* rows, const T* factors, int64_t begin, int64_t end, int64_t dim, T* packed) {
   constexpr int P = kPanel<T>;
   for (int64_t first = begin; first < end; first += P) {
-    T* out = packed + first * dim;
-    const int64_t valid = smaller(P, end - first);
-    T factor[P];
-    for (int64_t n = 0; n < valid; ++n) factor[n] = factors ? factors[first + n] : T(1);
-    for (int64_t k = 0; k < dim; ++k) {
-      for (int64_t n = 0; n < P; ++n) out[k * P + n] = n < valid ? factor[n] * rows[(first + n) * dim + k] : T(0);
-    }
+    transpose_rows<P>(rows + first * dim, factors ? factors + first : nullptr, smaller(P, end - first), dim,
+                      packed + first * dim);
   }
 }
 

@@ -19,15 +19,32 @@ struct Tile {
   Bfloat16* rounded;   // the worker's memory for the tile's weights
 };
 
+// body(task, worker) for every task below count, in equal shares; `grain`: tasks that a thread is worth starting for.
 template <class F>
-void parallel(const Host& host, int64_t count, const F& body) {
+void parallel(const Host& host, int64_t count, const F& body, int64_t grain = 1) {
   host.run(
-      count,
+      count, grain,
       [](void* context, int64_t begin, int64_t end, int64_t worker) {
         const F& f = *static_cast<const F*>(context);
         for (int64_t k = begin; k < end; ++k) f(k, worker);
       },
       const_cast<F*>(&body));
+}
+
+// The same for tasks of unequal length: in their order, each by the one of `workers` that is free next.
+template <class F>
+void take_turns(const Host& host, int64_t workers, int64_t count, const F& body) {
+  int64_t next = 0;
+  parallel(host, smaller(count, workers), [&](int64_t, int64_t worker) {
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(task, worker);
+  });
+}
+
+// Passes over this many elements are not worth a second thread.
+constexpr int64_t kElementsPerThread = 1 << 14;
+
+GKD_INLINE int64_t grain_of(int64_t elements_per_task) {
+  return larger(1, kElementsPerThread / larger(1, elements_per_task));
 }
 
 template <class T>
@@ -49,17 +66,34 @@ GKD_INLINE int64_t block_rows(const Host& host, int64_t count) {
 // Of a tile in memory: a block wide, in whole panels, and in whole micro-kernels high.
 GKD_INLINE int64_t tile_elements(int64_t block) { return round_up(block, kMicroRows) * block; }
 
-// Symmetric: upper tiles only. In round r the blocks with i + j ≡ r (mod blocks) meet: no two of these tiles share a
-// block, so workers never write the same rows, and every block is served in the order of the rounds, whoever serves it.
+// So many multiplications of one product are worth a thread.
+constexpr int64_t kProductsPerThread = 1 << 20;
+
+template <class T>
+int64_t workers_for(const Host& host, const Sides<T>& sides) {
+  if (host.block > 0) return host.workers;
+  const int64_t products = sides.row_count * sides.column_count / (sides.symmetric ? 2 : 1) * sides.dim;
+  return smaller(host.workers, larger(1, products / kProductsPerThread));
+}
+
+GKD_INLINE void wait_until(const Host& host, const int64_t* rounds, int64_t round) {
+  for (int64_t looks = 0; __atomic_load_n(rounds, __ATOMIC_ACQUIRE) < round; ++looks) {
+    if (looks >= 1000) host.yield();
+  }
+}
+
+// Symmetric: upper tiles only. In round r the blocks with i + j ≡ r (mod blocks) meet, every block once: a tile waits
+// until both its blocks have been through all rounds before. So workers never write the same rows at once, and every
+// block is served in the order of the rounds, whoever serves it.
 // Otherwise: a worker owns a block of rows and walks the columns.
 template <class T, class Op>
 void walk(const Host& host, const Sides<T>& sides, Op& op) {
   const int64_t block = block_rows(host, sides.row_count);
-  const int64_t row_blocks = ceil_div(sides.row_count, block);
+  const int64_t blocks = ceil_div(sides.row_count, block), workers = workers_for(host, sides);
   const int64_t weights = rounds<T>(host) ? block * block : 0;
   Bfloat16* rounded = allocate<Bfloat16>(host, host.workers * weights);
   if (!sides.symmetric) {
-    parallel(host, row_blocks, [&](int64_t p, int64_t worker) {
+    take_turns(host, workers, blocks, [&](int64_t p, int64_t worker) {
       const int64_t i = p * block, rows = smaller(block, sides.row_count - i);
       for (int64_t j = 0; j < sides.column_count; j += block) {
         op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false, host,
@@ -69,23 +103,23 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
     });
     return;
   }
-  for (int64_t round = 0; round < row_blocks; ++round) {
-    const bool even = round % 2 == 0;
-    const int64_t meetings = even ? row_blocks / 2 + 1 : (row_blocks + 1) / 2;
-    parallel(host, meetings, [&](int64_t p, int64_t worker) {
-      int64_t a = (round / 2 - p + row_blocks) % row_blocks;
-      int64_t b = (round / 2 + p + (even ? 0 : 1)) % row_blocks;
-      if (a > b) {
-        const int64_t swap = a;
-        a = b;
-        b = swap;
-      }
-      const int64_t i = a * block, j = b * block;
-      op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.row_count - j), i - j, a != b, host,
-                   rounded + worker * weights},
-              worker);
-    });
-  }
+  int64_t* rounds = allocate<int64_t>(host, blocks);  // that a block has been through
+  for (int64_t a = 0; a < blocks; ++a) rounds[a] = 0;
+  const int64_t even_meetings = blocks / 2 + 1;  // an even round and the odd one after it have blocks + 1 together
+  take_turns(host, workers, blocks * (blocks + 1) / 2, [&](int64_t task, int64_t worker) {
+    const int64_t half = task / (blocks + 1), rest = task % (blocks + 1);
+    const bool odd = rest >= even_meetings;
+    const int64_t round = 2 * half + odd, p = odd ? rest - even_meetings : rest;
+    const int64_t one = (half - p + blocks) % blocks, other = (half + p + odd) % blocks;
+    const int64_t a = smaller(one, other), b = larger(one, other), i = a * block, j = b * block;
+    wait_until(host, rounds + a, round);
+    wait_until(host, rounds + b, round);
+    op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.row_count - j), i - j, a != b, host,
+                 rounded + worker * weights},
+            worker);
+    __atomic_store_n(rounds + a, round + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(rounds + b, round + 1, __ATOMIC_RELEASE);
+  });
 }
 
 // A weight as it is multiplied with values.
@@ -136,7 +170,7 @@ Operand<T> rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, 
   const Operand<T> packed = row_blocks<T>(host, blocks, dim, block);
   parallel(host, blocks, [&](int64_t p, int64_t) {
     pack_block(packed, p, rows, factors, p * block, smaller(count, (p + 1) * block), dim, block);
-  });
+  }, grain_of(block * dim));
   return packed;
 }
 
@@ -154,7 +188,7 @@ Operand<T> columns_of(const Host& host, const T* rows, int64_t count, int64_t di
       if (rounded) return round_columns(rows, factors, begin, end, dim, block, rounded + begin * even(dim));
     }
     pack_columns(rows, factors, begin, end, dim, packed.own);
-  });
+  }, grain_of(block * dim));
   return packed;
 }
 
@@ -170,7 +204,7 @@ Operand<T> values_of(const Host& host, const T* rows, int64_t count, int64_t dim
       if (packed.rounded) return round_values(rows, factors, begin, end, dim, packed.rounded + begin * dim);
     }
     pack_values(rows, factors, count, dim, begin, end, packed.own);
-  });
+  }, grain_of(kBlock * dim));
   return packed;
 }
 

@@ -21,13 +21,28 @@ GKD_INLINE T dot(const T* a, const T* b, int64_t count) {
   return rest;
 }
 
+// The largest |x_k|; a NaN is dropped by a number that comes after it.
+template <class T>
+GKD_INLINE T largest_entry(const T* x, int64_t count) {
+  constexpr int N = Lanes<T>::count;
+  Vec<T> lanes{};
+  int64_t k = 0;
+  for (; k + N <= count; k += N) {
+    const Vec<T> v = load(x + k), size = v < 0 ? -v : v;
+    lanes = size <= lanes ? lanes : size;
+  }
+  T largest = 0;
+  for (int n = 0; n < N; ++n) largest = lanes[n] <= largest ? largest : lanes[n];
+  for (; k < count; ++k) {
+    const T size = x[k] < 0 ? -x[k] : x[k];
+    largest = size <= largest ? largest : size;
+  }
+  return largest;
+}
+
 template <class T>
 void unit_row(const T* x, int64_t dim, T* unit, T* inverse_norm) {
-  T largest = 0;
-  for (int64_t k = 0; k < dim; ++k) {
-    const T size = x[k] < 0 ? -x[k] : x[k];
-    largest = size <= largest ? largest : size;  // a NaN is taken, and dropped by the next number
-  }
+  const T largest = largest_entry(x, dim);
   if (largest < kZeroRow<T>) {
     T total = 0;
     for (int64_t k = 0; k < dim; ++k) total += unit[k] = x[k] * 0;
@@ -47,7 +62,7 @@ void unit_rows(const Host& host, const UnitRows<T>& args) {
     for (int64_t i = task * kRowsPerTask; i < smaller(args.count, (task + 1) * kRowsPerTask); ++i) {
       unit_row(args.rows + i * args.dim, args.dim, args.unit + i * args.dim, args.inverse_norms + i);
     }
-  });
+  }, grain_of(kRowsPerTask * args.dim));
 }
 
 template <class T>
@@ -58,7 +73,7 @@ void unit_rows_backward(const Host& host, const UnitRowsBackward<T>& args) {
       const T along = dot(e, g, args.dim), inverse = args.inverse_norms[i];
       for (int64_t k = 0; k < args.dim; ++k) args.gradient[i * args.dim + k] = (g[k] - e[k] * along) * inverse;
     }
-  });
+  }, grain_of(kRowsPerTask * args.dim));
 }
 
 }  // namespace gkd::GKD_ISA

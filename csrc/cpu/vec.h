@@ -29,6 +29,7 @@ template <>
 struct Lanes<float> {
   using Vector = float __attribute__((vector_size(GKD_VECTOR_BYTES)));
   using Unaligned = float __attribute__((vector_size(GKD_VECTOR_BYTES), aligned(4), may_alias));
+  using ForDouble = float __attribute__((vector_size(GKD_VECTOR_BYTES / 2)));  // as many as a vector has doubles
   using Integer = int32_t;
   using Integers = Integer __attribute__((vector_size(GKD_VECTOR_BYTES)));
   static constexpr int count = GKD_VECTOR_BYTES / 4;
@@ -42,6 +43,7 @@ template <>
 struct Lanes<double> {
   using Vector = double __attribute__((vector_size(GKD_VECTOR_BYTES)));
   using Unaligned = double __attribute__((vector_size(GKD_VECTOR_BYTES), aligned(8), may_alias));
+  using ForDouble = Vector;
   using Integer = int64_t;
   using Integers = Integer __attribute__((vector_size(GKD_VECTOR_BYTES)));
   static constexpr int count = GKD_VECTOR_BYTES / 8;
@@ -73,6 +75,30 @@ GKD_INLINE Vec<T> broadcast(T x) {
 template <class T, int W, int... K>
 GKD_INLINE Vec<T> rotate(Vec<T> v, Sequence<K...>) {
   return __builtin_shufflevector(v, v, ((K + W) % int(sizeof...(K)))...);
+}
+
+// Lanes of a and b in turn, from their first (Half = 0) or second halves.
+template <class T, int Half, int... K>
+GKD_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Sequence<K...>) {
+  constexpr int N = sizeof...(K);
+  return __builtin_shufflevector(a, b, (K / 2 + Half * N / 2 + K % 2 * N)...);
+}
+
+// v[r][k] ↔ v[k][r]
+template <class T, int N>
+GKD_INLINE void transpose(Vec<T> (&v)[N]) {
+  using Indices = typename Lanes<T>::Indices;
+#pragma GCC unroll 8
+  for (int size = 1; size < N; size *= 2) {
+    Vec<T> next[N];
+#pragma GCC unroll 16
+    for (int r = 0; r < N / 2; ++r) {
+      next[2 * r] = interleave<T, 0>(v[r], v[r + N / 2], Indices{});
+      next[2 * r + 1] = interleave<T, 1>(v[r], v[r + N / 2], Indices{});
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < N; ++r) v[r] = next[r];
+  }
 }
 
 // 0 for the lanes from `valid` on, which lie beyond the matrix.

@@ -67,6 +67,8 @@ from gkd_fast.ops.autograd import (
     scatter,
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns, add, run
+from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.unit_rows import unit_rows
 
 # With G the upstream and H the messages, G' = deg^-p G and H' = deg^-q H: the powers (p, q).
 POWERS = {"row": (1.0, 0.0), "symmetric": (0.5, 0.5)}
@@ -155,13 +157,20 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, _):
-    nodes, messages, inverse_variance, output, degrees = ctx.saved_tensors
+    nodes, messages, inverse_variance, *results = ctx.saved_tensors
     needs = flags(ctx.needs_input_grad[:2])
-    gradients = torch.ops.gkd_fast.graph_conv_backward(
-        upstream.contiguous(), nodes, messages, output.detach(), degrees, inverse_variance, ctx.normalization,
-        ctx.product_precision, needs,
-    )  # fmt: skip
-    return *scatter(gradients, needs), *[None] * 8
+    settings = inverse_variance, ctx.normalization, ctx.product_precision
+    return *_gradients(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 8
+
+
+def _results(inputs, *settings):
+    return torch.ops.gkd_fast.graph_conv(*inputs, *settings)
+
+
+def _gradients(upstream, inputs, results, settings, needs):
+    output, degrees = results
+    gradients = torch.ops.gkd_fast.graph_conv_backward(upstream, *inputs, output.detach(), degrees, *settings, needs)
+    return scatter(gradients, needs)
 
 
 register_autograd("gkd_fast::graph_conv", _backward, setup_context=_setup_context)
@@ -395,20 +404,26 @@ class GraphConvBackward(torch.autograd.Function):
         return None, *gradients, *[None] * 6
 
 
+_OP = Op(_results, _gradients)
+
+
 def graph_conv(
     nodes: Tensor,
     messages: Tensor,
+    dtype: torch.dtype,
     inverse_variance: Tensor,
     normalization: str,
     product_precision: str,
     columns: Columns | None = None,
 ) -> Tensor:
-    """The convolution ``[B, K]`` of unit rows, over each other or ``columns``, nodes and messages; see the head."""
+    """The convolution ``[B, K]`` of nodes that are normalised in ``dtype``, over each other or ``columns``, nodes and
+    messages; see the head."""
     refuse_forward_mode((nodes, messages))
+    messages = messages.to(dtype)
     settings = inverse_variance, normalization, product_precision
     if columns is None:
-        return torch.ops.gkd_fast.graph_conv(nodes, messages, *settings)[0]
-    return GraphConv.apply(columns, nodes, messages, *settings)
+        return on_unit_rows(_OP, [nodes], [messages], dtype, settings)
+    return GraphConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)
 
 
 def graph_degrees(

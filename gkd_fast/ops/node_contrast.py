@@ -62,6 +62,8 @@ from gkd_fast.ops.autograd import (
     tangents_of,
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns, add, run
+from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.unit_rows import unit_rows
 
 # Weighted sums up to this size are kept for the backward pass; beyond it they are recomputed there.
 KEEP_WEIGHTED_BYTES = 256 * 2**20
@@ -133,14 +135,22 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, upstream, *_):
     *stages, log_sums, weighted = ctx.saved_tensors
-    students, teachers = stages[: ctx.num_students], stages[ctx.num_students :]
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
-    gradients = torch.ops.gkd_fast.node_contrast_backward(
-        upstream.contiguous(), students, teachers, log_sums, weighted, ctx.wanted, ctx.temperature,
-        ctx.product_precision, needs,
-    )  # fmt: skip
-    gradients = scatter(gradients, needs)
+    settings = ctx.num_students, ctx.wanted, ctx.temperature, ctx.product_precision, None
+    gradients = _gradients(upstream.contiguous(), stages, (None, log_sums, weighted), settings, needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
+
+
+def _results(stages, num_students, *settings):
+    return torch.ops.gkd_fast.node_contrast(stages[:num_students], stages[num_students:], *settings)
+
+
+def _gradients(upstream, stages, results, settings, needs):
+    num_students, *settings, _ = settings
+    gradients = torch.ops.gkd_fast.node_contrast_backward(
+        upstream, stages[:num_students], stages[num_students:], *results[1:], *settings, needs
+    )
+    return scatter(gradients, needs)
 
 
 register_autograd("gkd_fast::node_contrast", _backward, setup_context=_setup_context)
@@ -321,26 +331,31 @@ def _halves(needs: list[bool], num_students: int) -> tuple[list[bool], list[bool
     return students, [needed and k >= num_students for k, needed in enumerate(needs)]
 
 
+_OP = Op(_results, _gradients)
+
+
 def node_contrast(
     students: list[Tensor],
     teachers: list[Tensor],
+    dtype: torch.dtype,
     wanted: list[bool],
     temperature: float,
     product_precision: str,
     columns: Columns | None = None,
 ) -> Tensor:
-    """Losses ``[B, S, T]`` of unit rows, against each other or against ``columns`` (the teachers' and, where these have
-    a gradient, the students'); see the head of this file."""
-    refuse_forward_mode((*students, *teachers))
+    """Losses ``[B, S, T]`` of rows that are normalised in ``dtype``, against each other or against ``columns`` (the
+    teachers' and, where these have a gradient, the students'); see the head of this file."""
+    stages = [*students, *teachers]
+    refuse_forward_mode(stages)
     x = students[0]
     # All ranks must do the same.
     rows = len(x) if columns is None else max(columns.shards.counts)
     keep = (
         torch.is_grad_enabled()
         and any(s.requires_grad for s in students)
-        and sum(wanted) * rows * x.shape[1] * x.element_size() <= KEEP_WEIGHTED_BYTES
+        and sum(wanted) * rows * x.shape[1] * dtype.itemsize <= KEEP_WEIGHTED_BYTES
     )
     settings = wanted, temperature, product_precision
     if columns is None:
-        return torch.ops.gkd_fast.node_contrast(students, teachers, *settings, keep)[0]
-    return NodeContrast.apply(columns, len(students), settings, keep, *students, *teachers)
+        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings, keep))
+    return NodeContrast.apply(columns, len(students), settings, keep, *unit_rows(stages, dtype))

@@ -61,6 +61,8 @@ from gkd_fast.ops.autograd import (
     tangents_of,
 )  # fmt: skip
 from gkd_fast.ops.columns import Block, Columns, add, run
+from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.unit_rows import unit_rows
 
 torch.library.define(
     "gkd_fast::relation_kl",
@@ -135,14 +137,24 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, upstream, *_):
     *stages, losses, student_log_sums, teacher_log_sums = ctx.saved_tensors
-    students, teachers = stages[: ctx.num_students], stages[ctx.num_students :]
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
-    gradients = torch.ops.gkd_fast.relation_kl_backward(
-        upstream.contiguous(), students, teachers, losses.detach(), student_log_sums, teacher_log_sums,
-        ctx.temperature, ctx.bandwidth, ctx.product_precision, needs,
-    )  # fmt: skip
-    gradients = scatter(gradients, needs)
+    settings = ctx.num_students, ctx.temperature, ctx.bandwidth, ctx.product_precision
+    results = losses, student_log_sums, teacher_log_sums
+    gradients = _gradients(upstream.contiguous(), stages, results, settings, needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
+
+
+def _results(stages, num_students, *settings):
+    return torch.ops.gkd_fast.relation_kl(stages[:num_students], stages[num_students:], *settings)
+
+
+def _gradients(upstream, stages, results, settings, needs):
+    num_students, *settings = settings
+    losses, *log_sums = results
+    gradients = torch.ops.gkd_fast.relation_kl_backward(
+        upstream, stages[:num_students], stages[num_students:], losses.detach(), *log_sums, *settings, needs
+    )
+    return scatter(gradients, needs)
 
 
 register_autograd("gkd_fast::relation_kl", _backward, setup_context=_setup_context)
@@ -295,17 +307,23 @@ def _by_row(statistics: Sequence[Tensor]) -> list[Tensor]:
     return [losses, student_log_sums.T, teacher_log_sums.T]
 
 
+_OP = Op(_results, _gradients)
+
+
 def relation_kl(
     students: list[Tensor],
     teachers: list[Tensor],
+    dtype: torch.dtype,
     temperature: float,
     bandwidth: float,
     product_precision: str,
     columns: Columns | None = None,
 ) -> Tensor:
-    """Losses ``[B, S, T]`` of unit rows, against each other or against ``columns``; see the head of this file."""
-    refuse_forward_mode((*students, *teachers))
+    """Losses ``[B, S, T]`` of rows that are normalised in ``dtype``, against each other or against ``columns``; see the
+    head of this file."""
+    stages = [*students, *teachers]
+    refuse_forward_mode(stages)
     settings = temperature, bandwidth, product_precision
     if columns is None:
-        return torch.ops.gkd_fast.relation_kl(students, teachers, *settings)[0]
-    return RelationKl.apply(columns, len(students), settings, *students, *teachers)
+        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings))
+    return RelationKl.apply(columns, len(students), settings, *unit_rows(stages, dtype))

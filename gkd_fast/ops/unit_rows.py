@@ -11,6 +11,8 @@ gives e = 0, 1/‖x‖ = 0 and so zero gradient.
         dx = (g − e (e·g))/‖x‖.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,22 +50,36 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, unit_upstream, norm_upstream):
     stages = len(ctx.dtypes)
     unit, inverse_norms = ctx.saved_tensors[:stages], ctx.saved_tensors[stages:]
-    gradients: list[Tensor | None] = [None] * stages
+    needs = ctx.needs_input_grad[0]
+    unit_upstream, norm_upstream = (
+        [g if needed else None for g, needed in zip(upstream, needs)] for upstream in (unit_upstream, norm_upstream)
+    )
+    return row_gradients(unit_upstream, unit, inverse_norms, ctx.dtypes, norm_upstream), None
+
+
+def row_gradients(
+    unit_upstream: Sequence[Tensor | None],
+    unit: Sequence[Tensor],
+    inverse_norms: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    norm_upstream: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """The rows' gradients in their types, None where nothing comes from above; differentiable in grad mode."""
+    gradients: list[Tensor | None] = [None] * len(unit)
     fused: dict[torch.dtype, list[int]] = {}
-    for k, needed in enumerate(ctx.needs_input_grad[0]):
-        if not needed or (unit_upstream[k] is None and norm_upstream[k] is None):
+    for k, of_unit in enumerate(unit_upstream):
+        of_norm = None if norm_upstream is None else norm_upstream[k]
+        if of_unit is None and of_norm is None:
             continue
-        if norm_upstream[k] is not None or torch.is_grad_enabled():
-            gradients[k] = _differentiable(unit[k], inverse_norms[k], unit_upstream[k], norm_upstream[k]).to(
-                ctx.dtypes[k]
-            )
+        if of_norm is not None or torch.is_grad_enabled():
+            gradients[k] = _differentiable(unit[k], inverse_norms[k], of_unit, of_norm).to(dtypes[k])
         else:
-            fused.setdefault(ctx.dtypes[k], []).append(k)
+            fused.setdefault(dtypes[k], []).append(k)
     for dtype, ks in fused.items():
         lists = ([values[k] for k in ks] for values in (unit_upstream, unit, inverse_norms))
         for k, gradient in zip(ks, torch.ops.gkd_fast.unit_rows_backward(*lists, dtype), strict=True):
             gradients[k] = gradient
-    return gradients, None
+    return gradients
 
 
 def _differentiable(unit: Tensor, inverse_norms: Tensor, upstream: Tensor | None, norm_upstream: Tensor | None):
@@ -83,6 +99,11 @@ register_autograd("gkd_fast::unit_rows", _backward, setup_context=_setup_context
 def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The L2-normalised rows of every tensor of ``rows``, in ``dtype``; without gradient where the tensor has none."""
     refuse_forward_mode(rows)
-    unit = torch.ops.gkd_fast.unit_rows(rows, dtype)[0]
+    return unit_rows_and_norms(rows, dtype)[0]
+
+
+def unit_rows_and_norms(rows: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The unit rows, and 1/‖x‖ of every row."""
+    unit, inverse_norms = torch.ops.gkd_fast.unit_rows(rows, dtype)
     # An op's outputs need gradient together; frozen stages must not have theirs computed.
-    return [e if x.requires_grad else e.detach() for e, x in zip(unit, rows, strict=True)]
+    return [e if x.requires_grad else e.detach() for e, x in zip(unit, rows, strict=True)], inverse_norms
