@@ -119,13 +119,13 @@ def node_contrast(
         for piece in problem.pieces(columns, config):
             contrast_sums[(row_blocks, num_pairs * parts)](
                 tuple(problem.students), piece.matrices, tuple(own), sums, partial, shifts, losses, log_sums,
-                problem.dim, rows, piece.count, 0, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
+                problem.dim, rows, piece.count, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
                 problem.scale, shift, ALIGNED=piece.aligned, **keep, **problem.constants(config),
             )  # fmt: skip
         if parts > 1:
             contrast_losses[(triton.cdiv(rows, EPILOGUE_ROWS), num_pairs)](
                 tuple(problem.students), tuple(own), sums, partial, weighted, shifts, losses, log_sums, problem.dim,
-                rows, 0, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
+                rows, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
             )  # fmt: skip
     return losses, log_sums, weighted
 
@@ -189,7 +189,7 @@ def _bits(flags) -> int:
 def _differences(problem, own, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
     contrast_differences[(triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients))](
-        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, 0, problem.wanted,
+        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, problem.wanted,
         _bits(needs), 1 / problem.temperature, problem.S, problem.T, **problem.epilogue_constants(),
     )  # fmt: skip
 
@@ -213,7 +213,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs
         contrast_gradients[(row_blocks, parts * len(gradients))](
             tuple(rows), piece.matrices, tuple(own), upstream[first:stop] if by_piece else upstream, own_upstream,
             log_sums[:, first:stop].contiguous() if by_piece else log_sums, tuple(partial), power, problem.dim,
-            problem.row_count, min(piece.count, count), 0, problem.wanted, _bits(needs), parts, int(first > 0),
+            problem.row_count, min(piece.count, count), problem.wanted, _bits(needs), parts, int(first > 0),
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
             STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled,
             ALIGNED=piece.aligned, **problem.constants(config),
