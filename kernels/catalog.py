@@ -15,7 +15,8 @@ from gkd_fast.kernels.node_contrast_tiles import (
     contrast_sums,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl import STATISTICS_BLOCK
-from gkd_fast.kernels.relation_kl_tiles import relation_factors, relation_gradients, relation_losses, relation_sums
+from gkd_fast.kernels.relation_kl_gradient_tiles import relation_factors, relation_gradients
+from gkd_fast.kernels.relation_kl_tiles import relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.strips import MOST_ROWS
 from gkd_fast.kernels.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles

@@ -20,13 +20,8 @@ from gkd_fast.kernels.launch import (
     row_and_column_pieces,
     row_blocks_at_a_time,
 )  # fmt: skip
-from gkd_fast.kernels.relation_kl_tiles import (
-    num_factors,
-    relation_factors,
-    relation_gradients,
-    relation_losses,
-    relation_sums,
-)  # fmt: skip
+from gkd_fast.kernels.relation_kl_gradient_tiles import num_factors, relation_factors, relation_gradients
+from gkd_fast.kernels.relation_kl_tiles import relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
 from gkd_fast.kernels.table import Tiles, largest_width, polynomials, relation_group, tiles
