@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, gpu_static, report
+from bench import cases, gpu_static, measure, report
 from bench.gpu import measured, model, units
 from bench.gpu.devices import DEVICES, LIMITS
 from bench.gpu.disassembly import Binary, Instruction, _amd_flow, _nvidia_flow, inner_loop, parse_amd, parse_nvidia
@@ -308,3 +308,15 @@ def test_measured_times_fill_their_column_and_excess_is_told():
     assert "measured 1.6 ms, 1.6 × predicted" in line and "NVIDIA H100" in line
     other = SimpleNamespace(**(vars(work) | {"batch": 2048}))
     assert measured.seconds_of(gpu_static.Work(**vars(other)), [time]) is None
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(1e-9, False), (1.0, True)])
+def test_the_ops_bench_tells_what_is_predicted(seconds, told):
+    expected = pytest.importorskip("bench.gpu.expected")
+    case = cases.Case("node_contrast", 64, 128, dtype="bfloat16", device="cuda")
+    row = measure.Row(case, "triton", forward_backward={"least": seconds})
+    (line,) = expected.remarks([row, measure.Row(case, "eager")], "NVIDIA H100 80GB HBM3")
+    assert "predicted 0.0" in line and ("measured exceeds 1.5 × predicted" in line) == told
+    assert expected.remarks([row], "NVIDIA L4") == ["no times are predicted for NVIDIA L4"]
+    wide = measure.Row(dataclasses.replace(case, batch=1024, dim=512), "triton", forward_backward={"least": 1.0})
+    assert expected.remarks([wide], "NVIDIA H100")[0].endswith("no time is predicted for it")

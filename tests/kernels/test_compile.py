@@ -79,7 +79,7 @@ def test_exemptions_are_few_and_named():
 
 
 def test_stages_share_a_launch():
-    """The groups of stages that relation_kl launches together fit as well, and small batches' kernels for all stages."""
+    """relation_kl's groups of stages that share a launch fit as well, and small batches' kernels for all stages."""
     found = specializations("sm_90", "bfloat16", 128, (3, 3))
     specs = [s for s in found if s.products and (s.small or s.op == "relation_kl")]
     assert max(spec.products for spec in specs) > 3 and sum(spec.small for spec in specs) >= 6
