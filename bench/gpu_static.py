@@ -17,11 +17,10 @@ from rich.table import Table
 from bench import cases, machine, report
 from bench.gpu import devices, disassembly, model, units
 from bench.gpu import measured as measuring
+from bench.gpu.plans import COPIED_TYPES, DIRECTIONS, SMALL_BATCH, Plan, Work, cublas_seconds, plan
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
-BATCHES = (1024, 4096, 16384, 65536, 262144)
-DIRECTIONS = ("forward", "backward")
-COPIED_TYPES = {"bfloat16": 2, "float16": 2}  # columns are copied in the product's type, of so many bytes
+BATCHES = (64, 256, 1024, 4096, 16384, 65536, 262144)
 SECTION = "predicted"
 SCHEMA = 1
 
@@ -50,7 +49,7 @@ class KernelReport:
     exemption: str | None
     mix: dict[str, int]
     clocks: dict[str, dict[str, float]]
-    launches: int
+    launches: dict[int, int]
     programs: dict[int, int]
     steps: dict[int, int]
     predicted: dict[str, dict[int, dict]]
@@ -124,6 +123,7 @@ def compiled(spec) -> disassembly.Binary:
 def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
     """Compiles one specialization, reads it and predicts its times."""
     binary = compiled(spec)
+    batches = [batch for batch in batches if not spec.small or batch <= SMALL_BATCH]
     on = devices.of_arch(spec.arch)
     predicted = {
         device.name: {
@@ -137,13 +137,18 @@ def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
         (spec.block_rows, spec.block_columns),
         binary.warps, binary.registers, binary.shared_bytes, binary.resident_programs(), binary.occupancy(),
         binary.stack_bytes, binary.spills(), spec.exemption, dict(binary.mix().most_common()), clocks,
-        launches(spec, stages), {batch: spec.programs(batch) for batch in batches},
+        {batch: launches(spec, stages) * spec.launches(batch) for batch in batches},
+        {batch: spec.programs(batch) for batch in batches},
         {batch: spec.trips(batch) for batch in batches}, predicted,
     )  # fmt: skip
 
 
 def launches(spec, stages: int) -> int:
-    """How often the kernel is launched for S = T = ``stages``: relation_kl's take groups of stages."""
+    """How often a pass takes the kernel for S = T = ``stages``: relation_kl's take groups of stages, node_contrast's of
+    the second order a pair.
+    """
+    if spec.op == "node_contrast" and spec.direction == "double backward":
+        return stages**2
     if spec.op != "relation_kl" or "S" not in spec.constexprs:
         return 1
     return -(-stages // spec.constexprs["S"]) * -(-stages // spec.constexprs["T"])
@@ -174,63 +179,8 @@ def clock_table(kernels: list[KernelReport]) -> tuple[list[str], list[list[str]]
     return ["device", "op", "kernel", "tile", *names], rows
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is timed as one: an op's direction at one size on one device. "backward" is forward and backward."""
-
-    device: str
-    op: str
-    direction: str
-    dtype: str
-    dim: int
-    stages: int
-    batch: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The kernels that a direction of an op launches at large batch sizes, and the matrices whose columns it copies."""
-
-    kernels: tuple[str, ...]
-    copies: int
-
-
-def plan(work: Work) -> Plan:
-    """Of one direction alone; gradients to students, or to nodes and messages."""
-    forward, stages = work.direction == "forward", work.stages
-    if work.op == "relation_kl":
-        return Plan(
-            ("relation_sums",) if forward else ("relation_factors", "relation_gradients"), relation_copies(work)
-        )
-    if work.op == "node_contrast":
-        from gkd_fast.ops.node_contrast import KEEP_WEIGHTED_BYTES
-
-        if stages**2 * work.batch * work.dim * 4 <= KEEP_WEIGHTED_BYTES:
-            return Plan(("contrast_sums",), stages) if forward else Plan(("contrast_differences",), 0)
-        return Plan(("contrast_sums without weighted",) if forward else ("contrast_gradients of students",), stages)
-    if work.op == "unit_rows":
-        return Plan(("unit_rows_forward" if forward else "unit_rows_gradient",), 0)
-    if forward:
-        return Plan(("graph_degree_sums", "graph_sums, symmetric"), 3)
-    return Plan(("graph_sums, symmetric", "graph_terms", "graph_gradients"), 5)
-
-
-def relation_copies(work: Work) -> int:
-    """How many matrices are copied: each stage of a launch, as rows and, for every piece of the rows, as columns."""
-    from gkd_fast.kernels import launch, table
-
-    name = "relation_sums" if work.direction == "forward" else "relation_gradients"
-    (arch,) = (device.arch for device in devices.DEVICES if device.name == work.device)
-    width = launch.padded_width(work.dim)
-    S, T = (min(work.stages, most) for most in table.relation_group(name, arch, work.dtype, width))
-    groups = -(-work.stages // S) * -(-work.stages // T)
-    in_one_piece = work.batch * (S + T) * width * COPIED_TYPES.get(work.dtype, 0) <= launch.COLUMN_BYTES
-    passes = 1 if in_one_piece else 1 + -(-work.batch // launch.ROWS_AT_A_TIME)
-    return groups * (S + T) * passes
-
-
-def time_rows(kernels: list[KernelReport]) -> dict[Work, tuple[float, str]]:
-    """(predicted seconds, limiting unit of the longest kernel) of each op's forward, and forward and backward.
+def time_rows(kernels: list[KernelReport], directions: tuple[str, ...] = DIRECTIONS) -> dict[Work, tuple[float, str]]:
+    """(predicted seconds, limiting unit of the longest kernel) of each op's directions.
 
     relation_kl with more stages than share a launch counts every launch as a whole group.
     """
@@ -242,24 +192,27 @@ def time_rows(kernels: list[KernelReport]) -> dict[Work, tuple[float, str]]:
         )
     for (op, arch, dtype, dim, stages), by_name in by_setting.items():
         for device in devices.of_arch(arch):
-            for batch in next(iter(by_name.values())).programs:
+            for batch in sorted({batch for kernel in by_name.values() for batch in kernel.programs}):
                 parts = []
-                for direction in DIRECTIONS:
+                for direction in directions:
                     work = Work(device.name, op, direction, dtype, dim, stages, batch)
-                    parts += _parts(work, by_name, device)
-                    found[work] = sum(seconds for seconds, _ in parts), max(parts)[1]
+                    if plan(work) != Plan():
+                        parts += _parts(work, by_name, device)
+                        found[work] = sum(seconds for seconds, _ in parts), max(parts)[1]
     return found
 
 
 def _parts(work: Work, by_name: dict[str, KernelReport], device: devices.Device) -> list[tuple[float, str]]:
-    """(seconds, limiting unit) of each kernel of one direction and of the copies of the columns."""
+    """(seconds, limiting unit) of each kernel of one direction, and of cuBLAS's products and the copies if any."""
     steps = plan(work)
     chosen = [by_name[name] for name in steps.kernels]
     parts = []
     for kernel in chosen:
         prediction = kernel.predicted[device.name][work.batch]
-        parts.append((prediction["seconds"] * kernel.launches, prediction["limit"]))
-    if work.dtype in COPIED_TYPES:
+        parts.append((prediction["seconds"] * kernel.launches[work.batch], prediction["limit"]))
+    if steps.products:
+        parts.append(cublas_seconds(work, device, steps.products))
+    if work.dtype in COPIED_TYPES and steps.copies:
         moved = steps.copies * work.batch * work.dim * (4 + COPIED_TYPES[work.dtype])
         parts.append((moved / device.memory_bandwidth, "memory"))
     return parts
@@ -267,8 +220,8 @@ def _parts(work: Work, by_name: dict[str, KernelReport], device: devices.Device)
 
 def time_table(kernels: list[KernelReport], times: list[dict]) -> tuple[list[str], list[list[str]]]:
     headers = ["op", "type", "D", "S=T", "device", "B", "forward, predicted ms", "measured ms",
-               "forward + backward, predicted ms",
-               "measured ms", "limited by"]  # fmt: skip
+               "forward + backward, predicted ms", "measured ms", "limited by",
+               "forward + backward + double backward, predicted ms", "measured ms", "limited by"]  # fmt: skip
     predicted = time_rows(kernels)
     rows = []
     for work in predicted:
@@ -279,7 +232,9 @@ def time_table(kernels: list[KernelReport], times: list[dict]) -> tuple[list[str
             same = Work(**(asdict(work) | {"direction": direction}))
             row.append(f"*{report.milliseconds(predicted[same][0])}*" if same in predicted else "–")
             row.append(measuring.cell(same, times))
-        rows.append([*row, predicted[work][1]])
+            if direction != "forward":
+                row.append(predicted[same][1] if same in predicted else "–")
+        rows.append(row)
     return headers, rows
 
 
@@ -307,7 +262,7 @@ def arithmetic(kernels: list[KernelReport], work: Work) -> list[str]:
         return []
     device = next(device for device in devices.DEVICES if device.name == work.device)
     lines, total = [], 0.0
-    for direction in DIRECTIONS:
+    for direction in ("forward", "backward"):
         of_direction = Work(**(asdict(work) | {"direction": direction}))
         parts = _parts(of_direction, by_name, device)
         total += sum(seconds for seconds, _ in parts)

@@ -42,6 +42,15 @@ def device_missing(device: str) -> bool:
     return False
 
 
+def remarks(rows: list[measure.Row], described: dict) -> list[str]:
+    """On a GPU the fused kernels' times beside the predicted ones."""
+    if "gpu" not in described or not any(row.backend == "triton" and row.status == "ok" for row in rows):
+        return []
+    from bench.gpu import expected
+
+    return expected.remarks(rows, described["gpu"])
+
+
 def chosen_cases(arguments: argparse.Namespace) -> list[cases.Case]:
     found = []
     for op in arguments.op:
@@ -79,6 +88,8 @@ def measure_all(arguments: argparse.Namespace, chosen: list[cases.Case]) -> int:
         if not arguments.no_memory:
             measure.measure_memory(rows)
         console.print(report.case_table(case, rows))
+        for line in remarks(rows, described):
+            console.print(line)
         measured += rows
         results.add(rows)
         if arguments.json:

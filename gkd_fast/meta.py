@@ -141,13 +141,13 @@ class UnrolledSGD:
             # a = ∂J/∂θ and b = ∂J/∂m after the step that is undone next.
             a, meta = gradients[: len(self._params)], gradients[len(self._params) :]
             b = [torch.zeros_like(p) for p in self._params]
-            for objective, state, touched in reversed(self._trajectory):
+            products = self._exact if self._second_derivatives == "exact" else self._differences
+            for step, (objective, state, touched) in reversed(list(enumerate(self._trajectory))):
                 a, b, v = self._undo(touched, a, b)
-                # h = (∂²L/∂θ²) v and (∂²L/∂φ∂θ)ᵀ v.
-                products = self._exact if self._second_derivatives == "exact" else self._differences
-                second = products(objective, state, v, [*self._params, *wrt])
-                a = [_add(x, h) for x, h in zip(a, second)]
-                meta = [_add(x, h) for x, h in zip(meta, second[len(a) :])]
+                # (∂²L/∂φ∂θ)ᵀ v and h = (∂²L/∂θ²) v, which only earlier steps ask for.
+                second = products(objective, state, v, [*wrt, *self._params] if step > 0 else wrt)
+                meta = [_add(x, h) for x, h in zip(meta, second)]
+                a = [_add(x, h) for x, h in zip(a, second[len(wrt) :])]
         finally:
             self.rollback()
         return meta

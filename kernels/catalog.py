@@ -1,10 +1,11 @@
 """The kernels as they are compiled for an architecture by default, to be compiled and read without a GPU."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import triton
-from gkd_fast.kernels.graph_conv import INVERSE, INVERSE_ROOT, ONE, TERMS_ROWS, TERMS_WIDTH
+from gkd_fast.kernels.graph_conv import INVERSE, INVERSE_ROOT, TERMS_ROWS, TERMS_WIDTH
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_strip, graph_sums, graph_terms
 from gkd_fast.kernels.launch import PRODUCTS, Product, divide, padded_width
 from gkd_fast.kernels.node_contrast import EPILOGUE_ROWS
@@ -15,8 +16,10 @@ from gkd_fast.kernels.node_contrast_tiles import (
     contrast_sums,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl import STATISTICS_BLOCK
-from gkd_fast.kernels.relation_kl_tiles import relation_factors, relation_gradients, relation_losses, relation_sums
+from gkd_fast.kernels.relation_kl_gradient_tiles import relation_factors, relation_gradients
+from gkd_fast.kernels.relation_kl_tiles import relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima_kernel
+from gkd_fast.kernels.small_catalog import small_batches
 from gkd_fast.kernels.strips import MOST_ROWS
 from gkd_fast.kernels.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
 from gkd_fast.kernels.tangent_catalog import second_order
@@ -40,7 +43,7 @@ WHOLE = {"STRIP": False, "ALIGNED": True}
 
 @dataclass(frozen=True)
 class Specialization:
-    """One kernel with the types, constants and tile sizes of a default launch at large batch sizes.
+    """One kernel with the types, constants and tile sizes of a default launch.
 
     Attributes:
         op: the op it belongs to ("relation_kl", …).
@@ -53,6 +56,9 @@ class Specialization:
         exponentials: exponentials per entry of the tile and step that the hardware's unit computes;
         polynomials: those that the float units compute.
         exemption: why no matrix instruction is expected, or None.
+        max_registers: what the compiler is told instead of a limit of its own, or None.
+        small: whether it serves batches of at most ``small.SMALL_BATCH`` rows alone.
+        strip: the most rows and columns of one launch, or None: all.
     """
 
     op: str
@@ -73,6 +79,13 @@ class Specialization:
     polynomials: float
     exemption: str | None
     grid: Callable[[int], tuple[int, int]] = field(compare=False)
+    max_registers: int | None = None
+    small: bool = False
+    strip: tuple[int, int] | None = None
+
+    def launches(self, batch: int) -> int:
+        """How many launches, of strips of rows and columns, make one pass at this batch size."""
+        return math.prod(triton.cdiv(batch, most) for most in self.strip or ())
 
     def programs(self, batch: int) -> int:
         """Programs of one launch at this batch size."""
@@ -96,6 +109,8 @@ def compile(spec: Specialization, arch: str | None = None) -> triton.compiler.Co
     """Compile for ``arch`` (default: the specialization's); needs no GPU. ``.asm`` holds "cubin" or "amdgcn"."""
     source = ASTSource(spec.fn, spec.signature, spec.constexprs, _alignments(spec))
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if spec.max_registers is not None:
+        options["maxnreg"] = spec.max_registers
     return triton.compile(source, target=target(arch or spec.arch), options=options)
 
 
@@ -114,7 +129,7 @@ def _alignments(spec: Specialization) -> dict:
 
 
 def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (1, 1)) -> list[Specialization]:
-    """Every kernel that a forward and backward pass launches at large batch sizes, in the default configuration.
+    """Every kernel that forward, backward and double backward passes launch, in the default configuration.
 
     Args:
         arch: one of ``ARCHITECTURES``.
@@ -126,16 +141,10 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     if dtype not in PRODUCTS:
         raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
     build = _Builder(arch, PRODUCTS[dtype], dim)
-    second = second_order(build, *stages)
+    others = [*build.unit_rows(sum(stages)), *second_order(build, *stages), *small_batches(build, *stages)]
     if padded_width(dim) > largest_width(arch, dtype):
-        return [*build.strips(*stages), *build.unit_rows(sum(stages)), *second]
-    return [
-        *build.relation_kl(*stages),
-        *build.node_contrast(*stages),
-        *build.graph_conv(),
-        *build.unit_rows(sum(stages)),
-        *second,
-    ]
+        return [*build.strips(*stages), *others]
+    return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(), *others]
 
 
 class _Builder:
@@ -205,14 +214,14 @@ class _Builder:
 
     def graph_conv(self):
         yield self._walk("graph_conv", graph_degree_sums, "forward", {"ALIGNED": True}, {}, products=1, exponentials=1)
-        values = {"VALUE_WIDTH": self.width, "PREPARED": True, "ALIGNED": True, "SCALED": self.product.scaled}
-        symmetric = {"DEGREES": False, "COLUMN_FACTOR": INVERSE_ROOT, "ROW_FACTOR": INVERSE_ROOT}
-        row = {"DEGREES": True, "COLUMN_FACTOR": ONE, "ROW_FACTOR": INVERSE}
+        values = {"VALUE_WIDTH": self.width, "ALIGNED": True, "SCALED": self.product.scaled}
+        symmetric = {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}
+        row = {"DEGREES": True, "ROW_FACTOR": INVERSE}
         for name, constants in (
             ("symmetric", symmetric), ("row", row),
         ):  # fmt: skip
             yield self._walk(
-                "graph_conv", graph_sums, "forward", constants | values | {"TERMS": ONE}, {}, products=2,
+                "graph_conv", graph_sums, "forward", constants | values, {}, products=2,
                 exponentials=1, name=f"graph_sums, {name}", in_product_type=("values",),
             )  # fmt: skip
         constants = {"HAS_UPSTREAM": True, "MESSAGE_FACTOR": INVERSE_ROOT, "UPSTREAM_FACTOR": INVERSE_ROOT}
@@ -284,7 +293,7 @@ class _Builder:
 
         def grid(batch: int) -> tuple[int, int]:
             row_blocks = triton.cdiv(batch, config.rows) * pairs
-            parts = divide(row_blocks, batch, config.columns, batch, MULTIPROCESSORS[self.arch])
+            parts = divide(row_blocks, batch, config.columns, MULTIPROCESSORS[self.arch])
             return row_blocks * parts, triton.cdiv(triton.cdiv(batch, config.columns), parts) * walks
 
         polynomials = bounded * self.polynomials / 2
@@ -303,7 +312,7 @@ class _Builder:
 
     def _make(self, op, fn, direction, constants, lists, warps, stages, rows, columns, products, exponentials,
               polynomials,
-              exemption, grid, name, of_columns):  # fmt: skip
+              exemption, grid, name, of_columns, **others):  # fmt: skip
         signature = {}
         for argument in fn.arg_names:
             kind = self._type(argument, of_columns)
@@ -315,6 +324,7 @@ class _Builder:
         return Specialization(
             op, name or fn.__name__, direction, self.arch, self.product.name, self.dim, fn, signature, constants, warps,
             stages, rows, columns, products, exponentials, polynomials, exemption, grid,
+            **others,
         )  # fmt: skip
 
     def _type(self, argument: str, of_columns: tuple[str, ...]) -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from gkd_fast.kernels import graph_conv_small as small
 from gkd_fast.kernels import graph_conv_strips as strips
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
 from gkd_fast.kernels.launch import (
-    SMALL_BATCH,
     Piece,
     architecture,
     column_pieces,
@@ -20,11 +20,12 @@ from gkd_fast.kernels.launch import (
     power_of_two,
     product_of,
 )  # fmt: skip
+from gkd_fast.kernels.small import is_small
 from gkd_fast.kernels.table import largest_width, tiles
 from torch import Tensor
 
 # Factors of a value's row, as in ``graph_conv_tiles``.
-ONE, INVERSE, INVERSE_ROOT, OWN_INVERSE_ROOT = range(4)
+ONE, INVERSE, INVERSE_ROOT = range(3)
 TERMS_ROWS, TERMS_WIDTH = 16, 128
 
 
@@ -48,18 +49,15 @@ class Graph:
         """Whether rows of nodes or of ``width`` do not fit a program's registers."""
         return padded_width(self.dim, width) > largest_width(self.arch, self.product.name)
 
-    @property
-    def is_small(self) -> bool:
-        """Whether the kernels apply the columns' factors themselves."""
-        return self.column_count <= SMALL_BATCH
+    def is_small(self, width: int) -> bool:
+        """Whether values of ``width`` go to the kernels of small batches."""
+        return is_small(self.row_count, self.has_columns, self.dim, width)
 
     def launch(self, kernel: str, *widths: int):
         """Tile sizes, grid and compile-time arguments of a kernel that walks tiles."""
         config = tiles(kernel, self.arch, self.product.name, padded_width(self.dim, *widths))
         row_blocks = triton.cdiv(self.row_count, config.rows)
-        parts = divide(
-            row_blocks, self.column_count, config.columns, self.row_count, multiprocessors(self.nodes.device)
-        )
+        parts = divide(row_blocks, self.column_count, config.columns, multiprocessors(self.nodes.device))
         constants = {
             "WIDTH": padded_width(self.dim), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             "num_warps": config.warps, "num_stages": config.stages,
@@ -123,6 +121,8 @@ def graph_conv(
     if (column_nodes is None) != (column_messages is None):
         raise ValueError("column_nodes and column_messages go together")
     (messages,) = matrices("messages", [messages], graph.row_count)
+    if graph.is_small(messages.shape[1]):
+        return small.graph_conv(graph, messages, _is_row(normalization))
     columns = messages
     if graph.has_columns:
         (columns,) = matrices("column_messages", [column_messages], graph.column_count)
@@ -133,16 +133,12 @@ def graph_conv(
             raise ValueError("symmetric normalization with a column set needs both sides' degrees")
         output, _ = _kernel_times(graph, columns, degrees, column_degrees, INVERSE_ROOT, INVERSE_ROOT)
         return output, degrees.clone()
-    if graph.is_small and not graph.is_wide(messages.shape[1]):
-        return _kernel_times(graph, columns, None, None, OWN_INVERSE_ROOT, INVERSE_ROOT)
     degrees = _degrees(graph)
     return _kernel_times(graph, columns, degrees, degrees, INVERSE_ROOT, INVERSE_ROOT)
 
 
-def _kernel_times(
-    graph, values, row_degrees, column_degrees, column_factor, row_factor, with_degrees=False, terms_of=None
-):
-    """f_i Σ_j K_ij f_j values_j and the degrees; ``terms_of``: (terms, their factor, messages, upstream, output)."""
+def _kernel_times(graph, values, row_degrees, column_degrees, column_factor, row_factor, with_degrees=False):
+    """f_i Σ_j K_ij f_j values_j and the degrees."""
     width = values.shape[1]
     if graph.is_wide(width):
         output, sums = strips.kernel_sums(graph, values, factor_of(column_degrees, column_factor))
@@ -150,30 +146,26 @@ def _kernel_times(
         factor = factor_of(degrees, row_factor)
         return output if factor is None else output * factor[:, None], degrees
     grid, parts, constants = graph.launch("graph_sums", width)
-    factor = None if graph.is_small else factor_of(column_degrees, column_factor)
+    factor = factor_of(column_degrees, column_factor)
     power = values
     if graph.product.scaled:
         power = power_of_two(values.abs().amax())
-        factor = None if graph.is_small else power.expand(len(values)) if factor is None else factor * power
+        factor = power.expand(len(values)) if factor is None else factor * power
     columns, factors = (graph.columns, values), (None, factor)
     output = values.new_empty(parts, graph.row_count, width)
-    own_degrees = with_degrees or column_factor == OWN_INVERSE_ROOT
-    sums = values.new_empty(parts, graph.row_count) if own_degrees else output
-    terms, terms_factor, messages, upstream, convolved = terms_of or (output, ONE, values, values, values)
+    sums = values.new_empty(parts, graph.row_count) if with_degrees else output
     with on_device(values):
         for piece in graph.pieces(columns, factors, constants):
             graph_sums[grid](
-                graph.nodes, *piece.matrices, values if row_degrees is None else row_degrees,
-                values if column_degrees is None else column_degrees, output, sums, power, terms, messages, upstream,
-                convolved, graph.inverse_variance, graph.dim, width, graph.row_count, piece.count,
-                graph.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last), DEGREES=with_degrees,
-                COLUMN_FACTOR=column_factor, ROW_FACTOR=row_factor, TERMS=terms_factor, SCALED=graph.product.scaled,
-                PREPARED=not graph.is_small, ALIGNED=piece.aligned, **constants,
+                graph.nodes, *piece.matrices, values if row_degrees is None else row_degrees, output, sums, power,
+                graph.inverse_variance, graph.dim, width, graph.row_count, piece.count, graph.offset - piece.start,
+                parts, int(piece.start > 0), int(piece.is_last), DEGREES=with_degrees, ROW_FACTOR=row_factor,
+                SCALED=graph.product.scaled, ALIGNED=piece.aligned, **constants,
             )  # fmt: skip
         if parts == 1:
-            return output[0], sums[0] if own_degrees else row_degrees
+            return output[0], sums[0] if with_degrees else row_degrees
         output = output.sum(dim=0)
-        degrees = sums.sum(dim=0) if own_degrees else row_degrees
+        degrees = sums.sum(dim=0) if with_degrees else row_degrees
         factor = factor_of(degrees, row_factor)
         return output if factor is None else output * factor[:, None], degrees
 
@@ -188,15 +180,16 @@ def graph_conv_backward(
     if len(needs) != 2:
         raise ValueError(f"needs must have 2 entries, got {len(needs)}")
     upstream, messages, output = matrices("upstream, messages, output", [upstream, messages, output], graph.row_count)
-    own = other = Side(messages, upstream, degrees.contiguous())
+    degrees = degrees.contiguous()
+    if graph.is_small(messages.shape[1]):
+        return small.graph_conv_backward(graph, upstream, messages, output, degrees, is_row, needs)
+    own = other = Side(messages, upstream, degrees)
     if graph.has_columns:
         other = _column_side(graph, is_row, column_messages, column_upstream, column_degrees)
     terms, column_terms, gradients = node_terms, column_node_terms, []
     messages_gradient = None
     if needs[1] or not (graph.has_columns or is_row):
-        messages_gradient, own_terms = _messages_gradient(graph, own, other, output, is_row)
-        if not graph.has_columns:
-            terms = column_terms = own_terms
+        messages_gradient = _messages_gradient(graph, own, other, is_row)
     if needs[0]:
         if terms is None and graph.has_columns:
             raise ValueError("the nodes' gradient with a column set needs node_terms")
@@ -221,17 +214,12 @@ def _column_side(graph, is_row, messages, upstream, degrees) -> Side:
     return Side(messages, upstream, None if degrees is None else degrees.contiguous())
 
 
-def _messages_gradient(graph, own, other, output, is_row) -> tuple[Tensor, Tensor | None]:
-    """dH of the rows, and the node terms where one launch gives both."""
+def _messages_gradient(graph, own, other, is_row) -> Tensor:
+    """dH of the rows."""
     if other.upstream is None:
-        return torch.zeros_like(own.messages), None
+        return torch.zeros_like(own.messages)
     factors = (INVERSE, ONE) if is_row else (INVERSE_ROOT, INVERSE_ROOT)
-    terms_of = None
-    if graph.is_small and not (graph.has_columns or graph.is_wide(own.messages.shape[1])):
-        terms = own.messages.new_empty(graph.row_count)
-        terms_of = (terms, INVERSE if is_row else INVERSE_ROOT, own.messages, own.upstream, output)
-    gradient, _ = _kernel_times(graph, other.upstream, own.degrees, other.degrees, *factors, terms_of=terms_of)
-    return gradient, terms_of and terms_of[0]
+    return _kernel_times(graph, other.upstream, own.degrees, other.degrees, *factors)[0]
 
 
 def _terms(own: Side, output: Tensor, messages_gradient: Tensor | None, is_row: bool) -> Tensor:
@@ -267,23 +255,22 @@ def _nodes_gradient(graph, own, other, terms, column_terms, is_row) -> Tensor:
     has_upstream = other.upstream is not None
     sides = ((other.messages, message_factor, powers_of[0]), (other.upstream, upstream_factor, powers_of[1]))
     for values, kind, power in sides[: 1 + has_upstream]:
-        factor = None if graph.is_small else factor_of(other.degrees, kind)
-        if power is not None and not graph.is_small:
+        factor = factor_of(other.degrees, kind)
+        if power is not None:
             factor = power.expand(len(values)) if factor is None else factor * power
         columns.append(values)
         factors.append(factor)
     gradient = graph.nodes.new_empty(parts, *graph.nodes.shape)
-    column_degrees = own.degrees if other.degrees is None else other.degrees
     with on_device(graph.nodes):
         for piece in graph.pieces(columns, factors, constants):
             piece_nodes, piece_messages, *piece_upstream = piece.matrices
             graph_gradients[grid](
                 graph.nodes, piece_nodes, own.messages, own.upstream, piece_messages,
-                piece_upstream[0] if has_upstream else piece_messages, own.degrees, column_degrees, terms,
+                piece_upstream[0] if has_upstream else piece_messages, own.degrees, terms,
                 column_terms[piece.start :], gradient, powers, graph.inverse_variance, graph.dim, width,
                 graph.row_count, piece.count, graph.offset - piece.start, parts, int(piece.start > 0),
                 HAS_UPSTREAM=has_upstream, MESSAGE_FACTOR=message_factor, UPSTREAM_FACTOR=upstream_factor,
-                SCALED=graph.product.scaled, PREPARED=not graph.is_small, ALIGNED=piece.aligned, **constants,
+                SCALED=graph.product.scaled, ALIGNED=piece.aligned, **constants,
             )  # fmt: skip
     return gradient[0] if parts == 1 else gradient.sum(dim=0)
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 from gkd_fast.kernels.graph_conv_tiles import LOG2E, adjacency
-from gkd_fast.kernels.tangents import add_tile_product, similarities, store_strip
-from gkd_fast.kernels.tile import COUNTS, load_vector, number, replace_diagonal, store_vector
+from gkd_fast.kernels.tangents import similarities, store_strip
+from gkd_fast.kernels.tile import COUNTS, add_tile_product, load_vector, number, replace_diagonal, store_vector
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -53,12 +53,13 @@ def crossed_products(
     BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G'_i·H'_j and H'_i·G'_j."""
+    TYPE: tl.constexpr = left.dtype.element_ty
     ahead = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     behind = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     ahead = add_tile_product(left, column_right, i, j, row_count, column_count, width, ahead, BLOCK_ROWS, BLOCK_COLUMNS,
-                             BLOCK_WIDTH, PRECISION)  # fmt: skip
+                             BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
     behind = add_tile_product(right, column_left, i, j, row_count, column_count, width, behind, BLOCK_ROWS,
-                              BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
+                              BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
     return ahead, behind
 
 

@@ -1,7 +1,7 @@
 """graph_conv's kernels. K_ij = exp((c_ij − 1)·v) off the diagonal and 1 on it, in base 2 with slope = v·log2(e).
 
-Values are rows H or G; times a factor of their row, 1/deg or deg^-1/2, they are H' or G'. Where the batch is small the
-kernel applies the column factors itself; otherwise the caller brings columns that hold them already.
+Values are rows H or G; times a factor of their row, 1/deg or deg^-1/2, they are H' or G'. The columns that the caller
+brings hold theirs already.
 """
 
 import triton
@@ -34,8 +34,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 ONE = tl.constexpr(0)
 INVERSE = tl.constexpr(1)
 INVERSE_ROOT = tl.constexpr(2)
-# INVERSE_ROOT of degrees that the kernel sums up itself.
-OWN_INVERSE_ROOT = tl.constexpr(3)
 
 
 @triton.jit
@@ -137,28 +135,13 @@ def load_values(
 
 @triton.jit
 def add_values(
-    total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width, slope,
-    EDGE: tl.constexpr, DEGREES: tl.constexpr, COLUMN_FACTOR: tl.constexpr, BOOST: tl.constexpr, SCALED: tl.constexpr,
-    PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    total, degrees, rows, column_nodes, values, i, j, column_count, offset, dim, width, slope, EDGE: tl.constexpr,
+    DEGREES: tl.constexpr, BOOST: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ K_ij f_j values_j and Σ K_ij with those of the tile at (i, j) added."""
+    """Σ K_ij values_j and Σ K_ij with those of the tile at (i, j) added."""
     columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
-    if COLUMN_FACTOR == OWN_INVERSE_ROOT:
-        column = degree_sums(columns, column_nodes, j, 0, column_count, 0, dim, slope, ALIGNED, BLOCK_COLUMNS,
-                             BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
-        # Columns that do not exist may have degree 0.
-        scaling = tl.where(tl.arange(0, BLOCK_COLUMNS) < column_count - j, tl.rsqrt(column), 0.0)
-        if SCALED:
-            scaling = scaling * tl.load(power)
-        v = load_rows(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, SUM)
-        v = convert(v * scaling[:, None], TYPE)
-    elif PREPARED:
-        v = load_columns(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
-    else:
-        v = load_values(values, column_degrees, power, j, column_count, width, COLUMN_FACTOR, SCALED, BLOCK_COLUMNS,
-                        VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+    v = load_columns(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
     c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     k = adjacency(c, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
     if DEGREES:
@@ -168,17 +151,15 @@ def add_values(
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_sums(
-    nodes, column_nodes, values, row_degrees, column_degrees, output, sums, power, terms, messages, upstream, convolved,
-    inverse_variance, dim, width, row_count, column_count, offset, parts, accumulate, is_last, DEGREES: tl.constexpr,
-    COLUMN_FACTOR: tl.constexpr, ROW_FACTOR: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr,
-    PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    nodes, column_nodes, values, row_degrees, output, sums, power, inverse_variance, dim, width, row_count,
+    column_count, offset, parts, accumulate, is_last, DEGREES: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    SCALED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output_i = f_i Σ_j K_ij f_j values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij.
+    """output_i = f_i Σ_j K_ij values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij.
 
-    The row factor is applied to complete sums alone. TERMS: also the node terms of a complete messages' gradient, of
-    the "row" normalization (INVERSE) or the "symmetric" one (INVERSE_ROOT).
+    The row factor f is applied to complete sums alone. power: what the values were multiplied by if SCALED.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
@@ -188,26 +169,20 @@ def graph_sums(
     BOOST: tl.constexpr = 14 if SCALED else 0
     rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
     part_rows = number(part, tl.int64) * row_count
-    if TERMS != ONE:
-        # Before the walk, when registers are free.
-        g = load_rows(upstream, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
-        along = tl.sum(g * load_rows(convolved, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM), 1)
     degrees = tl.zeros([BLOCK_ROWS], SUM)
     total = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], SUM)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in range(0, whole - crossed):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
-            total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width,
-            slope, False, DEGREES, COLUMN_FACTOR, BOOST, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS,
-            BLOCK_COLUMNS, TYPE, SUM, PRECISION,
+            total, degrees, rows, column_nodes, values, i, j, column_count, offset, dim, width, slope, False, DEGREES,
+            BOOST, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
-            total, degrees, rows, column_nodes, values, column_degrees, power, i, j, column_count, offset, dim, width,
-            slope, True, DEGREES, COLUMN_FACTOR, BOOST, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS,
-            BLOCK_COLUMNS, TYPE, SUM, PRECISION,
+            total, degrees, rows, column_nodes, values, i, j, column_count, offset, dim, width, slope, True, DEGREES,
+            BOOST, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     if SCALED:
         total = total * (2.0**-BOOST / tl.load(power))
@@ -217,20 +192,11 @@ def graph_sums(
     if DEGREES:
         degrees += load_vector(sums + part_rows, i, row_count * accumulate, BLOCK_ROWS)
         store_vector(sums + part_rows, degrees, i, row_count, BLOCK_ROWS)
-    if COLUMN_FACTOR == OWN_INVERSE_ROOT:
-        degrees = degree_sums(rows, column_nodes, i, 0, column_count, offset, dim, slope, ALIGNED, BLOCK_ROWS,
-                              BLOCK_COLUMNS, WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
-        store_vector(sums, degrees, i, row_count, BLOCK_ROWS)
-    elif not DEGREES and (ROW_FACTOR != ONE or TERMS != ONE):
+    elif ROW_FACTOR != ONE:
         row = tl.arange(0, BLOCK_ROWS)
         degrees = tl.load(row_degrees + i + row, mask=row < row_count - i, other=1)
     if (is_last != 0) & (parts == 1):
         total = total * row_factor(degrees, ROW_FACTOR)[:, None]
-        if TERMS == INVERSE_ROOT:
-            h = load_rows(messages, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
-            along = 0.5 * (along + tl.sum(h * total, 1))
-        if TERMS != ONE:
-            store_vector(terms, -along / degrees, i, row_count, BLOCK_ROWS)
     store_rows(before, total, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH)
 
 
@@ -263,25 +229,16 @@ def graph_terms(
 
 @triton.jit
 def add_nodes(
-    total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers, i, j,
-    column_count, offset, dim, width, slope, v, unscale, EDGE: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
-    MESSAGE_FACTOR: tl.constexpr, UPSTREAM_FACTOR: tl.constexpr, SCALED: tl.constexpr, PREPARED: tl.constexpr,
+    total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_terms, i, j, column_count, offset, dim,
+    width, slope, v, unscale, EDGE: tl.constexpr, HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr,
     ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ M_ij e_j with that of the tile at (i, j) added."""
-    if PREPARED:
-        other = load_columns(column_messages, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
-    else:
-        other = load_values(column_messages, column_degrees, powers, j, column_count, width, MESSAGE_FACTOR, SCALED,
-                            BLOCK_COLUMNS, VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+    other = load_columns(column_messages, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
     m = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     if HAS_UPSTREAM:
-        if PREPARED:
-            other = load_columns(column_upstream, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
-        else:
-            other = load_values(column_upstream, column_degrees, powers + 1, j, column_count, width, UPSTREAM_FACTOR,
-                                SCALED, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+        other = load_columns(column_upstream, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
         m = add_product(h, tl.trans(other), m, PRECISION)
     if SCALED:
         m = m * unscale
@@ -296,12 +253,11 @@ def add_nodes(
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_gradients(
-    nodes, column_nodes, messages, upstream, column_messages, column_upstream, row_degrees, column_degrees, terms,
-    column_terms, gradient, powers, inverse_variance, dim, width, row_count, column_count, offset, parts, accumulate,
+    nodes, column_nodes, messages, upstream, column_messages, column_upstream, row_degrees, terms, column_terms,
+    gradient, powers, inverse_variance, dim, width, row_count, column_count, offset, parts, accumulate,
     HAS_UPSTREAM: tl.constexpr, MESSAGE_FACTOR: tl.constexpr, UPSTREAM_FACTOR: tl.constexpr, SCALED: tl.constexpr,
-    PREPARED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j, M_ij = v K_ij (G'_i·H'_j + H'_i·G'_j + d_i + d_j) off the diagonal, over the part's columns.
 
@@ -329,18 +285,16 @@ def graph_gradients(
     for k in tl.range(0, whole - crossed, disable_licm=True):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
         total = add_nodes(
-            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,
-            i, j, column_count, offset, dim, width, slope, v, unscale, False, HAS_UPSTREAM, MESSAGE_FACTOR,
-            UPSTREAM_FACTOR, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, SUM,
-            PRECISION,
+            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_terms, i, j, column_count,
+            offset, dim, width, slope, v, unscale, False, HAS_UPSTREAM, SCALED, ALIGNED, WIDTH, VALUE_WIDTH,
+            BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total = add_nodes(
-            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_degrees, column_terms, powers,
-            i, j, column_count, offset, dim, width, slope, v, unscale, True, HAS_UPSTREAM, MESSAGE_FACTOR,
-            UPSTREAM_FACTOR, SCALED, PREPARED, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, SUM,
-            PRECISION,
+            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_terms, i, j, column_count,
+            offset, dim, width, slope, v, unscale, True, HAS_UPSTREAM, SCALED, ALIGNED, WIDTH, VALUE_WIDTH,
+            BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     if SCALED:
         total = total * (1 / tl.load(powers + 2))

@@ -11,10 +11,9 @@ import triton.language as tl
 from gkd_fast.kernels import table
 from torch import Tensor
 
-# Up to this many rows an op is launched whole: no copies of the columns, no division among programs.
-SMALL_BATCH = 256
-# Columns are copied in the product's type this much at a time, and rows so many at a time.
+# Columns are copied in the product's type this much at a time, in multiples of so many, and rows so many at a time.
 COLUMN_BYTES = 8 * 2**20
+COLUMN_MULTIPLE = 256
 ROWS_AT_A_TIME = 2**14
 # Tiles in float16 are scaled by a power of two to at most this.
 LARGEST_FLOAT16 = 2.0**14
@@ -110,10 +109,8 @@ def padded_width(*widths: int) -> int:
     return max(16, triton.next_power_of_2(max(widths)))
 
 
-def divide(row_blocks: int, columns: int, block_columns: int, batch: int, processors: int) -> int:
+def divide(row_blocks: int, columns: int, block_columns: int, processors: int) -> int:
     """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work."""
-    if batch <= SMALL_BATCH:
-        return 1
     return max(1, min(triton.cdiv(columns, block_columns), processors // row_blocks))
 
 
@@ -145,15 +142,14 @@ def column_pieces(
 ) -> Iterator[Piece]:
     """The columns in the product's type, rows multiplied by their factors, ``COLUMN_BYTES`` or ``most`` at a time.
 
-    Where nothing is to be changed, the matrices themselves. Few columns are left to the kernel to convert. With
-    ``widths`` (none less than a matrix's own) copies are that wide and whole blocks long, zero beyond the matrix. A
-    piece is overwritten by the next one.
+    Where nothing is to be changed, the matrices themselves. With ``widths`` (none less than a matrix's own) copies are
+    that wide and whole blocks long, zero beyond the matrix. A piece is overwritten by the next one.
     """
     count = len(columns[0])
     factors = factors or [None] * len(columns)
     unchanged = all(x.dtype == dtype for x in columns) and all(f is None for f in factors)
-    if most is None and (unchanged or count <= SMALL_BATCH):
-        exact = widths is not None and unchanged and all(x.shape[1] == w for x, w in zip(columns, widths, strict=True))
+    if most is None and unchanged:
+        exact = widths is not None and all(x.shape[1] == w for x, w in zip(columns, widths, strict=True))
         yield Piece(0, count, tuple(columns), True, exact and count % block == 0)
         return
     stored = widths or [x.shape[1] for x in columns]
@@ -163,7 +159,7 @@ def column_pieces(
 
 
 def _rows_of_a_copy(row_bytes: int) -> int:
-    return max(SMALL_BATCH, COLUMN_BYTES // row_bytes // SMALL_BATCH * SMALL_BATCH)
+    return max(COLUMN_MULTIPLE, COLUMN_BYTES // row_bytes // COLUMN_MULTIPLE * COLUMN_MULTIPLE)
 
 
 def _copies(matrices: Sequence[Tensor], dtype: torch.dtype, widths: Sequence[int], length: int) -> list[Tensor]:
@@ -197,7 +193,7 @@ def row_and_column_pieces(
     Matrix units read a program's own rows from shared memory at once only if the kernel need not convert them.
     """
     widths, none = [width] * len(rows), [None] * len(rows)
-    if rows[0].dtype == dtype or len(columns[0]) <= SMALL_BATCH:
+    if rows[0].dtype == dtype:
         whole = Piece(0, len(rows[0]), tuple(rows), True)
         for piece in column_pieces(columns, dtype, widths=widths, block=block):
             yield whole, piece

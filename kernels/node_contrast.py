@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 import triton
+from gkd_fast.kernels import node_contrast_small as small
 from gkd_fast.kernels import node_contrast_strips as strips
 from gkd_fast.kernels.launch import (
     Piece,
@@ -24,6 +25,7 @@ from gkd_fast.kernels.node_contrast_tiles import (
     contrast_sums,
 )  # fmt: skip
 from gkd_fast.kernels.row_maxima import row_maxima
+from gkd_fast.kernels.small import is_small
 from gkd_fast.kernels.table import Tiles, largest_width, tiles
 from torch import Tensor
 
@@ -98,6 +100,8 @@ def node_contrast(
     problem = Problem(students, teachers, wanted, temperature, product_precision)
     columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
     own = problem.own_rows(teacher_columns, problem.teachers, offset)
+    if is_small(problem.row_count, teacher_columns is not None, problem.dim):
+        return small.node_contrast(problem, keep_weighted)
     if problem.is_wide:
         return strips.node_contrast(problem, columns, own, keep_weighted)
     x, rows, num_pairs = problem.students[0], problem.row_count, len(problem.pairs)
@@ -109,7 +113,7 @@ def node_contrast(
         return losses, log_sums, weighted
     config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(rows, config.rows)
-    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, rows, multiprocessors(problem.device))
+    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, multiprocessors(problem.device))
     sums = x.new_empty(parts, num_pairs, rows)
     partial = x.new_empty(parts, num_pairs, rows, problem.dim) if keep_weighted and parts > 1 else weighted
     with on_device(x):
@@ -119,13 +123,13 @@ def node_contrast(
         for piece in problem.pieces(columns, config):
             contrast_sums[(row_blocks, num_pairs * parts)](
                 tuple(problem.students), piece.matrices, tuple(own), sums, partial, shifts, losses, log_sums,
-                problem.dim, rows, piece.count, 0, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
+                problem.dim, rows, piece.count, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
                 problem.scale, shift, ALIGNED=piece.aligned, **keep, **problem.constants(config),
             )  # fmt: skip
         if parts > 1:
             contrast_losses[(triton.cdiv(rows, EPILOGUE_ROWS), num_pairs)](
                 tuple(problem.students), tuple(own), sums, partial, weighted, shifts, losses, log_sums, problem.dim,
-                rows, 0, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
+                rows, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
             )  # fmt: skip
     return losses, log_sums, weighted
 
@@ -157,7 +161,10 @@ def node_contrast_backward(
     own_students = problem.own_rows(student_columns, problem.students, offset)
     upstream, log_sums = upstream.contiguous(), log_sums.contiguous()
     column_side = (upstream, log_sums)
-    if teacher_columns is not None or student_columns is not None:
+    has_columns = teacher_columns is not None or student_columns is not None
+    if is_small(problem.row_count, has_columns, problem.dim):
+        return small.node_contrast_backward(problem, upstream, log_sums, weighted.contiguous(), needs)
+    if has_columns:
         if column_upstream is not None and (column_log_sums is None or student_columns is None):
             raise ValueError("column_upstream needs student_columns and column_log_sums")
         column_side = None if column_upstream is None else (column_upstream.contiguous(), column_log_sums.contiguous())
@@ -189,7 +196,7 @@ def _bits(flags) -> int:
 def _differences(problem, own, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
     contrast_differences[(triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients))](
-        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, 0, problem.wanted,
+        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, problem.wanted,
         _bits(needs), 1 / problem.temperature, problem.S, problem.T, **problem.epilogue_constants(),
     )  # fmt: skip
 
@@ -200,9 +207,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs
     row_blocks = triton.cdiv(problem.row_count, config.rows)
     count = 0 if side is None else len(columns[0])
     upstream, log_sums = (own_upstream, own_upstream) if side is None else side
-    parts = divide(
-        row_blocks * len(gradients), count, config.columns, problem.row_count, multiprocessors(problem.device)
-    )
+    parts = divide(row_blocks * len(gradients), count, config.columns, multiprocessors(problem.device))
     partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
     power = upstream
     if problem.product.scaled:
@@ -213,7 +218,7 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs
         contrast_gradients[(row_blocks, parts * len(gradients))](
             tuple(rows), piece.matrices, tuple(own), upstream[first:stop] if by_piece else upstream, own_upstream,
             log_sums[:, first:stop].contiguous() if by_piece else log_sums, tuple(partial), power, problem.dim,
-            problem.row_count, min(piece.count, count), 0, problem.wanted, _bits(needs), parts, int(first > 0),
+            problem.row_count, min(piece.count, count), problem.wanted, _bits(needs), parts, int(first > 0),
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
             STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled,
             ALIGNED=piece.aligned, **problem.constants(config),

@@ -51,7 +51,7 @@ def _forward(problem, s, t, strip, columns, own, shift, shifts, out):
         weights = torch.empty_like(similarities, dtype=problem.product.torch_type)
         contrast_sums[grid](
             (student,) * problem.S, (similarities,) * problem.T, (own_similarities,) * problem.T, sums, weights,
-            sums if shifts is None else shifts, losses, log_sums, problem.dim, rows, piece.count, 0, 1 << pair, 1,
+            sums if shifts is None else shifts, losses, log_sums, problem.dim, rows, piece.count, 1 << pair, 1,
             int(piece.start > 0), int(piece.is_last), problem.scale, shift, S=problem.S, T=problem.T,
             KEEP=weighted is not None, OWN_SHIFT=shifts is not None, **constants,
         )  # fmt: skip
@@ -107,7 +107,7 @@ def _add_sums(problem, s, t, rows, columns, side, gradient, by_column):
         contrast_gradients[grid](
             (rows,) * stages, (similarities,) * partners, (rows,) * partners, upstream[here] if by_column else upstream,
             upstream, log_sums[:, here].contiguous() if by_column else log_sums, (weights,), power, problem.dim,
-            len(rows), piece.count, 0, 1 << (s * problem.T + t), 1 << (t if by_column else s), 1, 0,
+            len(rows), piece.count, 1 << (s * problem.T + t), 1 << (t if by_column else s), 1, 0,
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
             STAGES=stages, PARTNERS=partners, BY_COLUMN=by_column, SCALED=problem.product.scaled, **constants,
         )  # fmt: skip

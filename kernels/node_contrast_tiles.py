@@ -45,14 +45,6 @@ def set_bits_below(bits, place, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_own(
-    matrix, i, offset, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr
-):
-    """The rows' own partners, rounded as the tiles' entries are."""
-    return load_rows(matrix + number(offset, tl.int64) * dim, i, count, dim, BLOCK, WIDTH, TYPE).to(SUM)
-
-
-@triton.jit
 def add_weights(
     z, total, rows, teacher, weighted, row_shift, i, j, row_count, column_count, dim, scale, EDGE: tl.constexpr,
     KEEP: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -77,7 +69,7 @@ def add_weights(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_sums(
-    students, teachers, own, sums, weighted, shifts, losses, log_sums, dim, row_count, column_count, own_offset, wanted,
+    students, teachers, own, sums, weighted, shifts, losses, log_sums, dim, row_count, column_count, wanted,
     parts, accumulate, is_last, scale: tl.float64, shift: tl.float64, S: tl.constexpr, T: tl.constexpr,
     KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
@@ -85,8 +77,8 @@ def contrast_sums(
 ):  # fmt: skip
     """Z and, with KEEP, W of one wanted pair over the part's columns; complete, they become losses and log-sums.
 
-    ``own``: the teachers' whole column set, in which row i's partner is i + own_offset. With STRIP the teachers are
-    strips of similarities [row_count, column_count], ``own`` the partners' similarities and W a strip of weights.
+    ``own``: the rows' own partners, per teacher. With STRIP the teachers are strips of similarities
+    [row_count, column_count], ``own`` the partners' similarities and W a strip of weights.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     place = tl.program_id(1) // parts
@@ -101,7 +93,7 @@ def contrast_sums(
         rows = own_similarity
     else:
         rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
-        partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
+        partner = load_rows(pick(own, pair % T), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
         own_similarity = tl.sum(rows.to(SUM) * partner, 1)
     pair_rows = (number(part, tl.int64) * (tl.num_programs(1) // parts) + place) * row_count
     if OWN_SHIFT:
@@ -145,7 +137,7 @@ def store_contrast(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_losses(
-    students, own, sums, weighted, out, shifts, losses, log_sums, dim, row_count, own_offset, wanted, parts,
+    students, own, sums, weighted, out, shifts, losses, log_sums, dim, row_count, wanted, parts,
     scale: tl.float64, shift: tl.float64, S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +155,7 @@ def contrast_losses(
     for part in range(parts):
         z += load_vector(sums + pair_rows + part * stride, i, row_count, BLOCK_ROWS)
     rows = load_rows(pick(students, pair // T), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
-    partner = load_own(pick(own, pair % T), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
+    partner = load_rows(pick(own, pair % T), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
     store_contrast(z, row_shift, tl.sum(rows * partner, 1) * number(scale, SUM), losses + pair, log_sums + pair_rows, i,
                    row_count, S * T, BLOCK_ROWS)  # fmt: skip
     if KEEP:
@@ -175,7 +167,7 @@ def contrast_losses(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_differences(
-    own, weighted, upstream, gradients, dim, row_count, own_offset, wanted, needed, inverse_temperature: tl.float64,
+    own, weighted, upstream, gradients, dim, row_count, wanted, needed, inverse_temperature: tl.float64,
     S: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, TYPE: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +181,7 @@ def contrast_differences(
         if (bits >> (s * T + t)) & 1:
             mean = weighted + set_bits_below(bits, s * T + t, S * T) * row_count * dim
             g = tl.load(upstream + row.to(tl.int64) * (S * T) + s * T + t, mask=row < row_count, other=0)
-            partner = load_own(pick(own, t), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
+            partner = load_rows(pick(own, t), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
             difference = load_rows(mean, i, row_count, dim, BLOCK_ROWS, WIDTH, SUM) - partner
             total += (g * number(inverse_temperature, SUM))[:, None] * difference
     store_rows(pick(gradients, tl.program_id(1)), total, i, row_count, dim, BLOCK_ROWS, WIDTH)
@@ -197,7 +189,7 @@ def contrast_differences(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_gradients(
-    rows, columns, own, upstream, own_upstream, log_sums, gradients, power, dim, row_count, column_count, own_offset,
+    rows, columns, own, upstream, own_upstream, log_sums, gradients, power, dim, row_count, column_count,
     wanted, needed, parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64,
     STAGES: tl.constexpr, PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr,
     ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -261,7 +253,7 @@ def contrast_gradients(
                 pair = stage * stride + k * partner_stride
                 inside = (row < row_count) & (((bits >> pair) & 1) == 1)
                 g = tl.load(own_upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0)
-                partner = load_own(pick(own, k), i, own_offset, row_count, dim, BLOCK_ROWS, WIDTH, TYPE, SUM)
+                partner = load_rows(pick(own, k), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
                 total -= (g * number(inverse_temperature, SUM))[:, None] * partner
         out = pick(gradients, tl.program_id(1) // parts) + number(part, tl.int64) * row_count * dim
         before = load_rows(out, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)

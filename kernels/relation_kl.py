@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 import triton
+from gkd_fast.kernels import relation_kl_small as small
 from gkd_fast.kernels.launch import (
     Piece,
     Product,
@@ -20,14 +21,10 @@ from gkd_fast.kernels.launch import (
     row_and_column_pieces,
     row_blocks_at_a_time,
 )  # fmt: skip
-from gkd_fast.kernels.relation_kl_tiles import (
-    num_factors,
-    relation_factors,
-    relation_gradients,
-    relation_losses,
-    relation_sums,
-)  # fmt: skip
+from gkd_fast.kernels.relation_kl_gradient_tiles import num_factors, relation_factors, relation_gradients
+from gkd_fast.kernels.relation_kl_tiles import relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima
+from gkd_fast.kernels.small import is_small
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
 from gkd_fast.kernels.table import Tiles, largest_width, polynomials, relation_group, tiles
 from torch import Tensor
@@ -67,7 +64,8 @@ class Problem:
         self.slope = 1 / (bandwidth**2 * temperature)
         self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
         self.row_count, self.column_count = len(self.rows[0]), len(self.columns[0])
-        self.widest = max(x.shape[1] for x in self.rows)
+        self.dims = tuple(x.shape[1] for x in self.rows)
+        self.widest = max(self.dims)
         self.is_wide = padded_width(self.widest) > largest_width(self.arch, self.product.name)
 
     def groups(self, kernel: str) -> Iterator[tuple[list[int], list[int]]]:
@@ -93,7 +91,7 @@ class Problem:
         """Among how many programs the columns of a row block are divided."""
         row_blocks = row_blocks_at_a_time(self.row_count, config.rows)
         processors = multiprocessors(self.rows[0].device)
-        return divide(row_blocks, self.column_count, config.columns, self.row_count, processors)
+        return divide(row_blocks, self.column_count, config.columns, processors)
 
     def stages(self, students: list[int], teachers: list[int]) -> list[int]:
         return students + [self.num_students + t for t in teachers]
@@ -132,6 +130,8 @@ def relation_kl(
     problem = Problem(students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns,
                       offset)  # fmt: skip
     x, rows = problem.rows[0], problem.row_count
+    if is_small(rows, problem.has_columns, problem.widest):
+        return small.relation_kl(problem)
     if problem.is_wide and rows > strip_rows(problem.widest):
         return _forward_in_strips(problem, temperature, bandwidth, product_precision)
     losses = x.new_empty(rows, problem.num_students, problem.num_teachers)
@@ -204,6 +204,8 @@ def relation_kl_backward(
             raise ValueError("a teacher's gradient needs column_losses")
         other = (column_upstream, column_losses, column_student_log_sums, column_teacher_log_sums)
     own, other = ([x if x is None else x.contiguous() for x in side] if side else None for side in (own, other))
+    if is_small(problem.row_count, problem.has_columns, problem.widest):
+        return small.relation_kl_backward(problem, *own, needs)
     if problem.is_wide and problem.row_count > strip_rows(problem.widest):
         return _backward_in_strips(problem, own, other, temperature, bandwidth, product_precision, needs)
     groups = list(problem.groups("relation_gradients"))

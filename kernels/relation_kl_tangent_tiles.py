@@ -5,15 +5,14 @@ becomes is M˙ = υ M + R X˙.
 
 import triton
 import triton.language as tl
-from gkd_fast.kernels.relation_kl_tiles import (
-    LN2,
+from gkd_fast.kernels.relation_kl_gradient_tiles import (
     both_sides,
     column_factor,
     num_factors,
     place_among,
     relation_weights,
-    relations,
 )  # fmt: skip
+from gkd_fast.kernels.relation_kl_tiles import LN2, relations
 from gkd_fast.kernels.tangents import HARDWARE_ONLY, similarities, store_strip
 from gkd_fast.kernels.tile import COUNTS, NOWHERE, load_vector, number, store_vector
 

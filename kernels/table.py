@@ -96,6 +96,12 @@ gfx942 float64 0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2
 """
 # Where several products in a loop are laid out by whole rows, which doubles a tile's registers.
 PRODUCTS_APART = ("sm_80", "sm_86")
+# Small batches' programs own so many rows; tiles of weights, which every warp holds whole, have so many columns, and
+# operands are loaded in pieces of so many columns.
+SMALL_ROWS = 16
+SMALL_COLUMNS = {"short": 128, "tf32": 128, "tf32x3": 128, "ieee": 64, "float64": 64}
+SMALL_WIDTHS = {"short": 32, "tf32": 16, "tf32x3": 16, "ieee": 16, "float64": 16}
+SMALL_THREADS = 256
 BLOCK_WIDTHS = {"short": 64, "tf32": 32, "tf32x3": 16, "ieee": 16, "float64": 16}
 
 
@@ -166,6 +172,16 @@ def polynomials(arch: str, product: str) -> int:
 def block_width(product: str) -> int:
     """Columns of the operands that a step of a second-order kernel's products takes."""
     return 16 if _forced is not None else BLOCK_WIDTHS[TYPES[product]]
+
+
+def small_columns(product: str) -> int:
+    """``SMALL_COLUMNS`` of a product type."""
+    return 16 if _forced is not None else SMALL_COLUMNS[TYPES[product]]
+
+
+def small_block_width(product: str) -> int:
+    """``SMALL_WIDTHS`` of a product type."""
+    return 16 if _forced is not None else SMALL_WIDTHS[TYPES[product]]
 
 
 def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from gkd_fast.kernels import strips, table
 from gkd_fast.kernels.launch import LARGEST_FLOAT16, Piece, Product, column_pieces, matrices, power_of_two
 from gkd_fast.kernels.strips import multiply, row_strips
-from gkd_fast.kernels.tile import add_product, convert, load_tile, store_tile
+from gkd_fast.kernels.tile import add_product, add_tile_product, convert, load_tile, store_tile
 from torch import Tensor
 
 # Strips of weights of one launch.
@@ -25,19 +25,6 @@ STRIP_BYTES = 32 * 2**20
 ALIGNMENT = tl.constexpr(16)
 # No exponential goes to the float units: beside so many products it costs little, and the hardware's errs less.
 HARDWARE_ONLY = tl.constexpr(0)
-
-
-@triton.jit
-def add_tile_product(
-    rows, columns, i, j, row_count, column_count, dim, total, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total + x_i·y_j of the tile at (i, j)."""
-    for k in range(0, dim, BLOCK_WIDTH):
-        x = load_tile(rows, i, k, row_count, dim, BLOCK_ROWS, BLOCK_WIDTH)
-        y = load_tile(columns, j, k, column_count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
-        total = add_product(x, tl.trans(y), total, PRECISION)
-    return total
 
 
 @triton.jit
@@ -53,14 +40,15 @@ def similarities(
     c = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     moving = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     if APART:
+        TYPE: tl.constexpr = rows.dtype.element_ty
         c = add_tile_product(rows, columns, i, j, row_count, column_count, dim, c, BLOCK_ROWS, BLOCK_COLUMNS,
-                             BLOCK_WIDTH, PRECISION)  # fmt: skip
+                             BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
         if ROWS_MOVE:
             moving = add_tile_product(row_tangents, columns, i, j, row_count, column_count, dim, moving, BLOCK_ROWS,
-                                      BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
+                                      BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
         if COLUMNS_MOVE:
             moving = add_tile_product(rows, column_tangents, i, j, row_count, column_count, dim, moving, BLOCK_ROWS,
-                                      BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)  # fmt: skip
+                                      BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
     else:
         for k in range(0, dim, BLOCK_WIDTH):
             x = load_tile(rows, i, k, row_count, dim, BLOCK_ROWS, BLOCK_WIDTH)
@@ -103,9 +91,13 @@ def tiling(kernel: str, arch: str, product: Product, rows: int, columns: int) ->
 
 def pieces(columns: Sequence[Tensor], product: Product, rows: int, weights: int) -> Iterator[Piece]:
     """The columns in the product's type, as many at a time as ``weights`` strips of ``rows`` rows may have."""
+    return column_pieces(columns, product.torch_type, most=columns_at_a_time(product, rows, weights))
+
+
+def columns_at_a_time(product: Product, rows: int, weights: int) -> int:
+    """The columns of ``weights`` strips of ``rows`` rows."""
     row_bytes = rows * weights * product.torch_type.itemsize
-    most = max(strips.LEAST, STRIP_BYTES // row_bytes // strips.LEAST * strips.LEAST)
-    return column_pieces(columns, product.torch_type, most=most)
+    return max(strips.LEAST, STRIP_BYTES // row_bytes // strips.LEAST * strips.LEAST)
 
 
 def row_blocks(count: int, width: int) -> list[slice]:

@@ -8,7 +8,7 @@ import triton.language as tl
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
     "accumulate", "column_count", "count", "first_row", "is_last", "loss_row_stride", "loss_stride", "offset",
-    "own_offset", "parts", "needed", "partner_stride", "row_count", "stride", "upstream_row_stride", "upstream_stride",
+    "parts", "needed", "partner_stride", "row_count", "stride", "upstream_row_stride", "upstream_stride",
     "wanted",
 ]  # fmt: skip
 
@@ -173,6 +173,30 @@ def add_product(a, b, total, PRECISION: tl.constexpr):
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def add_tile_product(
+    rows, columns, i, j, row_count, column_count, dim, total, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + x_i·y_j of the tile at (i, j), rows of any width, a piece of it at a time."""
+    for k in range(0, dim, BLOCK_WIDTH):
+        x = convert(load_tile(rows, i, k, row_count, dim, BLOCK_ROWS, BLOCK_WIDTH), TYPE)
+        y = convert(load_tile(columns, j, k, column_count, dim, BLOCK_COLUMNS, BLOCK_WIDTH), TYPE)
+        total = add_product(x, tl.trans(y), total, PRECISION)
+    return total
+
+
+@triton.jit
+def operand(x, TYPE: tl.constexpr, SCALED: tl.constexpr):
+    """x in ``TYPE`` and what a product with it is in units of; if SCALED, x times a power of two, near 2^14 at most."""
+    if SCALED:
+        largest = tl.minimum(tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 2.0**-60), 2.0**60)
+        power = tl.exp2(tl.floor(14.0 - tl.log2(largest)))
+        return convert(x * power, TYPE), 1.0 / power
+    else:
+        return convert(x, TYPE), 1.0
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, gpu_static, report
+from bench import cases, gpu_static, measure, report
 from bench.gpu import measured, model, units
 from bench.gpu.devices import DEVICES, LIMITS
 from bench.gpu.disassembly import Binary, Instruction, _amd_flow, _nvidia_flow, inner_loop, parse_amd, parse_nvidia
@@ -212,15 +212,14 @@ def test_the_model_is_near_published_attention_times(published):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_a_step_holds_all_the_products(arch):
-    """The matrix instructions that were read multiply what the tile sizes say, where a step is a tile: second-order
-    kernels' are pieces of the width."""
+    """The matrix instructions that were read multiply what the tile sizes say, where a step is a tile and no piece of
+    the width."""
     device = next(device for device in DEVICES if device.arch == arch)
     device = dataclasses.replace(device, shared_bytes=10**9)  # operands come at once
     with table.forced(64, 64, 4, 2):
         specs = kernels.specializations(arch, "bfloat16", 128)
     for spec in [attention.attention(arch, 128, 128, 128, 8, 2), *specs]:
-        second_order = spec.kernel.split(",")[0].split(" of ")[0] in table.SECOND_ORDER_KERNELS
-        if spec.products and not spec.exemption and not second_order:
+        if spec.products and not spec.exemption and not spec.small and spec.direction != "double backward":
             kernel = gpu_static.compiled(spec)
             expected = spec.products * spec.block_rows * spec.block_columns * spec.dim / device.products["16-bit"]
             assert model.work(kernel, device)[0]["matrix"] == pytest.approx(expected), spec.kernel
@@ -234,9 +233,10 @@ def test_the_plans_name_kernels_of_the_catalogue(stages):
     for op in {spec.op for spec in specs}:
         names = {spec.kernel for spec in specs if spec.op == op}
         for direction in gpu_static.DIRECTIONS:
-            for batch in (1024, 2**20):
+            for batch in (64, 1024, 2**20):
                 plan = gpu_static.plan(gpu_static.Work("H100", op, direction, "bfloat16", 128, stages, batch))
-                assert plan.kernels and set(plan.kernels) <= names
+                assert set(plan.kernels) <= names
+                assert plan.kernels or (op, direction) == ("unit_rows", "double backward")
 
 
 @pytest.mark.parametrize(
@@ -263,13 +263,14 @@ def test_allocations_are_counted_while_they_live():
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     spec = attention.attention("sm_90", 128, 128, 64, 8, 2)
+    names = {
+        "relation_sums": "forward", "relation_factors": "backward", "relation_gradients": "backward",
+        "relation_tangent_sums, students moving": "double backward",
+        "relation_double_gradients of students, students moving": "double backward",
+    }  # fmt: skip
     specs = [
         dataclasses.replace(spec, op="relation_kl", kernel=name, direction=direction, dtype="bfloat16")
-        for name, direction in (
-            ("relation_sums", "forward"),
-            ("relation_factors", "backward"),
-            ("relation_gradients", "backward"),
-        )
+        for name, direction in names.items()
     ]
     monkeypatch.setattr(kernels, "specializations", lambda *arguments: specs)
     file, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
@@ -289,8 +290,9 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert kernel["mix"]["MUFU.EX2"] == 34 and kernel["programs"] == {"1024": 8, "16384": 128}
     assert set(kernel["predicted"]) == {"H100", "H200"}
     row = next(line for line in page.read_text().splitlines() if "| H100 | 16,384 |" in line)
-    assert row.count("*") == 4 and "matrix" in row
-    forward, both = (float(cell.strip(" *")) for cell in row.split("|")[7:11:2])
+    assert row.count("*") == 6 and "matrix" in row
+    forward, both, all_three = (float(row.split("|")[k].strip(" *")) for k in (7, 9, 12))
+    assert all_three > both + 2 * forward  # two kernels, and cuBLAS's products
     assert both == pytest.approx(3 * forward, rel=0.01)  # three times the same kernel and as many copies
     together = re.search(r"Together \*(\d\.\d{3}) ms\*", page.read_text())
     assert "step(k) = " in page.read_text() and float(together[1]) == pytest.approx(both, abs=0.006)
@@ -306,3 +308,15 @@ def test_measured_times_fill_their_column_and_excess_is_told():
     assert "measured 1.6 ms, 1.6 × predicted" in line and "NVIDIA H100" in line
     other = SimpleNamespace(**(vars(work) | {"batch": 2048}))
     assert measured.seconds_of(gpu_static.Work(**vars(other)), [time]) is None
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(1e-9, False), (1.0, True)])
+def test_the_ops_bench_tells_what_is_predicted(seconds, told):
+    expected = pytest.importorskip("bench.gpu.expected")
+    case = cases.Case("node_contrast", 64, 128, dtype="bfloat16", device="cuda")
+    row = measure.Row(case, "triton", forward_backward={"least": seconds})
+    (line,) = expected.remarks([row, measure.Row(case, "eager")], "NVIDIA H100 80GB HBM3")
+    assert "predicted 0.0" in line and ("measured exceeds 1.5 × predicted" in line) == told
+    assert expected.remarks([row], "NVIDIA L4") == ["no times are predicted for NVIDIA L4"]
+    wide = measure.Row(dataclasses.replace(case, batch=1024, dim=512), "triton", forward_backward={"least": 1.0})
+    assert expected.remarks([wide], "NVIDIA H100")[0].endswith("no time is predicted for it")

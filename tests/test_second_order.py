@@ -10,7 +10,9 @@ from torch.autograd import gradgradcheck
 
 from gkd_fast import ops
 
+from .ops_cases import Calls
 from .second_order_cases import (
+    D64,
     FUNCTIONS,
     MOVING,
     SHARP,
@@ -110,6 +112,24 @@ def test_what_is_not_offered_is_an_error(name):
             torch.autograd.grad(x.sum(), wanted, retain_graph=True)
     with pytest.raises(NotImplementedError, match="the fused backends have no forward-mode derivative"):
         torch.func.jvp(function, tuple(x.detach() for x in inputs), tuple(torch.ones_like(x) for x in inputs))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_only_what_is_asked_for_is_computed(name):
+    """The derivative of a gradient at the upstream alone is a tangent of the output; so it is in a hypergradient."""
+    function, widths = FUNCTIONS[name]
+    inputs, scale = matrices(40, *widths), torch.tensor(0.7, dtype=D64, requires_grad=True)
+    features = [x * 2 for x in inputs]
+    loss = scale * function(*features, backend=BACKEND).square().sum()
+    moved = sum(g.square().sum() for g in torch.autograd.grad(loss, features[:1], create_graph=True))
+    op = f"{name.split()[0]}_double_backward"
+    with Calls() as calls:
+        (alone,) = torch.autograd.grad(moved, scale, retain_graph=True)
+    assert not calls.arguments(op) and len(calls.arguments(op.replace("double_backward", "tangent"))) == 1
+    with Calls() as calls:
+        both = torch.autograd.grad(moved, [scale, *inputs])
+    assert len(calls.arguments(op)) == 1
+    assert torch.equal(alone, both[0])
 
 
 def test_row_sets_of_graph_conv():

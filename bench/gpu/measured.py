@@ -65,9 +65,17 @@ def prepared(work) -> Callable[[], object]:
         def forward() -> torch.Tensor:
             return op(students, teachers, **options)[0]
 
+    def double_backward() -> tuple[torch.Tensor, ...]:
+        gradients = torch.autograd.grad(forward(), wanted, upstream, create_graph=True)
+        return torch.autograd.grad(gradients, [*wanted, upstream], cotangents)
+
     if work.direction == "forward":
         return forward
-    return lambda: torch.autograd.grad(forward(), wanted, upstream)
+    if work.direction == "backward":
+        return lambda: torch.autograd.grad(forward(), wanted, upstream)
+    upstream.requires_grad_()
+    cotangents = [torch.randn_like(x) for x in wanted]
+    return double_backward
 
 
 def device_seconds(run: Callable[[], object]) -> float:

@@ -39,7 +39,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
 
     def derived(ctx, *upstream):
         needs = ctx.needs_input_grad
-        ctx.needs_input_grad = _nested(needs[3:], ctx.arguments)
+        ctx.needs_input_grad = _nested(asked_for(ctx, 3), ctx.arguments)
         try:
             gradients = backward(ctx, *_nested(upstream, ctx.results))
         finally:
@@ -98,6 +98,22 @@ def _nested(flat, counts) -> list:
             found.append(flat[at : at + count])
             at += count
     return found
+
+
+def asked_for(ctx, first: int) -> list[bool]:
+    """``ctx.needs_input_grad`` of a Function's tensors, its inputs from ``first`` on; False also for those whose
+    gradient leads to nothing that the running backward pass is to give, as autograd does for its own functions."""
+    needs = ctx.needs_input_grad[first:]
+    if torch.compiler.is_compiling():
+        return list(needs)
+    nodes = [node for node, _ in ctx.next_functions]
+    return [
+        needed and (_is_leaf(node) or torch._C._will_engine_execute_node(node)) for needed, node in zip(needs, nodes)
+    ]
+
+
+def _is_leaf(node) -> bool:
+    return all(following is None for following, _ in node.next_functions)
 
 
 def refuse_derivative(op: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import flags
+from gkd_fast.ops.autograd import asked_for
 from gkd_fast.ops.unit_rows import row_gradients, unit_rows, unit_rows_and_norms
 
 
@@ -42,7 +42,7 @@ class Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        needs, count = flags(ctx.needs_input_grad[4:]), ctx.count
+        needs, count = asked_for(ctx, 4), ctx.count
         saved = ctx.saved_tensors
         tensors, saved = saved[: len(needs)], saved[len(needs) :]
         unit, inverse_norms, results = saved[:count], saved[count : 2 * count], saved[2 * count :]

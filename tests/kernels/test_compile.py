@@ -43,13 +43,14 @@ def complaints(spec: Specialization) -> list[str]:
     if binary.shared_bytes > SHARED_MEMORY[spec.arch]:
         found.append(f"{binary.shared_bytes} bytes of shared memory, limit {SHARED_MEMORY[spec.arch]}")
     matrix = MATRIX[spec.arch].get(spec.dtype, MATRIX[spec.arch][None])
-    if matrix == "HGMMA" and spec.block_rows < 64:
-        matrix = "HMMA"  # the warpgroup's instruction takes 64 rows
+    if spec.arch in ("sm_90", "sm_100") and spec.block_rows < 64 and spec.dtype != "float64":
+        matrix = "HMMA"  # the wider instructions take 64 rows
     if spec.exemption is None and not binary.has(matrix):
         found.append(f"no {matrix} instruction")
     if spec.products and not binary.has(WIDE_LOADS):
         found.append("no load of 16 bytes")
-    may_be_small = (spec.arch, spec.dtype, spec.dim, spec.kernel) in SMALLER_TILES
+    # A small batch is divided among as many programs as can be: 16 rows are the least that a matrix instruction takes.
+    may_be_small = spec.small or (spec.arch, spec.dtype, spec.dim, spec.kernel) in SMALLER_TILES
     if (
         spec.products
         and not may_be_small
@@ -65,6 +66,7 @@ def complaints(spec: Specialization) -> list[str]:
 def test_default_configurations(arch, dtype, dim):
     specs = specializations(arch, dtype, dim)
     assert {spec.op for spec in specs} == {"relation_kl", "node_contrast", "graph_conv", "unit_rows"}
+    assert {spec.op for spec in specs if spec.small} == {"relation_kl", "node_contrast", "graph_conv"}
     assert [complaint for spec in specs for complaint in complaints(spec)] == []
 
 
@@ -77,7 +79,8 @@ def test_exemptions_are_few_and_named():
 
 
 def test_stages_share_a_launch():
-    """The groups of stages that relation_kl launches together fit as well."""
-    specs = [s for s in specializations("sm_90", "bfloat16", 128, (3, 3)) if s.op == "relation_kl" and s.products]
-    assert max(spec.products for spec in specs) > 3
+    """relation_kl's groups of stages that share a launch fit as well, and small batches' kernels for all stages."""
+    found = specializations("sm_90", "bfloat16", 128, (3, 3))
+    specs = [s for s in found if s.products and (s.small or s.op == "relation_kl")]
+    assert max(spec.products for spec in specs) > 3 and sum(spec.small for spec in specs) >= 6
     assert [complaint for spec in specs for complaint in complaints(spec)] == []

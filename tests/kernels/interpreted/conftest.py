@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gkd_fast.kernels import launch, strips, tangents
+from gkd_fast.kernels import graph_conv, launch, node_contrast, relation_kl, small, strips, tangents
 
 MARGIN = 64
 
@@ -30,21 +30,22 @@ def poisoned(monkeypatch):
 
 
 class Division:
-    """How the columns are divided: whole, among programs, in pieces of 16 or 32, or in strips of 16 × 16."""
+    """How a batch is worked on: by the kernels of small batches, in a tile of 64 columns; or by the others with the
+    columns whole, among programs, in pieces of 16 or 32, or in strips of 16 × 16.
+    """
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
 
     def __call__(self, name: str) -> dict:
         """Sets it up and returns the options of ``table.forced``."""
-        if name != "whole":
-            for module in (launch, *_importers("SMALL_BATCH")):
-                self.monkeypatch.setattr(module, "SMALL_BATCH", 16)
+        self.monkeypatch.setattr(small, "SMALL_BATCH", 64 if name == "small" else 0)
         if name != "programs":
-            for module in _importers("multiprocessors"):
+            for module in (graph_conv, node_contrast, relation_kl):
                 self.monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
         if name == "pieces":
             self.monkeypatch.setattr(launch, "COLUMN_BYTES", 1)
+            self.monkeypatch.setattr(launch, "COLUMN_MULTIPLE", 16)
             self.monkeypatch.setattr(launch, "ROWS_AT_A_TIME", 16)
         if name == "strips":
             for constant, value in {"LEAST": 16, "MOST_ROWS": 16, "STRIP_BYTES": 1}.items():
@@ -54,12 +55,12 @@ class Division:
         return {}
 
 
-def _importers(name: str):
-    from gkd_fast.kernels import graph_conv, node_contrast, relation_kl
-
-    return [module for module in (graph_conv, node_contrast, relation_kl) if hasattr(module, name)]
-
-
 @pytest.fixture
 def division(monkeypatch):
     return Division(monkeypatch)
+
+
+@pytest.fixture(params=["small", "programs"])
+def small_or_large(request, division):
+    """The kernels of small batches and those of larger ones, whose columns are divided among programs."""
+    division(request.param)

@@ -20,17 +20,17 @@ def graph_conv(normalization: str, bandwidth=0.6):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batches(normalization, batch):
+def test_batches(normalization, batch, small_or_large):
     judge(graph_conv(normalization), features(batch, 13, 7))
 
 
 @pytest.mark.parametrize("dims", [(1, 17), (33, 1), (16, 16)])
-def test_widths(normalization, dims):
+def test_widths(normalization, dims, small_or_large):
     judge(graph_conv(normalization), features(17, *dims))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["whole", "programs"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs"])
 def test_types(normalization, dtype, division, name):
     judge(graph_conv(normalization), features(37, 16, 16, dtype=dtype), division(name))
 
@@ -42,12 +42,12 @@ def test_divisions_of_the_columns(normalization, dtype, division, name):
 
 
 @pytest.mark.parametrize("scale", [1e-4, 3e4])
-def test_float16_values_of_any_size(normalization, scale):
+def test_float16_values_of_any_size(normalization, scale, small_or_large):
     nodes, messages = (x.detach() for x in features(20, 9, 9, dtype=torch.float16))
     judge(graph_conv(normalization), [nodes.requires_grad_(), messages.mul_(scale / 4).requires_grad_()])
 
 
-def test_bandwidths_zero_rows_and_frozen_inputs(normalization):
+def test_bandwidths_zero_rows_and_frozen_inputs(normalization, small_or_large):
     judge(graph_conv(normalization, 0.05), features(20, 9, 9, dtype=torch.float32))
     for frozen in (0, 1):
         inputs = [x.detach() for x in features(20, 9, 9)]

@@ -23,7 +23,7 @@ def keep(request, monkeypatch):
         monkeypatch.setattr(importlib.import_module("gkd_fast.ops.node_contrast"), "KEEP_WEIGHTED_BYTES", 0)
 
 
-def test_students_opposite_to_all_teachers(keep):
+def test_students_opposite_to_all_teachers(keep, small_or_large):
     """Against log-sums near −1/τ a column that does not exist would weigh more than float32 holds."""
     student = (-torch.ones(5, 8)).requires_grad_()
     losses = functional.node_contrast(student, torch.ones(5, 8), temperature=0.01, backend="triton")
@@ -32,18 +32,18 @@ def test_students_opposite_to_all_teachers(keep):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batches(batch, keep):
+def test_batches(batch, keep, small_or_large):
     judge(node_contrast(1), features(batch, 13, 13))
 
 
 @pytest.mark.parametrize("dim", [1, 16, 33])
-def test_widths(dim, keep):
+def test_widths(dim, keep, small_or_large):
     judge(node_contrast(1), features(17, dim, dim))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [0.1, 0.05])
-def test_types(dtype, temperature, keep):
+def test_types(dtype, temperature, keep, small_or_large):
     judge(node_contrast(1, temperature=temperature), features(37, 16, 16, dtype=dtype))
 
 
@@ -53,18 +53,18 @@ def test_divisions_of_the_columns(division, name, dtype, keep):
     judge(node_contrast(1), features(37, 16, 16, dtype=dtype), division(name))
 
 
-@pytest.mark.parametrize("name", ["whole", "programs", "strips"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "strips"])
 def test_wanted_stage_pairs(division, name, keep):
     judge(node_contrast(2, pairs=[(0, 1), (1, 0), (1, 2)]), features(20, *[9] * 5), division(name))
     judge(node_contrast(2, pairs=[(1, 0)]), features(20, *[9] * 3), division(name))
 
 
-@pytest.mark.parametrize("name", ["whole", "programs", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "pieces", "strips"])
 def test_own_shifts_where_the_shared_one_would_underflow(division, name, keep):
     judge(node_contrast(1, temperature=0.01), features(20, 9, 9), division(name))
 
 
-def test_frozen_inputs():
+def test_frozen_inputs(small_or_large):
     for frozen in ([0], [1], [0, 2], [1, 2]):
         inputs = features(20, 9, 9, 9)
         for k in frozen:
@@ -72,7 +72,7 @@ def test_frozen_inputs():
         judge(node_contrast(2), inputs)
 
 
-def test_zero_rows():
+def test_zero_rows(small_or_large):
     x, y = (t.detach() for t in features(20, 9, 9))
     x[3] = 0
     y[7] = 0

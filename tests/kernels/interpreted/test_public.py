@@ -57,7 +57,8 @@ def test_gradients_against_finite_differences(name):
         assert gradcheck(LOSSES[name], inputs, fast_mode=True)
 
 
-def test_autotuning_prints_the_fastest_tiles(monkeypatch, capsys):
+def test_autotuning_prints_the_fastest_tiles(monkeypatch, capsys, division):
+    division("whole")
     monkeypatch.setattr(autotune, "CANDIDATES", [table.Tiles(16, 16, 4, 1), table.Tiles(32, 32, 4, 1)])
     monkeypatch.setattr(table, "overrides", {})
     rows = ops.unit_rows(features(20, 9, 9, dtype=torch.float32), torch.float32)

@@ -16,17 +16,17 @@ def relation_kl(num_students: int, **options):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batches(batch):
+def test_batches(batch, small_or_large):
     judge(relation_kl(1), features(batch, 13, 7))
 
 
 @pytest.mark.parametrize("dim", [1, 15, 16, 17, 33])
-def test_widths(dim):
+def test_widths(dim, small_or_large):
     judge(relation_kl(1), features(17, dim, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_types(dtype):
+def test_types(dtype, small_or_large):
     judge(relation_kl(1), features(37, 16, 16, dtype=dtype))
 
 
@@ -37,22 +37,22 @@ def test_divisions_of_the_columns(division, name, dtype):
 
 
 @pytest.mark.parametrize(("students", "teachers"), [(2, 3), (3, 1)])
-def test_all_stage_pairs(students, teachers):
+def test_all_stage_pairs(students, teachers, small_or_large):
     """More stages than share a launch."""
     judge(relation_kl(students), features(20, *[9] * (students + teachers)))
 
 
-@pytest.mark.parametrize("name", ["whole", "programs", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "pieces", "strips"])
 def test_own_shifts_where_the_shared_one_would_underflow(division, name):
     judge(relation_kl(1, temperature=0.01), features(20, 9, 9), division(name))
 
 
 @pytest.mark.parametrize("bandwidth", [0.05, 3.0])
-def test_bandwidths(bandwidth):
+def test_bandwidths(bandwidth, small_or_large):
     judge(relation_kl(1, bandwidth=bandwidth), features(20, 9, 9, dtype=torch.float32))
 
 
-def test_frozen_inputs_and_teachers_alone():
+def test_frozen_inputs_and_teachers_alone(small_or_large):
     for frozen in ([0], [1], [0, 2], [1, 2]):
         inputs = features(20, 9, 9, 9)
         for k in frozen:
@@ -60,7 +60,7 @@ def test_frozen_inputs_and_teachers_alone():
         judge(relation_kl(2), inputs)
 
 
-def test_zero_rows_and_equal_networks():
+def test_zero_rows_and_equal_networks(small_or_large):
     x, y = (t.detach() for t in features(20, 9, 9))
     x[3] = 0
     y[:10] = x[:10]

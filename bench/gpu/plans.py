@@ -1,0 +1,122 @@
+"""What is timed as one, and what a pass of it launches, copies and multiplies."""
+
+from dataclasses import dataclass
+
+from bench.gpu import devices
+
+SMALL_BATCH = 256  # gkd_fast.kernels.small's, which needs Triton
+COPIED_TYPES = {"bfloat16": 2, "float16": 2}  # columns are copied in the product's type, of so many bytes
+# What is timed: forward; forward and backward; these and the double backward.
+DIRECTIONS = ("forward", "backward", "double backward")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed as one: an op's direction at one size on one device, with those before it in ``DIRECTIONS``."""
+
+    device: str
+    op: str
+    direction: str
+    dtype: str
+    dim: int
+    stages: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernels that a direction of an op launches, the matrices [B, D] that are copied in the product's type for
+    them, and the products [B, B] × [B, D] that are cuBLAS's.
+    """
+
+    kernels: tuple[str, ...] = ()
+    copies: int = 0
+    products: int = 0
+
+
+def plan(work: Work) -> Plan:
+    """Of one direction alone; gradients to students, or to nodes and messages."""
+    if work.direction == "double backward":
+        return second_order_plan(work)
+    return small_plan(work) if work.batch <= SMALL_BATCH else large_plan(work)
+
+
+def small_plan(work: Work) -> Plan:
+    forward = work.direction == "forward"
+    if work.op == "unit_rows":
+        return large_plan(work)
+    if work.op == "relation_kl":
+        return Plan(("relation_small_losses" if forward else "relation_small_gradients",))
+    if work.op == "node_contrast":
+        return Plan(("contrast_small_losses" if forward else "contrast_small_gradients",))
+    name = "graph_small_sums, symmetric"
+    return Plan((name,) if forward else (f"{name}, backward", "graph_small_gradients"))
+
+
+def large_plan(work: Work) -> Plan:
+    forward, stages = work.direction == "forward", work.stages
+    if work.op == "relation_kl":
+        return Plan(
+            ("relation_sums",) if forward else ("relation_factors", "relation_gradients"), relation_copies(work)
+        )
+    if work.op == "node_contrast":
+        if keeps_weighted(work):
+            return Plan(("contrast_sums",), stages) if forward else Plan(("contrast_differences",))
+        return Plan(("contrast_sums without weighted",) if forward else ("contrast_gradients of students",), stages)
+    if work.op == "unit_rows":
+        return Plan(("unit_rows_forward" if forward else "unit_rows_gradient",))
+    if forward:
+        return Plan(("graph_degree_sums", "graph_sums, symmetric"), 3)
+    return Plan(("graph_sums, symmetric", "graph_terms", "graph_gradients"), 5)
+
+
+def second_order_plan(work: Work) -> Plan:
+    """Students, or nodes and messages, move. Rows and their tangents are copied for every pass, columns and theirs for
+    every pass and strip of rows. Not counted: sums and products of vectors, and unit_rows', which PyTorch makes.
+    """
+    from gkd_fast.kernels.strips import strip_rows
+
+    stages, strips = work.stages, -(-work.batch // strip_rows(work.dim))
+    if work.op == "relation_kl":
+        kernels = ("relation_tangent_sums, students moving", "relation_double_gradients of students, students moving")
+        return Plan(kernels, len(kernels) * stages**2 * 3 * (1 + strips), 2 * stages**2)
+    if work.op == "node_contrast":
+        kernels = ("contrast_double_gradients of students, student moving",)
+        if not keeps_weighted(work):
+            kernels = ("contrast_tangent_sums, student moving", *kernels)
+        return Plan(kernels, len(kernels) * stages**2 * (2 + strips), stages**2)
+    if work.op == "unit_rows":
+        return Plan()
+    weights, gradients = "graph_tangent_weights", "graph_double_gradients, nodes and messages moving"
+    # Degrees: nodes and tangents; twice the weights: also two operands; gradients: also G', H' and extra.
+    return Plan(("graph_degree_tangents", weights, weights, gradients), (2 + 2 * 2 + 5) + strips * (2 + 2 * 4 + 5), 6)
+
+
+def keeps_weighted(work: Work) -> bool:
+    """Whether node_contrast keeps the weighted sums of its forward pass."""
+    from gkd_fast.ops.node_contrast import KEEP_WEIGHTED_BYTES
+
+    return work.stages**2 * work.batch * work.dim * 4 <= KEEP_WEIGHTED_BYTES
+
+
+def relation_copies(work: Work) -> int:
+    """How many matrices are copied: each stage of a launch, as rows and, for every piece of the rows, as columns."""
+    from gkd_fast.kernels import launch, table
+
+    name = "relation_sums" if work.direction == "forward" else "relation_gradients"
+    (arch,) = (device.arch for device in devices.DEVICES if device.name == work.device)
+    width = launch.padded_width(work.dim)
+    S, T = (min(work.stages, most) for most in table.relation_group(name, arch, work.dtype, width))
+    groups = -(-work.stages // S) * -(-work.stages // T)
+    in_one_piece = work.batch * (S + T) * width * COPIED_TYPES.get(work.dtype, 0) <= launch.COLUMN_BYTES
+    passes = 1 if in_one_piece else 1 + -(-work.batch // launch.ROWS_AT_A_TIME)
+    return groups * (S + T) * passes
+
+
+def cublas_seconds(work: Work, device: devices.Device, products: int) -> tuple[float, str]:
+    """Products of strips of weights at the published ceilings; the strips, just written, come from the cache."""
+    kind = {"bfloat16": "16-bit", "float16": "16-bit"}.get(work.dtype, work.dtype)
+    rate = device.products.get(kind, device.float_lanes)  # float32 has no matrix unit
+    clocks = products * work.batch**2 * work.dim / (rate * device.multiprocessors)
+    weights = products * work.batch**2 * COPIED_TYPES.get(work.dtype, 8 if work.dtype == "float64" else 4)
+    return max((device.seconds(clocks), "matrix"), (weights / device.cache_bandwidth, "cache"))

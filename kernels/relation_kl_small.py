@@ -1,0 +1,147 @@
+"""relation_kl of small batches: a program per block of rows and stage pair (forward) or stage (backward)."""
+
+import triton
+import triton.language as tl
+from gkd_fast.kernels import small
+from gkd_fast.kernels.launch import on_device
+from gkd_fast.kernels.node_contrast_tiles import nth_set_bit
+from gkd_fast.kernels.relation_kl_tiles import LN2, relations
+from gkd_fast.kernels.small import store_weighted, tile_product
+from gkd_fast.kernels.tangents import HARDWARE_ONLY
+from gkd_fast.kernels.tile import COUNTS, NOWHERE, number, pick, store_vector
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def small_relations(
+    rows, dims, stage, i, j, count, inner, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R of a stage's tile at (i, j)."""
+    matrix = pick(rows, stage)
+    c = tile_product(matrix, matrix, i, j, count, pick(dims, stage), False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+                     TYPE, SUM, PRECISION)  # fmt: skip
+    return relations(c, i, j, 0, count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY)
+
+
+@triton.jit
+def weights_and_log_sums(relations, outer):
+    """P and log Z."""
+    logits = relations * outer
+    shift = tl.max(logits, 1)
+    weights = tl.exp2(logits - shift[:, None])
+    total = tl.sum(weights, 1)
+    return weights / total[:, None], (tl.log2(total) + shift) * LN2
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def relation_small_losses(
+    rows, dims, losses, student_log_sums, teacher_log_sums, count, inner: tl.float64, outer: tl.float64,
+    S: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ℓ = Σ_j P^t (L^t − L^s) − log Z^t + log Z^s of one pair and, from the first pair of each stage, its log-sums."""
+    i = tl.program_id(0) * BLOCK_ROWS
+    s, t = tl.program_id(1) // T, tl.program_id(1) % T
+    inner, outer = number(inner, SUM), number(outer, SUM)
+    student = small_relations(rows, dims, s, i, 0, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                              PRECISION)  # fmt: skip
+    student_log_sum = weights_and_log_sums(student, outer)[1]
+    teacher = small_relations(rows, dims, S + t, i, 0, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                              PRECISION)  # fmt: skip
+    weights, teacher_log_sum = weights_and_log_sums(teacher, outer)
+    # From the log-sums as they are stored, so that rounding errors of these leave ℓ + log Z^t − log Z^s.
+    divergence = tl.sum(weights * (teacher - student), 1) * (outer * LN2)
+    loss = divergence - teacher_log_sum + student_log_sum
+    row = i + tl.arange(0, BLOCK_ROWS)
+    tl.store(losses + row * (S * T) + tl.program_id(1), loss, mask=row < count)
+    if t == 0:
+        store_vector(student_log_sums + s * count, student_log_sum, i, count, BLOCK_ROWS)
+    if s == 0:
+        store_vector(teacher_log_sums + t * count, teacher_log_sum, i, count, BLOCK_ROWS)
+
+
+@triton.jit
+def side(place, count, pair, sums, other_sums, upstream, losses, PAIRS: tl.constexpr):
+    """log2 Z of a stage and of its partner, the pair's upstream and losses, of rows or of columns."""
+    inside = place < count
+    log_z = tl.load(sums + place, mask=inside, other=0) * LOG2E
+    other_log_z = tl.load(other_sums + place, mask=inside, other=0) * LOG2E
+    g = tl.load(upstream + place * PAIRS + pair, mask=inside, other=0)
+    loss = tl.load(losses + place * PAIRS + pair, mask=inside, other=0)
+    return log_z, other_log_z, g, loss
+
+
+@triton.jit
+def pair_gradient(logits, other_logits, of_side, AXIS: tl.constexpr, is_student):
+    """dL_ij of the rows' (AXIS 1) or dL_ji of the columns' losses (0), for a student and its teacher or the reverse."""
+    log_p = logits - tl.expand_dims(of_side[0], AXIS)
+    log_other = other_logits - tl.expand_dims(of_side[1], AXIS)
+    p = tl.exp2(log_p)
+    of_teacher = p * ((log_p - log_other) * LN2 - tl.expand_dims(of_side[3], AXIS))
+    return tl.expand_dims(of_side[2], AXIS) * tl.where(is_student, p - tl.exp2(log_other), of_teacher)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def relation_small_gradients(
+    rows, dims, gradients, upstream, losses, student_log_sums, teacher_log_sums, count, wanted, inner: tl.float64,
+    outer: tl.float64, slope: tl.float64, S: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dE_i = Σ_j M_ij e_j of a wanted stage, M_ij = R_ij (dL_ij + dL_ji)/(σ²τ), with all its partners.
+
+    dL^s_ij = Σ_t g_ist (P^s_ij − P^t_ij), dL^t_ij = Σ_s g_ist P^t_ij (log P^t_ij − log P^s_ij − ℓ_ist).
+    """
+    i = tl.program_id(0) * BLOCK_ROWS
+    stage = nth_set_bit(number(wanted, tl.int64), tl.program_id(1), S + T).to(tl.int32)
+    is_student = stage < S
+    inner, outer = number(inner, SUM), number(outer, SUM)
+    matrix, dim, out = pick(rows, stage), pick(dims, stage), pick(gradients, tl.program_id(1))
+    sums = tl.where(is_student, student_log_sums + stage * count, teacher_log_sums + (stage - S) * count)
+    row = i + tl.arange(0, BLOCK_ROWS)
+    for j in range(0, count, BLOCK_COLUMNS):
+        relation = small_relations(rows, dims, stage, i, j, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE,
+                                   SUM, PRECISION)  # fmt: skip
+        column = j + tl.arange(0, BLOCK_COLUMNS)
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
+        for k in range(tl.where(is_student, T, S)):
+            partner = tl.where(is_student, S + k, k)
+            other = small_relations(rows, dims, partner, i, j, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+                                    TYPE, SUM, PRECISION)  # fmt: skip
+            pair = tl.where(is_student, stage * T + k, k * T + stage - S)
+            other_sums = tl.where(is_student, teacher_log_sums + k * count, student_log_sums + k * count)
+            of_rows = side(row, count, pair, sums, other_sums, upstream, losses, S * T)
+            of_columns = side(column, count, pair, sums, other_sums, upstream, losses, S * T)
+            total += pair_gradient(relation * outer, other * outer, of_rows, 1, is_student)
+            total += pair_gradient(relation * outer, other * outer, of_columns, 0, is_student)
+        weights = relation * total * number(slope, SUM)
+        store_weighted(out, weights, matrix, i, j, count, dim, tl.minimum(j, 1), SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
+                       BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
+
+
+def relation_kl(problem) -> tuple[Tensor, Tensor, Tensor]:
+    x, count, S, T = problem.rows[0], problem.row_count, problem.num_students, problem.num_teachers
+    losses, student_log_sums, teacher_log_sums = x.new_empty(count, S, T), x.new_empty(S, count), x.new_empty(T, count)
+    with on_device(x):
+        relation_small_losses[(small.row_blocks(count), S * T)](
+            tuple(problem.rows), problem.dims, losses, student_log_sums, teacher_log_sums, count, problem.inner,
+            problem.outer, S=S, T=T, **small.constants(problem.arch, problem.product),
+        )  # fmt: skip
+    return losses, student_log_sums, teacher_log_sums
+
+
+def relation_kl_backward(problem, upstream, losses, student_log_sums, teacher_log_sums, needs) -> list[Tensor]:
+    gradients = [x.new_empty(x.shape) for x, needed in zip(problem.rows, needs, strict=True) if needed]
+    if not gradients:
+        return []
+    wanted = sum(1 << q for q, needed in enumerate(needs) if needed)
+    with on_device(upstream):
+        relation_small_gradients[(small.row_blocks(problem.row_count), len(gradients))](
+            tuple(problem.rows), problem.dims, tuple(gradients), upstream, losses, student_log_sums, teacher_log_sums,
+            problem.row_count, wanted, problem.inner, problem.outer, problem.slope, S=problem.num_students,
+            T=problem.num_teachers, **small.gradient_constants(problem.arch, problem.product),
+        )  # fmt: skip
+    return gradients
