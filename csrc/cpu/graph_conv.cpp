@@ -87,9 +87,10 @@ template <class T>
 T* node_terms(Call& call, const Upstream& side, const at::Tensor& output, const at::Tensor* messages_gradient) {
   const int64_t rows = output.size(0), width = output.size(1);
   const T* degree = side.degrees.const_data_ptr<T>();
-  double* totals = call.zeros<double>(rows);
+  Call dots;
+  double* totals = dots.zeros<double>(rows);
   auto add_dots = [&](const at::Tensor& a, const at::Tensor& b) {
-    kernels<T>().row_dots(call.host(), {a.const_data_ptr<T>(), b.const_data_ptr<T>(), rows, width, totals});
+    kernels<T>().row_dots(dots.host(), {a.const_data_ptr<T>(), b.const_data_ptr<T>(), rows, width, totals});
   };
   add_dots(side.upstream, output);
   if (messages_gradient) add_dots(side.messages, *messages_gradient);

@@ -81,17 +81,19 @@ struct NodeTiles {
   static constexpr int N = Lanes<T>::count;
 
   const NodeGradient<T>& args;
-  Operand<T> rows, left_rows, columns, left_columns, right_columns, values;
+  Operand<T> rows, columns, left_columns, right_columns, values;
   T* tiles;
-  Operand<T> right_rows;  // a block per worker
+  Operand<T> tile_rows;  // a block per worker
   int64_t stride;
 
-  // m += H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares the memory.
-  GKD_INLINE void add_right(const Tile& t, int64_t worker, T* m) const {
-    pack_block(right_rows, worker, args.right.row, args.right_factors.row, t.i, t.i + t.rows, args.width, stride);
+  // m (+)= G'_i·H'_j or H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares
+  // the memory.
+  GKD_INLINE void multiply_rows(const Tile& t, int64_t worker, const T* rows, const T* factors,
+                                const Operand<T>& columns, T* m, bool accumulate) const {
+    pack_block(tile_rows, worker, rows, factors, t.i, t.i + t.rows, args.width, stride);
     Tile packed = t;
     packed.i = worker * stride;
-    similarities(packed, right_rows, left_columns, args.width, m, stride, true);
+    similarities(packed, tile_rows, columns, args.width, m, stride, accumulate);
   }
 
   template <int G>
@@ -112,8 +114,8 @@ struct NodeTiles {
     T* c = tiles + worker * 2 * tile_elements(stride);
     T* m = c + tile_elements(stride);
     similarities(t, rows, columns, args.sides.dim, c, stride);
-    if (right_columns) similarities(t, left_rows, right_columns, args.width, m, stride);
-    if (left_columns) add_right(t, worker, m);
+    multiply_rows(t, worker, args.left.row, args.left_factors.row, right_columns, m, false);
+    if (left_columns) multiply_rows(t, worker, args.right.row, args.right_factors.row, left_columns, m, true);
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });
     for (int64_t r = 0; r < t.rows; ++r) {
       if (const int64_t own = own_column(t, r); own >= 0) m[r * stride + own] = 0;
@@ -130,7 +132,6 @@ void node_gradient(const Host& host, const NodeGradient<T>& args) {
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
   NodeTiles<T> op{args,
                   rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                  rows_of(host, args.left.row, sides.row_count, args.width, stride, left.row),
                   columns_of(host, sides.columns, count, sides.dim, stride),
                   columns_of(host, args.left.column, count, args.width, stride, left.column),
                   columns_of(host, args.right.column, count, args.width, stride, right.column),
