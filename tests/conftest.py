@@ -27,3 +27,12 @@ def tile_rows():
 
     yield _C._set_block
     _C._set_block(0)
+
+
+@pytest.fixture
+def instruction_sets():
+    """The C++ kernels' instruction sets, best first, and what chooses one of them for the time of a test."""
+    from gkd_fast import _C
+
+    yield _C._instruction_sets(), _C._set_instruction_set
+    _C._set_instruction_set(_C._instruction_sets()[0])

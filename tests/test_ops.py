@@ -108,8 +108,9 @@ def test_inputs_stay_and_a_second_backward_gives_the_same_bits(tile_rows, name):
 
 @requires_cpp
 @every_function
-def test_strides_do_not_matter(name):
-    function, _, inputs = problem(name, 37, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_do_not_matter(name, dtype):
+    function, _, inputs = problem(name, 37, dtype)
     wide = [torch.stack([x, torch.full_like(x, math.nan)], dim=2)[..., 0] for x in inputs]
     transposed = [x.T.contiguous().T for x in inputs]
     expected = results(function, inputs)
@@ -159,23 +160,16 @@ def threads(count: int):
 
 @requires_cpp
 @every_function
-def test_the_same_bits_every_time_and_for_any_number_of_threads(tile_rows, name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_every_time_and_for_any_number_of_threads(tile_rows, name, dtype):
     """Five blocks of rows, which two and three threads share unequally."""
     tile_rows(32)
-    function, _, inputs = problem(name, 131, torch.float32)
+    function, _, inputs = problem(name, 131, dtype)
     with threads(1):
         expected = results(function, inputs)
     for count, repeats in ((1, 20), (2, 50), (3, 30)):
         with threads(count):
             assert all(same_bits(results(function, inputs), expected) for _ in range(repeats))
-
-
-@pytest.fixture
-def instruction_sets():
-    from gkd_fast import _C
-
-    yield _C._instruction_sets(), _C._set_instruction_set
-    _C._set_instruction_set(_C._instruction_sets()[0])
 
 
 @requires_cpp
@@ -185,7 +179,7 @@ def test_every_instruction_set(tile_rows, instruction_sets, name):
     available, use = instruction_sets
     assert available[-1] == "baseline"
     own_shifts = "own shifts" in name
-    for dtype in (D64, torch.float32):
+    for dtype in (D64, torch.float32, torch.bfloat16):
         function, definition, inputs = problem(name, 67, dtype)
         for instruction_set in available:
             use(instruction_set)

@@ -8,6 +8,7 @@ namespace gkd {
 struct Graph {
   at::Tensor nodes, columns;
   at::ScalarType type;
+  Product product;
   int64_t rows, column_count, offset;
   double inverse_variance;
   bool symmetric() const { return !columns.defined(); }
@@ -19,9 +20,10 @@ struct Graph {
 };
 
 inline Graph graph_of(const at::Tensor& nodes, const std::optional<at::Tensor>& column_nodes, int64_t offset,
-               const at::Tensor& inverse_variance) {
+               const at::Tensor& inverse_variance, c10::string_view product_precision) {
   Graph graph;
   graph.type = row_type(nodes);
+  graph.product = product_of(product_precision, graph.type);
   graph.nodes = matrix("nodes", nodes, graph.type);
   if (column_nodes) graph.columns = matrix("column_nodes", *column_nodes, graph.type, -1, nodes.size(1));
   graph.rows = nodes.size(0);
@@ -43,7 +45,7 @@ KernelSums<T> arguments(const Graph& graph) {
 // Σ_j K_ij factors_j values_j, [rows, width]
 template <class T>
 at::Tensor kernel_times(const Graph& graph, const T* values, const T* factors, int64_t width, double* degrees) {
-  Call call;
+  Call call(graph.product);
   KernelSums<T> args = arguments<T>(graph);
   at::Tensor output = at::zeros({graph.rows, width}, graph.nodes.options());
   args.values = values;

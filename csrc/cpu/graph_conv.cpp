@@ -16,7 +16,7 @@ bool is_row(c10::string_view normalization) {
 
 template <class T>
 at::Tensor degrees_of(const Graph& graph) {
-  Call call;
+  Call call(graph.product);
   KernelSums<T> args = arguments<T>(graph);
   args.degrees = call.zeros<double>(graph.rows);
   kernels<T>().kernel_sums(call.host(), args);
@@ -47,7 +47,7 @@ T inverse(T degree) {
 template <class T>
 std::tuple<at::Tensor, at::Tensor> forward(const Graph& graph, const at::Tensor& messages, const at::Tensor& columns,
                                            bool row, at::Tensor degrees, at::Tensor column_degrees) {
-  Call call;
+  Call call(graph.product);
   const int64_t width = messages.size(1);
   if (row) {
     double* sums = call.zeros<double>(graph.rows);
@@ -87,9 +87,10 @@ template <class T>
 T* node_terms(Call& call, const Upstream& side, const at::Tensor& output, const at::Tensor* messages_gradient) {
   const int64_t rows = output.size(0), width = output.size(1);
   const T* degree = side.degrees.const_data_ptr<T>();
-  double* totals = call.zeros<double>(rows);
+  Call dots;
+  double* totals = dots.zeros<double>(rows);
   auto add_dots = [&](const at::Tensor& a, const at::Tensor& b) {
-    kernels<T>().row_dots(call.host(), {a.const_data_ptr<T>(), b.const_data_ptr<T>(), rows, width, totals});
+    kernels<T>().row_dots(dots.host(), {a.const_data_ptr<T>(), b.const_data_ptr<T>(), rows, width, totals});
   };
   add_dots(side.upstream, output);
   if (messages_gradient) add_dots(side.messages, *messages_gradient);
@@ -102,7 +103,7 @@ template <class T>
 std::vector<at::Tensor> backward(const Graph& graph, const Upstream& own, const Upstream& columns,
                                  const at::Tensor& output, bool row, bool needs_nodes, bool needs_messages,
                                  const at::Tensor& given_terms, const at::Tensor& column_terms) {
-  Call call;
+  Call call(graph.product);
   const int64_t width = output.size(1);
   const Factors<T> mine(call, own, row);
   std::optional<Factors<T>> others;
@@ -148,8 +149,7 @@ std::vector<at::Tensor> backward(const Graph& graph, const Upstream& own, const 
 at::Tensor graph_degrees(const at::Tensor& nodes, const at::Tensor& inverse_variance,
                          c10::string_view product_precision, const std::optional<at::Tensor>& column_nodes,
                          int64_t offset) {
-  check_precision(product_precision);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance);
+  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
   return GKD_DISPATCH(graph.type, [&] { return degrees_of<scalar_t>(graph); });
 }
 
@@ -158,9 +158,8 @@ std::tuple<at::Tensor, at::Tensor> graph_conv(
     c10::string_view normalization, c10::string_view product_precision, const std::optional<at::Tensor>& column_nodes,
     const std::optional<at::Tensor>& column_messages, int64_t offset, const std::optional<at::Tensor>& degrees,
     const std::optional<at::Tensor>& column_degrees) {
-  check_precision(product_precision);
   const bool row = is_row(normalization);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance);
+  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
   TORCH_CHECK(column_nodes.has_value() == column_messages.has_value(), "column_nodes and column_messages go together");
   const at::Tensor own = matrix("messages", messages, graph.type, graph.rows);
   const at::Tensor columns =
@@ -182,9 +181,8 @@ std::vector<at::Tensor> graph_conv_backward(
     const std::optional<at::Tensor>& column_messages, int64_t offset, const std::optional<at::Tensor>& column_upstream,
     const std::optional<at::Tensor>& column_degrees, const std::optional<at::Tensor>& terms,
     const std::optional<at::Tensor>& column_terms) {
-  check_precision(product_precision);
   const bool row = is_row(normalization);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance);
+  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
   const auto type = graph.type;
   const int64_t rows = graph.rows, count = graph.column_count, width = messages.size(-1);
   TORCH_CHECK(needs.size() == 2, "needs must have 2 entries, got ", needs.size());

@@ -5,6 +5,14 @@
 namespace gkd {
 namespace {
 
+Graph second_order(Graph graph) {
+  for (at::Tensor* x : {&graph.nodes, &graph.columns}) {
+    if (x->defined()) *x = as_multiplied(*x, graph.product);
+  }
+  graph.product = Product::own;
+  return graph;
+}
+
 // A per-row quantity of both sides, checked; the same twice in the symmetric case. Undefined where it is not given.
 struct Both {
   at::Tensor row, column;
@@ -57,8 +65,7 @@ at::Tensor degree_tangents(const Graph& graph, const Both& tangent) {
 at::Tensor graph_degrees_tangent(const at::Tensor& nodes, const at::Tensor& tangent, const at::Tensor& inverse_variance,
                                  c10::string_view product_precision, const std::optional<at::Tensor>& column_nodes,
                                  const std::optional<at::Tensor>& column_tangent, int64_t offset) {
-  check_precision(product_precision);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance);
+  const Graph graph = second_order(graph_of(nodes, column_nodes, offset, inverse_variance, product_precision));
   const Both both = BothSides{graph}.take("tangent", tangent, column_tangent, {0, nodes.size(1)});
   return GKD_DISPATCH(graph.type, [&] { return degree_tangents<scalar_t>(graph, both); });
 }
@@ -103,8 +110,7 @@ std::vector<at::Tensor> graph_conv_tangent(const at::Tensor& nodes, const std::o
                                            c10::string_view product_precision,
                                            const std::optional<at::Tensor>& column_nodes,
                                            const std::optional<at::Tensor>& column_tangent, int64_t offset) {
-  check_precision(product_precision);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance);
+  const Graph graph = second_order(graph_of(nodes, column_nodes, offset, inverse_variance, product_precision));
   const int64_t count = graph.column_count;
   TORCH_CHECK(values.size() == rates.size() && !values.empty() && values.size() <= 2,
               "values must be one or two, with as many rates, got ", values.size(), " and ", rates.size());
@@ -162,8 +168,7 @@ at::Tensor graph_conv_double_backward(
     const std::optional<at::Tensor>& column_right_rates, const std::optional<at::Tensor>& column_extra,
     const std::optional<at::Tensor>& column_terms, const std::optional<at::Tensor>& column_term_tangents,
     int64_t offset) {
-  check_precision(product_precision);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance);
+  const Graph graph = second_order(graph_of(nodes, column_nodes, offset, inverse_variance, product_precision));
   const BothSides both{graph};
   const int64_t width = left.size(-1);
   const Movement movement{both.take("tangent", tangent, column_tangent, {0, nodes.size(1)}),

@@ -10,7 +10,7 @@ struct KernelTangentTiles {
   static constexpr int N = Lanes<T>::count;
 
   const KernelSumsTangent<T>& args;
-  const T *rows, *columns, *row_tangents, *column_tangents, *values[2], *extra;
+  Operand<T> rows, columns, row_tangents, column_tangents, values[2], extra;
   T *tiles, *column_sums;
   int64_t stride;
 
@@ -86,11 +86,11 @@ void kernel_sums_tangent(const Host& host, const KernelSumsTangent<T>& args) {
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
   KernelTangentTiles<T> op{args,
                            rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                           columns_of(host, sides.columns, count, sides.dim),
+                           columns_of(host, sides.columns, count, sides.dim, stride),
                            rows_of(host, args.tangents.row, sides.row_count, sides.dim, stride),
-                           columns_of(host, args.tangents.column, count, sides.dim),
+                           columns_of(host, args.tangents.column, count, sides.dim, stride),
                            {},
-                           args.extra ? values_of(host, args.extra, count, args.widths[0]) : nullptr,
+                           values_of(host, args.extra, count, args.widths[0]),
                            allocate<T>(host, host.workers * 3 * tile_elements(stride)),
                            allocate<T>(host, host.workers * stride),
                            stride};
@@ -105,9 +105,9 @@ struct NodeTangentTiles {
   static constexpr int N = Lanes<T>::count;
 
   const NodeGradientTangent<T>& args;
-  const T *rows, *row_tangents, *left_rows, *right_rows, *extra_rows;
-  const T *columns, *column_tangents, *left_columns, *right_columns, *extra_columns;
-  const T *values, *tangent_values;
+  Operand<T> rows, row_tangents, left_rows, right_rows, extra_rows;
+  Operand<T> columns, column_tangents, left_columns, right_columns, extra_columns;
+  Operand<T> values, tangent_values;
   T* tiles;
   int64_t stride;
 
@@ -167,8 +167,8 @@ void node_gradient_tangent(const Host& host, const NodeGradientTangent<T>& args)
   const NodeGradient<T>& first = args.gradient;
   const Sides<T>& sides = first.sides;
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
-  auto rows = [&](const T* x, int64_t width) { return x ? rows_of(host, x, sides.row_count, width, stride) : nullptr; };
-  auto columns = [&](const T* x, int64_t width) { return x ? columns_of(host, x, count, width) : nullptr; };
+  auto rows = [&](const T* x, int64_t width) { return rows_of(host, x, sides.row_count, width, stride); };
+  auto columns = [&](const T* x, int64_t width) { return columns_of(host, x, count, width, stride); };
   NodeTangentTiles<T> op{args,
                          rows(sides.rows, sides.dim),
                          rows(args.tangents.row, sides.dim),

@@ -1,51 +1,97 @@
 #include "host.h"
 
+#include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
+
 #include <atomic>
 #include <thread>
 
 namespace gkd {
 namespace {
 
-std::vector<const InstructionSet*> available() {
-  std::vector<const InstructionSet*> sets;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    sets.push_back(&avx512);
-  }
-  if (has_avx2) sets.push_back(&avx2);
-#endif
-  sets.push_back(&baseline);
-  return sets;
+void multiply(const Bfloat16Product& p) {
+  auto cast = [](const Bfloat16* x) { return reinterpret_cast<const at::BFloat16*>(x); };
+  at::native::cpublas::brgemm(p.rows, p.columns, p.depth, p.a_lead, p.b_lead, p.c_lead, p.accumulate, cast(p.a),
+                              cast(p.b), p.c, /*is_vnni=*/true);
 }
 
-std::atomic<const InstructionSet*> chosen{nullptr};
+// Whether PyTorch multiplies bfloat16 here, seen by a product: it refuses on a processor that oneDNN was told to take for
+// an older one.
+bool multiplies_bfloat16() {
+  const at::BFloat16 a[] = {1, 2, 3, 4}, b[] = {1, 10, 2, 20};  // [2, 2] and, in pairs, [2, 2]
+  float c[4] = {};
+  try {
+    multiply({2, 2, 2, reinterpret_cast<const Bfloat16*>(a), 2, reinterpret_cast<const Bfloat16*>(b), 2, c, 2, false});
+  } catch (const c10::Error&) {
+    return false;
+  }
+  at::native::cpublas::brgemm_release();
+  return c[0] == 21 && c[1] == 42 && c[2] == 43 && c[3] == 86;
+}
+
+struct Choice {
+  std::string name;
+  const InstructionSet* kernels;
+  bool bfloat16;
+};
+
+// Best first.
+const std::vector<Choice>& available() {
+  static const std::vector<Choice> choices = [] {
+    std::vector<Choice> found;
+    auto add = [&](const InstructionSet& set) { found.push_back({set.name, &set, false}); };
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512bf16") && multiplies_bfloat16()) found.push_back({"avx512_bf16", &avx512, true});
+      add(avx512);
+    }
+    if (has_avx2) add(avx2);
+#endif
+    add(baseline);
+    return found;
+  }();
+  return choices;
+}
+
+std::atomic<const Choice*> chosen{nullptr};
+
+const Choice& choice() {
+  const Choice* choice = chosen.load();
+  if (!choice) chosen.store(choice = &available().front());
+  return *choice;
+}
+
 std::atomic<int64_t> chosen_block{0};
 
 void run(int64_t count, int64_t grain, Host::Body body, void* context) {
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end, at::get_thread_num()); });
 }
 
+// Products leave their matrix unit configured.
+void run_with_products(int64_t count, int64_t grain, Host::Body body, void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    body(context, begin, end, at::get_thread_num());
+    at::native::cpublas::brgemm_release();
+  });
+}
+
 }  // namespace
 
-const InstructionSet& instruction_set() {
-  const InstructionSet* set = chosen.load();
-  if (!set) chosen.store(set = available().front());
-  return *set;
-}
+const InstructionSet& instruction_set() { return *choice().kernels; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const InstructionSet* set : available()) names.emplace_back(set->name);
+  for (const Choice& choice : available()) names.push_back(choice.name);
   return names;
 }
 
 bool set_instruction_set(const std::string& name) {
-  for (const InstructionSet* set : available()) {
-    if (name == set->name) {
-      chosen.store(set);
+  for (const Choice& choice : available()) {
+    if (name == choice.name) {
+      chosen.store(&choice);
       return true;
     }
   }
@@ -54,11 +100,26 @@ bool set_instruction_set(const std::string& name) {
 
 void set_block(int64_t rows) { chosen_block.store(rows); }
 
-Call::Call() {
+Product product_of(c10::string_view product_precision, at::ScalarType type) {
+  if (product_precision == "bfloat16" && type == at::kFloat) {
+    return choice().bfloat16 && at::globalContext().userEnabledMkldnn() ? Product::bfloat16 : Product::own;
+  }
+  for (const char* name : {"float32", "tf32", "bfloat16", "float16", "float64"}) {
+    if (product_precision == name) return Product::own;
+  }
+  TORCH_CHECK(false, "unknown product precision ", product_precision);
+}
+
+at::Tensor as_multiplied(const at::Tensor& rows, Product product) {
+  return product == Product::bfloat16 ? rows.to(at::kBFloat16).to(rows.scalar_type()) : rows;
+}
+
+Call::Call(Product product) {
   host_.self = this;
   host_.workers = at::get_num_threads();
   host_.block = chosen_block.load();
-  host_.run = &run;
+  host_.run = product == Product::bfloat16 ? &run_with_products : &run;
+  host_.multiply = product == Product::bfloat16 ? &multiply : nullptr;
   host_.yield = &std::this_thread::yield;
   host_.allocate = [](void* self, int64_t bytes) { return static_cast<Call*>(self)->allocate(bytes); };
 }
@@ -94,13 +155,6 @@ std::vector<at::Tensor> matrices(const char* name, at::TensorList list, at::Scal
   out.reserve(list.size());
   for (const at::Tensor& x : list) out.push_back(matrix(name, x, type, rows));
   return out;
-}
-
-void check_precision(c10::string_view product_precision) {
-  for (const char* name : {"float32", "tf32", "bfloat16", "float16", "float64"}) {
-    if (product_precision == name) return;
-  }
-  TORCH_CHECK(false, "unknown product precision ", product_precision);
 }
 
 }  // namespace gkd

@@ -24,7 +24,8 @@ constexpr int64_t kPadding = 16;
 
 // The kernels that run in this process.
 const InstructionSet& instruction_set();
-// Names of the instruction sets that this processor has, best first.
+// Names of the instruction sets that this processor has, best first. "avx512_bf16" is "avx512" with bfloat16 products, by
+// matrix units (AMX) where there are some.
 std::vector<std::string> instruction_sets();
 // For tests: choose one of them by name; false if there is none of that name.
 bool set_instruction_set(const std::string& name);
@@ -40,10 +41,20 @@ const Kernels<T>& kernels() {
   }
 }
 
+// Tiles of float32 rows are multiplied in their own type, or in bfloat16 where the processor gains by it.
+enum class Product { own, bfloat16 };
+
+// What product_precision means for rows of this type on this processor.
+Product product_of(c10::string_view product_precision, at::ScalarType type);
+
+// Rows as tiles multiply them. The second order, whose directions lose too much in bfloat16 where they are orthogonal to
+// rows that are all alike, multiplies these in their own type.
+at::Tensor as_multiplied(const at::Tensor& rows, Product product);
+
 // Threads and memory of one call; the memory lives as long as this object.
 class Call {
  public:
-  Call();
+  explicit Call(Product product = Product::own);
   const Host& host() const { return host_; }
 
   // Cleared memory with room for vectors that read beyond the end.
@@ -85,8 +96,6 @@ at::Tensor vector(const char* name, const at::Tensor& x, at::ScalarType type, st
 std::vector<at::Tensor> matrices(const char* name, at::TensorList list, at::ScalarType type, int64_t rows = -1);
 
 at::ScalarType row_type(const at::Tensor& x);
-// This backend multiplies in the rows' own type, whatever is allowed: the name is only checked.
-void check_precision(c10::string_view product_precision);
 
 template <class T>
 Sides<T> sides_of(const at::Tensor& rows, const at::Tensor* columns, int64_t offset) {

@@ -19,7 +19,7 @@ struct KernelTiles {
   static constexpr int N = Lanes<T>::count;
 
   const KernelSums<T>& args;
-  const T *rows, *columns, *values;
+  Operand<T> rows, columns, values;
   T *tiles, *column_sums;
   int64_t stride;
 
@@ -67,8 +67,8 @@ void kernel_sums(const Host& host, const KernelSums<T>& args) {
   const int64_t stride = block_rows(host, sides.row_count);
   KernelTiles<T> op{args,
                     rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                    columns_of(host, sides.columns, sides.column_count, sides.dim),
-                    args.output ? values_of(host, args.values, sides.column_count, args.width, args.factors) : nullptr,
+                    columns_of(host, sides.columns, sides.column_count, sides.dim, stride),
+                    values_of(host, args.values, sides.column_count, args.width, args.factors),
                     allocate<T>(host, host.workers * tile_elements(stride)),
                     allocate<T>(host, host.workers * stride),
                     stride};
@@ -81,16 +81,19 @@ struct NodeTiles {
   static constexpr int N = Lanes<T>::count;
 
   const NodeGradient<T>& args;
-  const T *rows, *left_rows, *columns, *left_columns, *right_columns, *values;
-  T *tiles, *right_rows;  // right_rows: of a worker's tile
+  Operand<T> rows, columns, left_columns, right_columns, values;
+  T* tiles;
+  Operand<T> tile_rows;  // a block per worker
   int64_t stride;
 
-  // m += H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares the memory.
-  GKD_INLINE void add_right(const Tile& t, int64_t worker, T* m) const {
-    T* packed = right_rows + worker * round_up(stride, kMicroRows) * args.width;
-    pack_rows(args.right.row, args.right_factors.row, t.i, t.i + t.rows, args.width, packed);
-    multiply<Layout::Across, T>(t.rows, round_up(t.columns, kPanel<T>), args.width, {packed, kMicroRows, args.width},
-                                left_columns + t.j * args.width, kPanel<T> * args.width, m, stride, true);
+  // m (+)= G'_i·H'_j or H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares
+  // the memory.
+  GKD_INLINE void multiply_rows(const Tile& t, int64_t worker, const T* rows, const T* factors,
+                                const Operand<T>& columns, T* m, bool accumulate) const {
+    pack_block(tile_rows, worker, rows, factors, t.i, t.i + t.rows, args.width, stride);
+    Tile packed = t;
+    packed.i = worker * stride;
+    similarities(packed, tile_rows, columns, args.width, m, stride, accumulate);
   }
 
   template <int G>
@@ -111,8 +114,8 @@ struct NodeTiles {
     T* c = tiles + worker * 2 * tile_elements(stride);
     T* m = c + tile_elements(stride);
     similarities(t, rows, columns, args.sides.dim, c, stride);
-    if (right_columns) similarities(t, left_rows, right_columns, args.width, m, stride);
-    if (left_columns) add_right(t, worker, m);
+    multiply_rows(t, worker, args.left.row, args.left_factors.row, right_columns, m, false);
+    if (left_columns) multiply_rows(t, worker, args.right.row, args.right_factors.row, left_columns, m, true);
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });
     for (int64_t r = 0; r < t.rows; ++r) {
       if (const int64_t own = own_column(t, r); own >= 0) m[r * stride + own] = 0;
@@ -129,13 +132,12 @@ void node_gradient(const Host& host, const NodeGradient<T>& args) {
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
   NodeTiles<T> op{args,
                   rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                  rows_of(host, args.left.row, sides.row_count, args.width, stride, left.row),
-                  columns_of(host, sides.columns, count, sides.dim),
-                  args.left.column ? columns_of(host, args.left.column, count, args.width, left.column) : nullptr,
-                  columns_of(host, args.right.column, count, args.width, right.column),
+                  columns_of(host, sides.columns, count, sides.dim, stride),
+                  columns_of(host, args.left.column, count, args.width, stride, left.column),
+                  columns_of(host, args.right.column, count, args.width, stride, right.column),
                   values_of(host, sides.columns, count, sides.dim),
                   allocate<T>(host, host.workers * 2 * tile_elements(stride)),
-                  allocate<T>(host, host.workers * round_up(stride, kMicroRows) * args.width),
+                  row_blocks<T>(host, host.workers, args.width, stride),
                   stride};
   walk(host, sides, op);
 }

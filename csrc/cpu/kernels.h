@@ -5,6 +5,20 @@
 
 namespace gkd {
 
+using Bfloat16 = uint16_t;  // its bits
+
+// c[m][n] (+)= Σ_k a[m][k] · b[k][n] with operands in bfloat16: b in pairs, element (k, n) at b[(k/2·b_lead + n)·2 + k%2].
+struct Bfloat16Product {
+  int64_t rows, columns, depth;  // depth: even
+  const Bfloat16* a;
+  int64_t a_lead;
+  const Bfloat16* b;
+  int64_t b_lead;
+  float* c;
+  int64_t c_lead;
+  bool accumulate;
+};
+
 // Threads and memory, lent by the caller for the time of one call.
 struct Host {
   using Body = void (*)(void* context, int64_t begin, int64_t end, int64_t worker);
@@ -14,6 +28,7 @@ struct Host {
   void (*run)(int64_t count, int64_t grain, Body body, void* context);  // grain: what a thread is worth starting for
   void (*yield)();                                                      // lets other threads have the processor
   void* (*allocate)(void* self, int64_t bytes);  // aligned to 64 bytes, not cleared
+  void (*multiply)(const Bfloat16Product&);      // null: tiles of float32 are multiplied in float32
 };
 
 // A matrix of unit rows, row-major and contiguous, and as columns of the tiles: the same matrix in the symmetric case.
@@ -78,7 +93,9 @@ struct SoftmaxSums {
   const T* column_shift;   // base 2, [column_count], or null
   const T* column_factor;  // [column_count], or null
   const T* values;         // [column_count, dim] or null
+  const T* own;            // taken from the weight of row i's own column, [row_count], or null
   double* sums;            // [row_count] or null, cleared by the caller
+  double* weight_sums;     // of the weights as they are multiplied with the values: likewise
   T* weighted;             // [row_count, dim], cleared by the caller; with values
   T* maxima;               // [row_count]: only the largest c of each row is wanted, or null
 };

@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #define GKD_ISA isa_avx512
 #define GKD_VECTOR_BYTES 64
+#define GKD_BFLOAT16
+#include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else

@@ -32,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
   at::Tensor losses = at::zeros({rows, S, R}, options), log_sums = at::empty({pairs, rows}, options);
   at::Tensor weighted = keep_weighted ? at::zeros({pairs, rows, dim}, options) : at::empty({0}, options);
   for (const Pair& pair : stages.pairs) {
-    Call call;
+    Call call(stages.product);
     const at::Tensor &student = stages.students[pair.student], &teacher = columns[pair.teacher];
     SoftmaxSums<T> args = arguments<T>(student, teacher, temperature);
     args.row_shift = row_shifts(call, args, temperature);
@@ -40,6 +40,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
     if (keep_weighted) {
       args.values = args.sides.columns;
       args.weighted = weighted.mutable_data_ptr<T>() + pair.place * rows * dim;
+      if (stages.product == Product::bfloat16) args.weight_sums = call.template zeros<double>(rows);
     }
     kernels<T>().softmax_sums(call.host(), args);
     double* own = call.template zeros<double>(rows);
@@ -54,7 +55,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
       log_sum[i] = T(log_z);
       loss[i * S * R] = T(log_z - own[i] / temperature);
     }
-    if (keep_weighted) scale_rows(args.weighted, args.sums, rows, dim, [](double z) { return 1 / z; });
+    // The mean under the weights as they were multiplied: their roundings cancel where columns are alike.
+    const double* divisors = args.weight_sums ? args.weight_sums : args.sums;
+    if (keep_weighted) scale_rows(args.weighted, divisors, rows, dim, [](double z) { return 1 / z; });
   }
   return {losses, log_sums, weighted};
 }
@@ -63,8 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> node_contrast(
     at::TensorList students, at::TensorList teachers, c10::List<bool> wanted, double temperature,
     c10::string_view product_precision, bool keep_weighted, std::optional<at::TensorList> teacher_columns,
     int64_t offset) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, wanted);
+  const Stages stages = stages_of(students, teachers, wanted, product_precision);
   const auto columns = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
   const bool own_teacher = includes_own(teacher_columns, stages, offset);
   return GKD_DISPATCH(stages.type,
@@ -77,15 +79,16 @@ std::vector<at::Tensor> node_contrast_backward(
     c10::List<bool> needs, std::optional<at::TensorList> teacher_columns,
     std::optional<at::TensorList> student_columns, int64_t offset, const std::optional<at::Tensor>& column_upstream,
     const std::optional<at::Tensor>& column_log_sums) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, wanted);
+  const Stages stages = stages_of(students, teachers, wanted, product_precision);
   const auto all_teachers = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
   const auto all_students = columns_of("student_columns", student_columns, stages.students, stages);
   TORCH_CHECK(!column_upstream || student_columns, "column_upstream needs student_columns and column_log_sums");
   const Backward backward =
       backward_of(stages, upstream, log_sums, weighted, temperature, all_students, all_teachers,
                   !teacher_columns && !student_columns, includes_own(teacher_columns, stages, offset),
-                  includes_own(student_columns, stages, offset), column_upstream, column_log_sums);
+                  includes_own(student_columns, stages, offset), teacher_columns ? offset : 0,
+                  student_columns ? offset : 0, column_upstream,
+                  column_log_sums);
   return GKD_DISPATCH(stages.type, [&] {
     return collect(
         stages, needs, [&](const Pair& pair, const at::Tensor& x) { backward.student<scalar_t>(pair, x); },

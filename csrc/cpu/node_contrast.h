@@ -16,16 +16,26 @@ struct Stages {
   std::vector<Pair> pairs;
   int64_t rows, dim;
   at::ScalarType type;
+  Product product;
 };
 
-inline Stages stages_of(at::TensorList students, at::TensorList teachers, const c10::List<bool>& wanted) {
+// As they are multiplied: the own similarities and columns, which are no tile's, cancel with those of tiles.
+inline std::vector<at::Tensor> matrices(const char* name, at::TensorList list, const Stages& stages, int64_t rows) {
+  std::vector<at::Tensor> out = gkd::matrices(name, list, stages.type, rows);
+  for (at::Tensor& x : out) x = as_multiplied(x, stages.product);
+  return out;
+}
+
+inline Stages stages_of(at::TensorList students, at::TensorList teachers, const c10::List<bool>& wanted,
+                        c10::string_view product_precision) {
   TORCH_CHECK(!students.empty() && !teachers.empty(), "node_contrast needs a student and a teacher");
   Stages stages;
   stages.type = row_type(students[0]);
+  stages.product = product_of(product_precision, stages.type);
   stages.rows = students[0].size(0);
   stages.dim = students[0].size(-1);
-  stages.students = matrices("students", students, stages.type, stages.rows);
-  stages.teachers = matrices("teachers", teachers, stages.type, stages.rows);
+  stages.students = matrices("students", students, stages, stages.rows);
+  stages.teachers = matrices("teachers", teachers, stages, stages.rows);
   for (const auto* side : {&stages.students, &stages.teachers}) {
     for (const at::Tensor& x : *side) TORCH_CHECK(x.size(1) == stages.dim, "all stages must have width ", stages.dim);
   }
@@ -41,7 +51,7 @@ inline std::vector<at::Tensor> columns_of(const char* name, const std::optional<
                                    const std::vector<at::Tensor>& rows, const Stages& stages) {
   if (!columns) return rows;
   TORCH_CHECK(columns->size() == rows.size(), name, " must have ", rows.size(), " stages, got ", columns->size());
-  std::vector<at::Tensor> out = matrices(name, *columns, stages.type, (*columns)[0].size(0));
+  std::vector<at::Tensor> out = matrices(name, *columns, stages, (*columns)[0].size(0));
   for (const at::Tensor& x : out) TORCH_CHECK(x.size(1) == stages.dim, name, " must have width ", stages.dim);
   return out;
 }
@@ -89,12 +99,13 @@ struct Backward {
   at::Tensor upstream, log_sums, weighted;
   at::Tensor column_upstream, column_log_sums;  // undefined: zero
   bool own_teacher, own_student;                // whether the rows' own columns are among these
+  int64_t teacher_offset, student_offset;       // row i's own column is i + offset
   double temperature;
 
   template <class T>
   void student(const Pair& pair, const at::Tensor& gradient) const {
     const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
-    Call call;
+    Call call(stages.product);
     SoftmaxSums<T> args =
         arguments<T>(stages.students[pair.student], teacher_columns[pair.teacher], temperature);
     const T* mean = weighted.const_data_ptr<T>() + pair.place * rows * dim;
@@ -102,7 +113,15 @@ struct Backward {
       args.row_shift = base2(call, log_sums.const_data_ptr<T>() + pair.place * rows, rows);
       args.values = args.sides.columns;
       args.weighted = call.template zeros<T>(rows * dim);
+      if (stages.product == Product::bfloat16) {
+        args.sums = call.template zeros<double>(rows);
+        args.weight_sums = call.template zeros<double>(rows);
+      }
       kernels<T>().softmax_sums(call.host(), args);
+      if (args.weight_sums) {
+        for (int64_t i = 0; i < rows; ++i) args.sums[i] /= args.weight_sums[i];
+        scale_rows(args.weighted, args.sums, rows, dim, [](double factor) { return factor; });
+      }
       mean = args.weighted;
     }
     const T* own = own_teacher ? stages.teachers[pair.teacher].const_data_ptr<T>() : nullptr;
@@ -116,19 +135,20 @@ struct Backward {
     const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
     const at::Tensor& students = student_columns[pair.student];
     T* out = gradient.mutable_data_ptr<T>();
-    Call call;
+    Call call(stages.product);
     SoftmaxSums<T> args = arguments<T>(stages.teachers[pair.teacher], students, temperature);
     if (column_upstream.defined()) {
       weigh_columns(call, pair, args);
       args.weighted = out;
       kernels<T>().softmax_sums(call.host(), args);
+      return;
     }
     if (!own_student) return;
     add_difference<T>(out, nullptr, stages.students[pair.student].const_data_ptr<T>(),
                       upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, temperature, rows, dim);
   }
 
-  // The weights g_j P_ji/τ of the students' columns j.
+  // The weights g_j P_ji/τ of the students' columns j, the own one's less g_i/τ: the difference is what is rounded.
   template <class T>
   void weigh_columns(Call& call, const Pair& pair, SoftmaxSums<T>& args) const {
     const int64_t S = stages.students.size(), R = stages.teachers.size(), columns = args.sides.column_count;
@@ -143,6 +163,12 @@ struct Backward {
     args.column_factor = factor;
     args.column_shift = shift;
     args.values = args.sides.columns;
+    if (!own_student) return;
+    T* own = call.template zeros<T>(stages.rows);
+    const T* own_upstream = upstream.const_data_ptr<T>() + pair.student * R + pair.teacher;
+    for (int64_t i = 0; i < stages.rows; ++i) own[i] = T(own_upstream[i * S * R] / temperature);
+    args.own = own;
+    args.sides.offset = student_offset;
   }
 };
 
@@ -155,6 +181,7 @@ inline Backward backward_of(const Stages& stages, const at::Tensor& upstream, co
                      const at::Tensor& weighted, double temperature,
                      const std::vector<at::Tensor>& student_columns, const std::vector<at::Tensor>& teacher_columns,
                      bool symmetric, bool own_teacher, bool own_student,
+                     int64_t teacher_offset, int64_t student_offset,
                      const std::optional<at::Tensor>& column_upstream,
                      const std::optional<at::Tensor>& column_log_sums) {
   const int64_t S = stages.students.size(), R = stages.teachers.size(), pairs = stages.pairs.size();
@@ -162,7 +189,7 @@ inline Backward backward_of(const Stages& stages, const at::Tensor& upstream, co
   Backward backward{stages, student_columns, teacher_columns,
                     vector("upstream", upstream, type, {stages.rows, S, R}),
                     vector("log_sums", log_sums, type, {pairs, stages.rows}), kept(weighted, stages), {}, {}, own_teacher,
-                    own_student, temperature};
+                    own_student, teacher_offset, student_offset, temperature};
   if (symmetric) {
     backward.column_upstream = backward.upstream;
     backward.column_log_sums = backward.log_sums;

@@ -116,10 +116,14 @@ struct DoubleBackward {
                      Directions::data<T>(directions.columns[S + pair.teacher])};
     args.inverse_temperature = T(1 / first.temperature);
     args.row_term = log_sum_tangents.const_data_ptr<T>() + pair.place * rows;
+    if (first.own_teacher) {
+      T* own = call.template zeros<T>(rows);
+      std::fill(own, own + rows, T(1));
+      args.softmax.own = own;
+      args.softmax.sides.offset = first.teacher_offset;
+    }
     kernels<T>().softmax_tangent(call.host(), args);
-    const at::Tensor& own = directions.rows[S + pair.teacher];
-    add_difference<T>(gradient.mutable_data_ptr<T>(), args.softmax.weighted,
-                      first.own_teacher ? Directions::data<T>(own) : nullptr,
+    add_difference<T>(gradient.mutable_data_ptr<T>(), args.softmax.weighted, nullptr,
                       first.upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, first.temperature,
                       rows, dim);
   }
@@ -143,6 +147,7 @@ struct DoubleBackward {
       const int64_t columns = args.softmax.sides.column_count;
       args.column_term = call.copy<T>(column_log_sum_tangents.const_data_ptr<T>() + pair.place * columns, columns);
       kernels<T>().softmax_tangent(call.host(), args);
+      return;
     }
     if (!first.own_student || !directions.rows[pair.student].defined()) return;
     add_difference<T>(out, nullptr, directions.rows[pair.student].const_data_ptr<T>(),
@@ -156,8 +161,7 @@ std::tuple<at::Tensor, at::Tensor> node_contrast_tangent(
     const at::Tensor& log_sums, const at::Tensor& weighted, c10::List<bool> wanted, double temperature,
     c10::string_view product_precision, std::optional<at::TensorList> teacher_columns,
     std::optional<at::TensorList> teacher_column_tangents, int64_t offset) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, wanted);
+  const Stages stages = stages_of(students, teachers, wanted, product_precision);
   const auto columns = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
   TORCH_CHECK(teacher_columns.has_value() == teacher_column_tangents.has_value(),
               "teacher_columns and teacher_column_tangents go together");
@@ -177,8 +181,7 @@ std::vector<at::Tensor> node_contrast_double_backward(
     std::optional<at::TensorList> teacher_column_tangents, std::optional<at::TensorList> student_column_tangents,
     int64_t offset, const std::optional<at::Tensor>& column_upstream, const std::optional<at::Tensor>& column_log_sums,
     const std::optional<at::Tensor>& column_log_sum_tangents) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, wanted);
+  const Stages stages = stages_of(students, teachers, wanted, product_precision);
   const int64_t pairs = stages.pairs.size();
   const bool symmetric = !teacher_columns && !student_columns;
   TORCH_CHECK(teacher_columns.has_value() == teacher_column_tangents.has_value() &&
@@ -190,7 +193,8 @@ std::vector<at::Tensor> node_contrast_double_backward(
               "column_upstream needs student_columns, column_log_sums and column_log_sum_tangents");
   const Backward backward = backward_of(stages, upstream, log_sums, weighted, temperature, all_students, all_teachers,
                                         symmetric, includes_own(teacher_columns, stages, offset),
-                                        includes_own(student_columns, stages, offset), column_upstream, column_log_sums);
+                                        includes_own(student_columns, stages, offset), teacher_columns ? offset : 0,
+                                        student_columns ? offset : 0, column_upstream, column_log_sums);
   const Directions directions = directions_of(stages, tangents, moving, student_column_tangents, all_students,
                                               teacher_column_tangents, all_teachers);
   DoubleBackward second{backward, directions,

@@ -158,13 +158,15 @@ int64_t packed_values(int64_t count, int64_t dim) {
   return round_up(dim, kPanel<T>) * count;
 }
 
-// Rows as columns of a product c = A·rowsᵀ: [panel of rows][dim][kPanel], zeros beyond the last row.
+// Rows [begin, end), whole panels but for the matrix's last, as columns of a product c = A·rowsᵀ: [panel of
+// rows][dim][kPanel], zeros beyond the end.
 template <class T>
-void pack_columns(const T* rows, const T* factors, int64_t count, int64_t dim, int64_t panel, T* packed) {
+void pack_columns(const T* rows, const T* factors, int64_t begin, int64_t end, int64_t dim, T* packed) {
   constexpr int P = kPanel<T>;
-  const int64_t first = panel * P;
-  transpose_rows<P>(rows + first * dim, factors ? factors + first : nullptr, smaller(P, count - first), dim,
-                    packed + first * dim);
+  for (int64_t first = begin; first < end; first += P) {
+    transpose_rows<P>(rows + first * dim, factors ? factors + first : nullptr, smaller(P, end - first), dim,
+                      packed + first * dim);
+  }
 }
 
 // Rows as the right operand of weights·rows: [panel of dimensions][row][kPanel], zeros beyond the last dimension.

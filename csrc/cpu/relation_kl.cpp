@@ -15,17 +15,19 @@ struct Stages {
   int64_t students, teachers, row_count, column_count;
   bool symmetric;
   at::ScalarType type;
+  Product product;
   int64_t count() const { return students + teachers; }
 };
 
 Stages stages_of(at::TensorList students, at::TensorList teachers, const std::optional<at::TensorList>& student_columns,
-                 const std::optional<at::TensorList>& teacher_columns) {
+                 const std::optional<at::TensorList>& teacher_columns, c10::string_view product_precision) {
   TORCH_CHECK(!students.empty() && !teachers.empty(), "relation_kl needs a student and a teacher");
   Stages stages;
   stages.students = students.size();
   stages.teachers = teachers.size();
   TORCH_CHECK(stages.count() <= kMaxStages, "relation_kl takes at most ", kMaxStages, " stages, got ", stages.count());
   stages.type = row_type(students[0]);
+  stages.product = product_of(product_precision, stages.type);
   stages.row_count = students[0].size(0);
   stages.rows = matrices("students", students, stages.type, stages.row_count);
   for (at::Tensor& x : matrices("teachers", teachers, stages.type, stages.row_count)) stages.rows.push_back(x);
@@ -43,6 +45,14 @@ Stages stages_of(at::TensorList students, at::TensorList teachers, const std::op
   for (int64_t q = 0; q < stages.count(); ++q) {
     TORCH_CHECK(stages.rows[q].size(1) == stages.columns[q].size(1), "rows and columns of a stage must share a width");
   }
+  return stages;
+}
+
+Stages second_order(Stages stages) {
+  for (auto* side : {&stages.rows, &stages.columns}) {
+    for (at::Tensor& x : *side) x = as_multiplied(x, stages.product);
+  }
+  stages.product = Product::own;
   return stages;
 }
 
@@ -75,7 +85,7 @@ void set_own_shifts(Call& call, RelationKl<T>& args, const Stages& sizes) {
   kernels<T>().relation_kl_maxima(call.host(), args, maxima);
   for (int64_t q = 0; q < stages; ++q) {
     T* shift = maxima[q];
-    for (int64_t i = 0; i < rows; ++i) shift[i] = std::exp2((maxima[q][i] - T(1)) * args.inner) * args.outer;
+    for (int64_t i = 0; i < rows; ++i) shift[i] = std::exp2(std::min(maxima[q][i] - T(1), T(0)) * args.inner) * args.outer;
     args.shifts[q] = {shift, shift};
     if (sizes.symmetric) continue;
     // Nothing of the columns' own is summed: any shift will do that keeps V finite.
@@ -88,7 +98,7 @@ void set_own_shifts(Call& call, RelationKl<T>& args, const Stages& sizes) {
 template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, double temperature, double bandwidth,
                                                        int64_t offset) {
-  Call call;
+  Call call(stages.product);
   RelationKl<T> args = arguments<T>(stages, temperature, bandwidth, offset);
   const int64_t rows = stages.row_count, S = stages.students, count = stages.count();
   if (!shares_shift(temperature)) set_own_shifts(call, args, stages);
@@ -220,7 +230,7 @@ template <class T>
 std::vector<at::Tensor> backward(const Stages& stages, double temperature, double bandwidth, int64_t offset,
                                  const Statistics<T>& row_side, const Statistics<T>& column_side,
                                  const c10::List<bool>& needs, const Directions* directions) {
-  Call call;
+  Call call(stages.product);
   RelationKlTangent<T> second{};
   RelationKl<T>& args = second.relations = arguments<T>(stages, temperature, bandwidth, offset);
   const bool shared = shares_shift(temperature);
@@ -265,7 +275,7 @@ template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, double temperature, double bandwidth,
                                                        int64_t offset, const Statistics<T>& side,
                                                        const Directions& directions) {
-  Call call;
+  Call call(stages.product);
   RelationKlTangent<T> second{};
   RelationKl<T>& args = second.relations = arguments<T>(stages, temperature, bandwidth, offset);
   const int64_t rows = stages.row_count, S = stages.students, R = stages.teachers, count = stages.count();
@@ -311,8 +321,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(
     at::TensorList students, at::TensorList teachers, double temperature, double bandwidth,
     c10::string_view product_precision, std::optional<at::TensorList> student_columns,
     std::optional<at::TensorList> teacher_columns, int64_t offset) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns);
+  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns, product_precision);
   return GKD_DISPATCH(stages.type, [&] { return forward<scalar_t>(stages, temperature, bandwidth, offset); });
 }
 
@@ -379,8 +388,7 @@ std::vector<at::Tensor> relation_kl_backward(
     std::optional<at::TensorList> teacher_columns, int64_t offset, const std::optional<at::Tensor>& column_upstream,
     const std::optional<at::Tensor>& column_losses, const std::optional<at::Tensor>& column_student_log_sums,
     const std::optional<at::Tensor>& column_teacher_log_sums) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns);
+  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns, product_precision);
   return gradients_of(stages, {upstream, losses, student_log_sums, teacher_log_sums},
                       {given(column_upstream), given(column_losses), given(column_student_log_sums),
                        given(column_teacher_log_sums)},
@@ -393,8 +401,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl_tangent(
     double temperature, double bandwidth, c10::string_view product_precision,
     std::optional<at::TensorList> student_columns, std::optional<at::TensorList> teacher_columns,
     std::optional<at::TensorList> column_tangents, int64_t offset) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns);
+  const Stages stages =
+      second_order(stages_of(students, teachers, student_columns, teacher_columns, product_precision));
   const Directions directions = directions_of(stages, tangents, moving, column_tangents);
   Side own{{}, losses, student_log_sums, teacher_log_sums};
   own.check("", stages, stages.row_count);
@@ -416,8 +424,8 @@ std::vector<at::Tensor> relation_kl_double_backward(
     const std::optional<at::Tensor>& column_loss_tangents,
     const std::optional<at::Tensor>& column_student_log_sum_tangents,
     const std::optional<at::Tensor>& column_teacher_log_sum_tangents) {
-  check_precision(product_precision);
-  const Stages stages = stages_of(students, teachers, student_columns, teacher_columns);
+  const Stages stages =
+      second_order(stages_of(students, teachers, student_columns, teacher_columns, product_precision));
   const Directions directions = directions_of(stages, tangents, moving, column_tangents);
   return gradients_of(stages,
                       {upstream, losses, student_log_sums, teacher_log_sums, loss_tangents, student_log_sum_tangents,

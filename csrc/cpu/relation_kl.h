@@ -29,7 +29,7 @@ struct RelationTiles {
   };
 
   const RelationKl<T>& args;
-  const T *rows[kMaxStages], *columns[kMaxStages], *values[kMaxStages];
+  Operand<T> rows[kMaxStages], columns[kMaxStages], values[kMaxStages];
   T* tiles;
   T* partial;  // column sums of one tile
   int64_t stride;
@@ -58,7 +58,8 @@ struct RelationTiles {
     Vec<T> w[Q * G], mirrored[Q * G];
 #pragma GCC unroll 8
     for (int k = 0; k < Q * G; ++k) {
-      w[k] = load(c + (first + k / G) * tile_elements(stride) + (r + k % G) * stride + x) * inner - inner;
+      // Rounded rows can be longer than 1, and R/τ − 1/τ large.
+      w[k] = at_most<T>(load(c + (first + k / G) * tile_elements(stride) + (r + k % G) * stride + x) * inner - inner, 0);
     }
     exp2_nonpositive<T>(w);
 #pragma GCC unroll 8
@@ -286,7 +287,7 @@ RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationK
   for (int64_t q = 0; q < stages; ++q) {
     const Sides<T>& sides = args.stages[q];
     tiles.rows[q] = rows_of(host, sides.rows, sides.row_count, sides.dim, stride);
-    tiles.columns[q] = columns_of(host, sides.columns, sides.column_count, sides.dim);
+    tiles.columns[q] = columns_of(host, sides.columns, sides.column_count, sides.dim, stride);
     if (backward && args.gradients[q]) tiles.values[q] = values_of(host, sides.columns, sides.column_count, sides.dim);
   }
   tiles.tiles = allocate<T>(host, host.workers * stages * tile_elements(stride));

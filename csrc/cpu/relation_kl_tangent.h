@@ -13,7 +13,7 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
   using Relations = typename Tiles::template Relations<G>;
 
   const RelationKlTangent<T>& second;
-  const T *row_tangents[kMaxStages], *column_tangents[kMaxStages], *tangent_values[kMaxStages];
+  Operand<T> row_tangents[kMaxStages], column_tangents[kMaxStages], tangent_values[kMaxStages];
   T* moving_tiles;
   int64_t moving_count;
   int64_t places[kMaxStages];  // of a moving stage's tile, or -1
@@ -27,7 +27,7 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
       places[q] = tangent.row ? moving_count++ : -1;
       if (!tangent.row) continue;
       row_tangents[q] = rows_of(host, tangent.row, sides.row_count, sides.dim, this->stride);
-      column_tangents[q] = columns_of(host, tangent.column, sides.column_count, sides.dim);
+      column_tangents[q] = columns_of(host, tangent.column, sides.column_count, sides.dim, this->stride);
       if (this->values[q]) tangent_values[q] = values_of(host, tangent.column, sides.column_count, sides.dim);
     }
     moving_tiles = allocate<T>(host, host.workers * moving_count * tile_elements(this->stride));
@@ -198,7 +198,7 @@ struct RelationDoubleBackward : RelationTangentTiles<T, RelationBackward, Shared
     }
   }
 
-  void gather(const Tile& t, int64_t q, const T* m, const T* values) const {
+  void gather(const Tile& t, int64_t q, const T* m, const Operand<T>& values) const {
     const Sides<T>& sides = this->args.stages[q];
     T* gradient = this->args.gradients[q];
     add_to_rows(t, m, this->stride, values, sides.column_count, sides.dim, gradient);

@@ -11,17 +11,17 @@ struct SoftmaxTiles {
   static constexpr int kGroup = 4;  // rows at a time
 
   const SoftmaxSums<T>& args;
-  const T *rows, *columns, *values;
+  Operand<T> rows, columns, values;
   T* tiles;
   int64_t stride;
 
   template <int G>
   GKD_INLINE void weigh_rows(const Tile& t, T* c, int64_t r) const {
     T shift[G];
-    Vec<T> totals[G];
+    Vec<T> totals[G], weight_totals[G];
     for (int g = 0; g < G; ++g) {
       shift[g] = args.row_shift ? args.row_shift[t.i + r + g] : T(0);
-      totals[g] = Vec<T>{};
+      totals[g] = weight_totals[g] = Vec<T>{};
     }
     for (int64_t x = 0; x < t.columns; x += N) {
       Vec<T> w[G];
@@ -33,11 +33,21 @@ struct SoftmaxTiles {
       for (int g = 0; g < G; ++g) {
         if (args.column_factor) w[g] *= load(args.column_factor + t.j + x);
         store(c + (r + g) * stride + x, w[g]);
-        totals[g] += x + N <= t.columns ? w[g] : keep<T>(w[g], t.columns - x);
+        const Vec<T> valid = x + N <= t.columns ? w[g] : keep<T>(w[g], t.columns - x);
+        totals[g] += valid;
+        if (args.weight_sums) weight_totals[g] += as_multiplied<T>(t.host, valid);
       }
     }
-    if (!args.sums) return;
-    for (int g = 0; g < G; ++g) args.sums[t.i + r + g] += sum<T>(totals[g]);
+    for (int g = 0; g < G; ++g) {
+      if (args.sums) args.sums[t.i + r + g] += sum<T>(totals[g]);
+      if (args.weight_sums) args.weight_sums[t.i + r + g] += sum<T>(weight_totals[g]);
+    }
+  }
+
+  void take_own(const Tile& t, T* w) const {
+    for (int64_t r = 0; args.own && r < t.rows; ++r) {
+      if (const int64_t own = own_column(t, r); own >= 0) w[r * stride + own] -= args.own[t.i + r];
+    }
   }
 
   void find_maxima(const Tile& t, const T* c) const {
@@ -52,6 +62,7 @@ struct SoftmaxTiles {
     similarities(t, rows, columns, args.sides.dim, c, stride);
     if (args.maxima) return find_maxima(t, c);
     for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r); });
+    take_own(t, c);
     if (values) add_to_rows(t, c, stride, values, args.sides.column_count, args.sides.dim, args.weighted);
   }
 };
@@ -62,8 +73,8 @@ void softmax_sums(const Host& host, const SoftmaxSums<T>& args) {
   const int64_t stride = block_rows(host, sides.row_count);
   SoftmaxTiles<T> op{args,
                      rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                     columns_of(host, sides.columns, sides.column_count, sides.dim),
-                     args.values ? values_of(host, args.values, sides.column_count, sides.dim) : nullptr,
+                     columns_of(host, sides.columns, sides.column_count, sides.dim, stride),
+                     values_of(host, args.values, sides.column_count, sides.dim),
                      allocate<T>(host, host.workers * tile_elements(stride)),
                      stride};
   walk(host, sides, op);

@@ -11,7 +11,7 @@ struct SoftmaxTangentTiles {
 
   const SoftmaxTangent<T>& args;
   SoftmaxTiles<T> softmax;
-  const T *row_tangents, *column_tangents, *tangent_values;
+  Operand<T> row_tangents, column_tangents, tangent_values;
   int64_t stride;
 
   template <int G>
@@ -46,6 +46,7 @@ struct SoftmaxTangentTiles {
     if (!softmax.values) return;
     add_to_rows(t, moving, stride, softmax.values, sides.column_count, sides.dim, args.softmax.weighted);
     if (!tangent_values) return;
+    softmax.take_own(t, w);
     add_to_rows(t, w, stride, tangent_values, sides.column_count, sides.dim, args.softmax.weighted);
   }
 };
@@ -54,20 +55,19 @@ template <class T>
 void softmax_tangent(const Host& host, const SoftmaxTangent<T>& args) {
   const Sides<T>& sides = args.softmax.sides;
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
-  const bool gathers = args.softmax.values != nullptr, columns_move = args.tangents.column != nullptr;
   SoftmaxSums<T> weights = args.softmax;
-  weights.sums = nullptr;
+  weights.sums = weights.weight_sums = nullptr;
   SoftmaxTangentTiles<T> op{
       args,
       {weights,
        rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-       columns_of(host, sides.columns, count, sides.dim),
-       gathers ? values_of(host, args.softmax.values, count, sides.dim) : nullptr,
+       columns_of(host, sides.columns, count, sides.dim, stride),
+       values_of(host, args.softmax.values, count, sides.dim),
        allocate<T>(host, host.workers * 2 * tile_elements(stride)),
        stride},
-      args.tangents.row ? rows_of(host, args.tangents.row, sides.row_count, sides.dim, stride) : nullptr,
-      columns_move ? columns_of(host, args.tangents.column, count, sides.dim) : nullptr,
-      gathers && columns_move ? values_of(host, args.tangents.column, count, sides.dim) : nullptr,
+      rows_of(host, args.tangents.row, sides.row_count, sides.dim, stride),
+      columns_of(host, args.tangents.column, count, sides.dim, stride),
+      values_of(host, args.softmax.values ? args.tangents.column : nullptr, count, sides.dim),
       stride};
   walk(host, sides, op);
 }

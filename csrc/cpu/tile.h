@@ -1,6 +1,7 @@
 // The tile engine: the one loop over tiles. An op brings its epilogue, `tile(Tile, worker)`, which multiplies the
 // tile's similarities, turns them into weights and adds what they give to its rows (and, mirrored, to its columns).
 #pragma once
+#include "bfloat16.h"
 #include "kernels.h"
 #include "product.h"
 
@@ -14,6 +15,8 @@ struct Tile {
   int64_t j, columns;  // first column, number of columns
   int64_t diagonal;    // row i + r has its own column at j + r + diagonal
   bool mirror;         // also serves its columns: the tile below the diagonal is not visited
+  const Host& host;
+  Bfloat16* rounded;   // the worker's memory for the tile's weights
 };
 
 // body(task, worker) for every task below count, in equal shares; `grain`: tasks that a thread is worth starting for.
@@ -49,6 +52,12 @@ T* allocate(const Host& host, int64_t count) {
   return static_cast<T*>(host.allocate(host.self, (count + 16) * int64_t(sizeof(T))));
 }
 
+// Whether tiles of T are multiplied in bfloat16.
+template <class T>
+GKD_INLINE bool rounds(const Host& host) {
+  return kRounds<T> && host.multiply;
+}
+
 GKD_INLINE int64_t block_rows(const Host& host, int64_t count) {
   if (host.block > 0) return host.block;
   return count < 8 * kBlock ? kSmallBlock : kBlock;
@@ -81,11 +90,15 @@ template <class T, class Op>
 void walk(const Host& host, const Sides<T>& sides, Op& op) {
   const int64_t block = block_rows(host, sides.row_count);
   const int64_t blocks = ceil_div(sides.row_count, block), workers = workers_for(host, sides);
+  const int64_t weights = rounds<T>(host) ? block * block : 0;
+  Bfloat16* rounded = allocate<Bfloat16>(host, host.workers * weights);
   if (!sides.symmetric) {
     take_turns(host, workers, blocks, [&](int64_t p, int64_t worker) {
       const int64_t i = p * block, rows = smaller(block, sides.row_count - i);
       for (int64_t j = 0; j < sides.column_count; j += block) {
-        op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false}, worker);
+        op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false, host,
+                     rounded + worker * weights},
+                worker);
       }
     });
     return;
@@ -101,75 +114,156 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
     const int64_t a = smaller(one, other), b = larger(one, other), i = a * block, j = b * block;
     wait_until(host, rounds + a, round);
     wait_until(host, rounds + b, round);
-    op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.row_count - j), i - j, a != b},
+    op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.row_count - j), i - j, a != b, host,
+                 rounded + worker * weights},
             worker);
     __atomic_store_n(rounds + a, round + 1, __ATOMIC_RELEASE);
     __atomic_store_n(rounds + b, round + 1, __ATOMIC_RELEASE);
   });
 }
 
-// A matrix packed once per call as left operand of similarities, a block after the other.
+// A weight as it is multiplied with values.
 template <class T>
-const T* rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block,
-                 const T* factors = nullptr) {
-  const int64_t blocks = ceil_div(count, block), elements = round_up(block, kMicroRows) * dim;
-  T* packed = allocate<T>(host, blocks * elements);
+GKD_INLINE Vec<T> as_multiplied(const Host& host, Vec<T> w) {
+  if constexpr (kRounds<T>) {
+    if (host.multiply) return rounded(w);
+  }
+  return w;
+}
+
+// A matrix packed as an operand of products, in its own type or in bfloat16.
+template <class T>
+struct Operand {
+  T* own;
+  Bfloat16* rounded;
+  explicit operator bool() const { return own || rounded; }
+};
+
+template <class T>
+Operand<T> operand(const Host& host, int64_t own_elements, int64_t rounded_elements) {
+  if (rounds<T>(host)) return {nullptr, allocate<Bfloat16>(host, rounded_elements)};
+  return {allocate<T>(host, own_elements), nullptr};
+}
+
+// Memory for `blocks` blocks of rows as left operand of similarities.
+template <class T>
+Operand<T> row_blocks(const Host& host, int64_t blocks, int64_t dim, int64_t block) {
+  return operand<T>(host, blocks * round_up(block, kMicroRows) * dim, blocks * block * even(dim));
+}
+
+// Rows [begin, end) as the block `place` of such memory.
+template <class T>
+void pack_block(const Operand<T>& packed, int64_t place, const T* rows, const T* factors, int64_t begin, int64_t end,
+                int64_t dim, int64_t block) {
+  if constexpr (kRounds<T>) {
+    if (packed.rounded) return round_rows(rows, factors, begin, end, dim, packed.rounded + place * block * even(dim));
+  }
+  pack_rows(rows, factors, begin, end, dim, packed.own + place * round_up(block, kMicroRows) * dim);
+}
+
+// A matrix packed once per call as left operand of similarities, a block after the other; of no matrix, none.
+template <class T>
+Operand<T> rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block,
+                   const T* factors = nullptr) {
+  if (!rows) return {};
+  const int64_t blocks = ceil_div(count, block);
+  const Operand<T> packed = row_blocks<T>(host, blocks, dim, block);
   parallel(host, blocks, [&](int64_t p, int64_t) {
-    pack_rows(rows, factors, p * block, smaller(count, (p + 1) * block), dim, packed + p * elements);
-  }, grain_of(elements));
+    pack_block(packed, p, rows, factors, p * block, smaller(count, (p + 1) * block), dim, block);
+  }, grain_of(block * dim));
   return packed;
 }
 
 // A matrix packed once per call as columns of products.
 template <class T>
-const T* columns_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
-  T* packed = allocate<T>(host, packed_columns<T>(count, dim));
-  parallel(host, ceil_div(count, kPanel<T>),
-           [&](int64_t p, int64_t) { pack_columns(rows, factors, count, dim, p, packed); },
-           grain_of(kPanel<T> * dim));
+Operand<T> columns_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block,
+                      const T* factors = nullptr) {
+  if (!rows) return {};
+  const int64_t blocks = ceil_div(count, block);
+  const Operand<T> packed = operand<T>(host, packed_columns<T>(count, dim), blocks * block * even(dim));
+  parallel(host, blocks, [&](int64_t p, int64_t) {
+    const int64_t begin = p * block, end = smaller(count, begin + block);
+    if constexpr (kRounds<T>) {
+      Bfloat16* rounded = packed.rounded;
+      if (rounded) return round_columns(rows, factors, begin, end, dim, block, rounded + begin * even(dim));
+    }
+    pack_columns(rows, factors, begin, end, dim, packed.own);
+  }, grain_of(block * dim));
   return packed;
 }
 
 // A matrix packed once per call as the right operand of weights·rows.
 template <class T>
-const T* values_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
-  T* packed = allocate<T>(host, packed_values<T>(count, dim));
+Operand<T> values_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
+  if (!rows) return {};
+  const Operand<T> packed =
+      operand<T>(host, packed_values<T>(count, dim), round_up(count, kBfloat16Depth) * dim);
   parallel(host, ceil_div(count, kBlock), [&](int64_t p, int64_t) {
-    pack_values(rows, factors, count, dim, p * kBlock, smaller(count, (p + 1) * kBlock), packed);
+    const int64_t begin = p * kBlock, end = smaller(count, begin + kBlock);
+    if constexpr (kRounds<T>) {
+      if (packed.rounded) return round_values(rows, factors, begin, end, dim, packed.rounded + begin * dim);
+    }
+    pack_values(rows, factors, count, dim, begin, end, packed.own);
   }, grain_of(kBlock * dim));
   return packed;
 }
 
-// c[r][x] = rows[i + r] · columns[j + x] for the whole tile, padded to whole panels; `block`: of the packed rows.
+// c[r][x] = rows[i + r] · columns[j + x] for the whole tile, padded to whole panels; `block`: of the packed operands.
 template <class T>
-GKD_INLINE void similarities(const Tile& tile, const T* rows, const T* columns, int64_t dim, T* c, int64_t block,
-                             bool accumulate = false) {
-  const T* left = rows + (tile.i / block) * round_up(block, kMicroRows) * dim;
-  multiply<Layout::Across, T>(tile.rows, round_up(tile.columns, kPanel<T>), dim, {left, kMicroRows, dim},
-                              columns + tile.j * dim, kPanel<T> * dim, c, block, accumulate);
+GKD_INLINE void similarities(const Tile& tile, const Operand<T>& rows, const Operand<T>& columns, int64_t dim, T* c,
+                             int64_t block, bool accumulate = false) {
+  const int64_t width = round_up(tile.columns, kPanel<T>);
+  if constexpr (kRounds<T>) {
+    if (rows.rounded) {
+      const int64_t depth = even(dim);
+      tile.host.multiply({round_up(tile.rows, kBfloat16Rows), width, depth, rows.rounded + tile.i * depth, depth,
+                          columns.rounded + tile.j * depth, block, c, block, accumulate});
+      return;
+    }
+  }
+  const T* left = rows.own + (tile.i / block) * round_up(block, kMicroRows) * dim;
+  multiply<Layout::Across, T>(tile.rows, width, dim, {left, kMicroRows, dim}, columns.own + tile.j * dim,
+                              kPanel<T> * dim, c, block, accumulate);
 }
 
-// c[r][x] = row_tangents[i + r] · columns[j + x] + rows[i + r] · column_tangents[j + x]; what stands still is null.
+// c[r][x] = row_tangents[i + r] · columns[j + x] + rows[i + r] · column_tangents[j + x]; what stands still is none.
 template <class T>
-GKD_INLINE void moving_similarities(const Tile& t, const T* rows, const T* columns, const T* row_tangents,
-                                    const T* column_tangents, int64_t dim, T* c, int64_t block) {
+GKD_INLINE void moving_similarities(const Tile& t, const Operand<T>& rows, const Operand<T>& columns,
+                                    const Operand<T>& row_tangents, const Operand<T>& column_tangents, int64_t dim,
+                                    T* c, int64_t block) {
   if (row_tangents) similarities(t, row_tangents, columns, dim, c, block);
-  if (column_tangents) similarities(t, rows, column_tangents, dim, c, block, row_tangents != nullptr);
+  if (column_tangents) similarities(t, rows, column_tangents, dim, c, block, bool(row_tangents));
 }
 
 // out[i + r] += Σ_x w[r][x] values[j + x]; `count`: rows of the matrix that was packed as values.
 template <class T>
-GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const T* values, int64_t count, int64_t dim,
-                            T* out) {
-  multiply<Layout::Along, T>(tile.rows, dim, tile.columns, {w, block, block}, values + tile.j * kPanel<T>,
+GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const Operand<T>& values, int64_t count,
+                            int64_t dim, T* out) {
+  if constexpr (kRounds<T>) {
+    if (values.rounded) {
+      round_weights(w, block, tile.rows, tile.columns, tile.rounded);
+      tile.host.multiply({tile.rows, dim, round_up(tile.columns, kBfloat16Depth), tile.rounded, block,
+                          values.rounded + tile.j * dim, dim, out + tile.i * dim, dim, true});
+      return;
+    }
+  }
+  multiply<Layout::Along, T>(tile.rows, dim, tile.columns, {w, block, block}, values.own + tile.j * kPanel<T>,
                              count * kPanel<T>, out + tile.i * dim, dim, true);
 }
 
 // out[j + x] += Σ_r w[r][x] values[i + r].
 template <class T>
-GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t block, const T* values, int64_t count,
+GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t block, const Operand<T>& values, int64_t count,
                                int64_t dim, T* out) {
-  multiply<Layout::Across, T>(tile.columns, dim, tile.rows, {w, block, 1}, values + tile.i * kPanel<T>,
+  if constexpr (kRounds<T>) {
+    if (values.rounded) {
+      round_mirrored(w, block, tile.rows, tile.columns, tile.rounded);
+      tile.host.multiply({tile.columns, dim, round_up(tile.rows, kBfloat16Depth), tile.rounded, block,
+                          values.rounded + tile.i * dim, dim, out + tile.j * dim, dim, true});
+      return;
+    }
+  }
+  multiply<Layout::Across, T>(tile.columns, dim, tile.rows, {w, block, 1}, values.own + tile.i * kPanel<T>,
                               count * kPanel<T>, out + tile.j * dim, dim, true);
 }
 

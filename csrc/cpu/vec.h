@@ -126,6 +126,13 @@ GKD_INLINE Vec<T> at_least(Vec<T> v, T bound) {
   return bounds > v ? bounds : v;
 }
 
+// v, but not above `bound`; NaN stays NaN.
+template <class T>
+GKD_INLINE Vec<T> at_most(Vec<T> v, T bound) {
+  const Vec<T> bounds = broadcast<T>(bound);
+  return bounds < v ? bounds : v;
+}
+
 // 2^f = 1 + f·(series) for f in [-1/2, 1/2], highest power first: relative error 5e-9 (Chebyshev) resp. 2e-16 (Taylor).
 // Less than float32's own rounding, because 1/τ amplifies the relations' errors.
 template <class T>

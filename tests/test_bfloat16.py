@@ -1,0 +1,178 @@
+"""Tiles that the CPU multiplies in bfloat16, against the float64 definition of rounded unit rows.
+
+Tests of such products are skipped where the processor has none; the accuracy rule of the other files holds everywhere.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from gkd_fast import ops, reference
+from tests.ops_cases import D64, FUNCTIONS, MISSING, requires_cpp, results, rows, with_rounded_rows
+from tests.second_order_cases import FUNCTIONS as SECOND_ORDER
+from tests.second_order_cases import assert_errs_no_more_than_plain, matrices
+
+BF16 = torch.bfloat16
+EPS = torch.finfo(BF16).eps  # a rounding errs by up to half of it
+ROUNDING = "avx512_bf16"
+if MISSING is None:
+    from gkd_fast import _C
+
+HAS_PRODUCTS = MISSING is None and ROUNDING in _C._instruction_sets()
+pytestmark = requires_cpp
+with_products = pytest.mark.skipif(not HAS_PRODUCTS, reason="this processor multiplies no bfloat16")
+
+
+def close(found: Sequence[Tensor], expected: Sequence[Tensor], rounding: float, absolute: float = 0.0) -> None:
+    for x, y in zip(found, expected, strict=True):
+        error, size = (x.double() - y.double()).abs().max().item(), y.abs().max().item()
+        assert error <= rounding * size + absolute, f"error {error:.3g}, size {size:.3g}"
+
+
+def of_rounded_rows(definition: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    return with_rounded_rows(lambda: results(definition, [x.double() for x in inputs], BF16))
+
+
+# The batch, and widths of graph_conv's nodes and messages, of contrasted stages, of relations.
+SHAPES = [
+    (1, (3, 5), (1, 1), (7, 1)),
+    (33, (1, 33), (33, 33), (1, 31)),
+    (67, (31, 1), (5, 5), (33, 5)),
+    (97, (130, 17), (65, 65), (5, 129)),
+]
+
+
+@with_products
+@pytest.mark.parametrize(("batch", "graph", "contrast", "relation"), SHAPES)
+def test_products_of_rounded_rows(tile_rows, batch, graph, contrast, relation):
+    """Tiles, the last pair of an odd depth: losses to float32, what is gathered under rounded weights to bfloat16."""
+    tile_rows(32)
+    for name, widths in {"relation_kl": relation, "node_contrast": contrast}.items():
+        make, _ = FUNCTIONS[name]
+        inputs = [x.to(BF16) for width in widths for x in rows(batch, width, width, seed=width)]
+        output, *gradients = results(make("cpp"), inputs, BF16)
+        exact, *expected = of_rounded_rows(make("reference"), inputs)
+        close([output], [exact], 1e-5, 1e-5)
+        # Each entry is a sum of weights that are rounded, and is rounded itself; all may cancel, but for the weights.
+        close(gradients, expected, 2 * EPS, EPS * 0.05)
+    for name in ("graph_conv symmetric", "graph_conv row"):
+        make, _ = FUNCTIONS[name]
+        inputs = [x.to(BF16) for x in rows(batch, *graph)]
+        close(results(make("cpp"), inputs, BF16), of_rounded_rows(make("reference"), inputs), 2 * EPS)
+
+
+@with_products
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_which_products_are_taken(instruction_sets, name):
+    """Those of rounded rows for bfloat16 inputs alone, where the instruction set and PyTorch's settings allow them."""
+    available, use = instruction_sets
+    make, widths = FUNCTIONS[name]
+    function, inputs = make("cpp"), [x.to(BF16) for x in rows(67, *widths)]
+
+    def taken(*names: str, dtype: torch.dtype = BF16) -> list[list[Tensor]]:
+        found = []
+        for instruction_set in names:
+            use(instruction_set)
+            found.append(results(function, [x.to(dtype) for x in inputs], BF16))
+        return found
+
+    def same(a, b) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    assert available[0] == ROUNDING
+    rounded, plain = taken(ROUNDING, "avx512")
+    assert not same(rounded, plain)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert same(*taken(ROUNDING), plain)
+    for dtype in (torch.float32, torch.float16, D64):
+        assert same(*taken(ROUNDING, "avx512", dtype=dtype))
+
+
+@with_products
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nan_stays_nan(tile_rows, name):
+    tile_rows(32)
+    make, widths = FUNCTIONS[name]
+    inputs = [x.to(BF16) for x in rows(67, *widths)]
+    inputs[0][40] = torch.nan
+    output, *gradients = results(make("cpp"), inputs, BF16)
+    assert output[40].isnan().any() and gradients[0][40].isnan().all()
+
+
+BOUNDS = [slice(0, 3), slice(3, 61), slice(61, 101)]
+
+
+def unit_stages(*widths: int) -> list[Tensor]:
+    return [reference.unit_rows(x).float() for x in rows(101, *widths)]
+
+
+@with_products
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_shards_of_relation_kl_and_node_contrast(tile_rows, temperature):
+    """Rectangles of rows and all columns give what the symmetric tiles give, but for roundings of weights."""
+    tile_rows(32)
+    calls, upstream, needs = torch.ops.gkd_fast, torch.randn(101, 1, 1), [True, True]
+    (student, teacher), both = unit_stages(33, 33), [[True], [True]]
+    options = (temperature, 0.7, "bfloat16")
+    whole = calls.relation_kl([student], [teacher], *options)
+    gradients = calls.relation_kl_backward(upstream, [student], [teacher], *whole, *options, needs)
+    contrast = calls.node_contrast([student], [teacher], both[0], temperature, "bfloat16", True)
+    contrast_gradients = calls.node_contrast_backward(
+        upstream, [student], [teacher], *contrast[1:], both[0], temperature, "bfloat16", needs
+    )
+    # A log-sum is rounded to float32, which a low temperature turns into a relative error of P.
+    tolerance = {"rounding": 1e-6, "absolute": 2e-6 / temperature}
+    for part in BOUNDS:
+        own = [student[part]], [teacher[part]]
+        columns = [student], [teacher], part.start
+        found = calls.relation_kl(*own, *options, *columns)
+        close(found, [whole[0][part], whole[1][:, part], whole[2][:, part]], **tolerance)
+        found = calls.relation_kl_backward(
+            upstream[part], *own, *found, *options, needs, *columns, upstream, *whole
+        )  # fmt: skip
+        close(found, [x[part] for x in gradients], EPS, EPS * 0.01)
+        found = calls.node_contrast(*own, *both[:1], temperature, "bfloat16", True, [teacher], part.start)
+        close(found, [contrast[0][part], *(x[:, part] for x in contrast[1:])], EPS, EPS * 0.01)
+        for kept in (found[2], torch.empty(0)):
+            again = calls.node_contrast_backward(
+                upstream[part], *own, found[1], kept, both[0], temperature, "bfloat16", needs, [teacher], [student],
+                part.start, upstream, contrast[1],
+            )  # fmt: skip
+            close(again, [x[part] for x in contrast_gradients], 2 * EPS, EPS / temperature * 0.01)
+
+
+@with_products
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_shards_of_graph_conv(tile_rows, normalization):
+    tile_rows(32)
+    calls, upstream, messages = torch.ops.gkd_fast, torch.randn(101, 17), torch.randn(101, 17)
+    (nodes,) = unit_stages(33)
+    settings = torch.tensor(2.0), normalization, "bfloat16"
+    output, degrees = calls.graph_conv(nodes, messages, *settings)
+    given = upstream, nodes, messages, output, degrees
+    gradients = calls.graph_conv_backward(*given, *settings, [True, True])
+    terms = ops.node_terms(upstream, output, messages, gradients[1], degrees, normalization)
+    for part in BOUNDS:
+        found = calls.graph_conv(
+            nodes[part], messages[part], *settings, nodes, messages, part.start, degrees[part], degrees
+        )
+        close(found, [output[part], degrees[part]], EPS)
+        found = calls.graph_conv_backward(
+            *(x[part] for x in given), *settings, [True, True], nodes, messages, part.start, upstream, degrees,
+            terms[part], terms,
+        )  # fmt: skip
+        close(found, [x[part] for x in gradients], 2 * EPS)
+
+
+@pytest.mark.parametrize("kind", ["spread", "near-equal"])
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order_errs_no_more_than_twice_plain_pytorch(tile_rows, name, kind):
+    tile_rows(32)
+    function, widths = SECOND_ORDER[name]
+    for batch in (1, 97):
+        inputs = matrices(batch, *(16 * w + 1 for w in widths))
+        if kind == "near-equal":
+            inputs = [1 + 0.1 * x for x in inputs]
+        assert_errs_no_more_than_plain(function, inputs, "cpp", BF16)
