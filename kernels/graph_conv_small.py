@@ -9,6 +9,8 @@ from gkd_fast.kernels.small import store_weighted, tile_product
 from gkd_fast.kernels.tile import COUNTS, load_tile, replace_missing, store_vector
 from torch import Tensor
 
+DEGREE_ROWS = tl.constexpr(64)
+
 
 @triton.jit
 def small_adjacency(
@@ -24,15 +26,15 @@ def small_adjacency(
 
 @triton.jit
 def small_degrees(
-    nodes, j, count, dim, slope, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    nodes, j, count, dim, slope, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Degrees of the columns from j: K is symmetric."""
+    """Degrees of the columns from j: K is symmetric. In larger tiles, so that loaded operands serve more often."""
     total = tl.zeros([BLOCK_COLUMNS], SUM)
-    for i in range(0, count, BLOCK_ROWS):
-        k = small_adjacency(nodes, i, j, count, dim, slope, 1.0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+    for i in range(0, count, DEGREE_ROWS):
+        k = small_adjacency(nodes, i, j, count, dim, slope, 1.0, DEGREE_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
                             PRECISION)  # fmt: skip
-        total += tl.sum(tl.where((tl.arange(0, BLOCK_ROWS) < count - i)[:, None], k, 0.0), 0)
+        total += tl.sum(tl.where((tl.arange(0, DEGREE_ROWS) < count - i)[:, None], k, 0.0), 0)
     return total
 
 
@@ -65,8 +67,8 @@ def graph_small_sums(
             if BACKWARD:
                 column_degrees = tl.load(degrees + column, mask=column < count, other=1)
             else:
-                column_degrees = small_degrees(nodes, j, count, dim, slope, BLOCK_ROWS, WEIGHT_COLUMNS, BLOCK_WIDTH,
-                                               TYPE, SUM, PRECISION)  # fmt: skip
+                column_degrees = small_degrees(nodes, j, count, dim, slope, WEIGHT_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                                               PRECISION)  # fmt: skip
                 column_degrees = tl.where(column < count, column_degrees, 1.0)
         if SYMMETRIC:
             weights = weights * tl.rsqrt(row_degrees)[:, None] * tl.rsqrt(column_degrees)[None, :]

@@ -20,12 +20,10 @@ from gkd_fast.kernels.tile import (
     load_vector,
     number,
     product,
-    replace_diagonal,
-    replace_missing,
+    replace_edges,
     store_rows,
     store_tile,
     store_vector,
-    touches_edge,
 )  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -46,15 +44,8 @@ def adjacency(
     EDGE None: found out when the kernel runs.
     """
     k = tl.exp2(c * slope - (slope - BOOST))
-    if EDGE is None:
-        at_edge = touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-    else:
-        at_edge = EDGE
-    if at_edge:
-        k = replace_diagonal(k, i, j, offset, DIAGONAL * 2.0**BOOST, BLOCK_ROWS, BLOCK_COLUMNS)
-        if DIAGONAL != 0:
-            k = replace_missing(k, j, column_count, 0.0, BLOCK_COLUMNS)
-    return k
+    return replace_edges(k, i, j, offset, column_count, DIAGONAL * 2.0**BOOST, 0.0, DIAGONAL != 0, EDGE, BLOCK_ROWS,
+                         BLOCK_COLUMNS)  # fmt: skip
 
 
 @triton.jit

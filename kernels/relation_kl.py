@@ -222,16 +222,18 @@ def relation_kl_backward(
 def _backward_in_strips(problem: Problem, own, other, temperature, bandwidth, product_precision, needs) -> list[Tensor]:
     sides = problem.num_students
     columns = problem.columns[:sides], problem.columns[sides:]
-    results = []
+    gradients = [x.new_empty(x.shape) for x, needed in zip(problem.rows, needs, strict=True) if needed]
+    upstream, losses, student_log_sums, teacher_log_sums = own
     for strip in row_strips(problem.row_count, problem.widest):
         rows = [x[strip] for x in problem.rows]
-        upstream, losses, student_log_sums, teacher_log_sums = own
-        results.append(relation_kl_backward(
+        of_strip = relation_kl_backward(
             upstream[strip], rows[:sides], rows[sides:], losses[strip], student_log_sums[:, strip],
             teacher_log_sums[:, strip], temperature, bandwidth, product_precision, needs, *columns,
             problem.offset + strip.start, *(other or ()),
-        ))  # fmt: skip
-    return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
+        )  # fmt: skip
+        for gradient, part in zip(gradients, of_strip, strict=True):
+            gradient[strip] = part
+    return gradients
 
 
 def power_of(problem: Problem, upstream: Tensor, column_upstream: Tensor | None, growth: float = 1.0) -> Tensor:

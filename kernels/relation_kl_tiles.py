@@ -21,10 +21,8 @@ from gkd_fast.kernels.tile import (
     load_vector,
     number,
     product,
-    replace_diagonal,
-    replace_missing,
+    replace_edges,
     store_vector,
-    touches_edge,
 )  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -40,15 +38,7 @@ def relations(
     EDGE None: found out when the kernel runs.
     """
     r = bounded_exp2(c * inner - inner, POLYNOMIALS)
-    if EDGE is None:
-        at_edge = touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-    else:
-        at_edge = EDGE
-    if at_edge:
-        r = replace_diagonal(r, i, j, offset, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
-        if MISSING != 0:
-            r = replace_missing(r, j, column_count, MISSING, BLOCK_COLUMNS)
-    return r
+    return replace_edges(r, i, j, offset, column_count, 0.0, MISSING, MISSING != 0, EDGE, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit

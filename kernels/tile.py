@@ -243,3 +243,22 @@ def replace_diagonal(tile, i, j, offset, value, BLOCK_ROWS: tl.constexpr, BLOCK_
 def replace_missing(tile, j, column_count, value, BLOCK_COLUMNS: tl.constexpr):
     """The tile at columns j … with ``value`` in columns that do not exist."""
     return tl.where((tl.arange(0, BLOCK_COLUMNS) < column_count - j)[None, :], tile, value)
+
+
+@triton.jit
+def replace_edges(
+    tile, i, j, offset, column_count, diagonal, missing, MISSING: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The tile at (i, j), at an EDGE with ``diagonal`` on the diagonal and, if MISSING, ``missing`` in columns that do
+    not exist. EDGE None: found out when the kernel runs.
+    """
+    if EDGE is None:
+        at_edge = touches_edge(i, j, offset, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    else:
+        at_edge = EDGE
+    if at_edge:
+        tile = replace_diagonal(tile, i, j, offset, diagonal, BLOCK_ROWS, BLOCK_COLUMNS)
+        if MISSING:
+            tile = replace_missing(tile, j, column_count, missing, BLOCK_COLUMNS)
+    return tile

@@ -249,6 +249,16 @@ def test_memory_of_a_large_batch_is_bounded(op, megabytes):
         assert allocations.op_peak(op, 262_144, 128, 1, "bfloat16") < megabytes * 1e6
 
 
+@pytest.mark.parametrize(("op", "options"), [("relation_kl", {}), ("graph_conv", {}),
+                                             ("node_contrast", {"keep_weighted": False})])  # fmt: skip
+def test_memory_of_wide_rows_does_not_grow_with_the_batch(op, options):
+    """But for a few numbers per row: float32 rows of width 128 go in strips."""
+    allocations = pytest.importorskip("bench.gpu.allocations")
+    assert table.largest_width("sm_90", "tf32x3") < 128
+    few, many = (allocations.op_peak(op, batch, 128, 1, "float32", **options) for batch in (4096, 8192))
+    assert many < 64e6 and many - few < 4096 * 64
+
+
 def test_allocations_are_counted_while_they_live():
     allocations = pytest.importorskip("bench.gpu.allocations")
 

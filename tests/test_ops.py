@@ -338,6 +338,26 @@ def test_the_package_works_without_its_extension_and_with_a_broken_one(tmp_path)
     assert "torch.Size([5, 1, 1])" in broken.stdout and "the C++ extension does not load" in broken.stderr
 
 
+def test_without_triton_the_package_imports_and_says_what_is_missing():
+    script = """
+import sys, torch
+sys.modules["triton"] = None
+from gkd_fast import functional
+x = torch.randn(5, 3)
+print(functional.relation_kl(x, x).shape)
+try:
+    functional.relation_kl(x, x, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=SOURCES, env=environment, capture_output=True, text=True, check=True)
+    assert "torch.Size([5, 1, 1])" in done.stdout
+    assert "backend='triton' is not available: Triton is missing" in done.stdout
+    assert "install the triton package" in done.stdout
+
+
 @pytest.mark.skipif(not (SOURCES / "setup.py").exists(), reason="needs the source folder")
 def test_the_package_builds_without_the_extension_where_that_is_asked_for(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]

@@ -66,6 +66,6 @@ def missing(backend: str, device: torch.device) -> str | None:
     if backend == "cpp":
         return CPP_MISSING if device.type == "cpu" else f"it computes on the CPU, the tensors are on {device}"
     served = "cpu" if INTERPRETED else "cuda"
-    if device.type != served:
+    if TRITON_MISSING is None and device.type != served:
         return f"it computes on {served.upper()} devices here, the tensors are on {device}"
     return TRITON_MISSING

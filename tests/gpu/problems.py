@@ -11,8 +11,13 @@ from tests.second_order_cases import second_order
 
 DEVICE = torch.device("cuda")
 OPS = ("relation_kl", "node_contrast", "graph_conv symmetric", "graph_conv row")
-# Beyond twice plain PyTorch's own error, relative to the largest entry.
-SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Beyond twice plain PyTorch's own error, which may happen to be none, relative to the largest entry. In the short types
+# one rounding of the result; in float32 those of two log-sums, up to 16 at τ = 0.1, whose difference a loss is; in
+# float64 what no wrong formula comes near.
+SLACK = {
+    torch.float64: 1e-12, torch.float32: 16 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2, torch.float16: torch.finfo(torch.float16).eps / 2,
+}  # fmt: skip
 
 
 @dataclass

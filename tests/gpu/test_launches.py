@@ -27,6 +27,17 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
         assert torch.equal(a, b)
 
 
+def on_a_side_stream(run) -> list[torch.Tensor]:
+    """What ``run`` gives there, warm for a capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            found = run()
+    torch.cuda.current_stream().wait_stream(side)
+    return found
+
+
 @each_op
 def test_repeats_give_the_same_bits(op):
     checked = problem(op, 1500, 64)
@@ -66,12 +77,7 @@ def test_capture_in_a_cuda_graph(op, batch, dtype):
         output = checked.call("triton", static)
         return [output, *torch.autograd.grad(output, static, upstream)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
+    on_a_side_stream(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
@@ -95,6 +101,31 @@ def test_nothing_waits_for_the_device(op, batch):
         forward_backward(checked, leaves)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_second_order_waits_for_nothing_and_is_captured(op, dtype):
+    checked = problem(op, 300, 32, dtype, stages=(1, 1))
+    leaves = leaves_of(checked)
+    upstream = checked.upstream.to(DEVICE, torch.float32 if "conv" not in op else dtype)
+    cotangents = [torch.ones_like(x) for x in leaves]
+
+    def run() -> list[torch.Tensor]:
+        gradients = torch.autograd.grad(checked.call("triton", leaves), leaves, upstream, create_graph=True)
+        return list(torch.autograd.grad(gradients, leaves, cotangents))
+
+    expected = on_a_side_stream(run)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert_same(captured, expected)
 
 
 @each_op
