@@ -15,8 +15,8 @@ MISSING = ops.missing("cpp", torch.device("cpu"))
 requires_cpp = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 # Rows per tile and batches: 1, 2, a tile less or more one, a prime, several tiles; 0: the kernels' own choice, which
-# changes at 768 rows.
-TILES = [(32, 1), (32, 2), (32, 31), (32, 33), (32, 67), (64, 65), (96, 193), (0, 769)]
+# changes at 256 and at 768 rows.
+TILES = [(32, 1), (32, 2), (32, 31), (32, 33), (32, 67), (64, 65), (96, 193), (0, 257), (0, 769)]
 
 KINDS = ["random", "converged", "nearly converged", "zero rows", "clustered", "opposite rows"]
 

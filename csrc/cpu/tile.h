@@ -60,7 +60,7 @@ GKD_INLINE bool rounds(const Host& host) {
 
 GKD_INLINE int64_t block_rows(const Host& host, int64_t count) {
   if (host.block > 0) return host.block;
-  return count < 8 * kBlock ? kSmallBlock : kBlock;
+  return count < 8 * kSmallBlock ? kSmallBlock : count < 8 * kBlock ? 2 * kSmallBlock : kBlock;
 }
 
 // Of a tile in memory: a block wide, in whole panels, and in whole micro-kernels high.
