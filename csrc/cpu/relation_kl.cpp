@@ -114,14 +114,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
     double log_z[kMaxStages];
     for (int64_t q = 0; q < count; ++q) {
       const double shift = args.shifts[q].row ? args.shifts[q].row[i] : double(args.outer);
-      log_z[q] = std::log(args.sums[q * rows + i]) + shift * kLn2;
-      log_sum[q * rows + i] = T(log_z[q]);
+      log_z[q] = std::log(args.sums[q * rows + i]);
+      log_sum[q * rows + i] = T(log_z[q] + shift * kLn2);
     }
-    // ℓ = Q/Z^t − log Z^t + log Z^s
+    // ℓ = ln2·Q/Z^t − log Z^t + log Z^s: the shifts cancel.
     for (int64_t p = 0; p < S * stages.teachers; ++p) {
       const int64_t s = p / stages.teachers, q = S + p % stages.teachers;
       loss[i * S * stages.teachers + p] =
-          T(args.pair_sums[p * rows + i] / (temperature * args.sums[q * rows + i]) - log_z[q] + log_z[s]);
+          T(kLn2 * args.pair_sums[p * rows + i] / args.sums[q * rows + i] - log_z[q] + log_z[s]);
     }
   }
   return {losses, log_sums.slice(0, 0, S).clone(), log_sums.slice(0, S, count).clone()};

@@ -21,11 +21,12 @@ struct RelationTiles {
   static constexpr int kPairs = Fixed ? kFixedPairs : kMaxPairs;
   static constexpr int kGroup = 2;  // rows at a time
 
-  // R, U and V of all stages at one vector of G rows.
+  // R, the exponents of U and V, and these, of all stages at one vector of G rows.
   template <int G>
   struct Relations {
-    Vec<T> r[kStages][G], u[kStages][G], v[kStages][G];
+    Vec<T> r[kStages][G], log_u[kStages][G], log_v[kStages][G], u[kStages][G], v[kStages][G];
     GKD_INLINE const Vec<T>& mirrored(int64_t q, int g) const { return Shared ? u[q][g] : v[q][g]; }
+    GKD_INLINE const Vec<T>& mirrored_log(int64_t q, int g) const { return Shared ? log_u[q][g] : log_v[q][g]; }
   };
 
   const RelationKl<T>& args;
@@ -71,7 +72,9 @@ struct RelationTiles {
       } else {
         mirrored[k] = w[k] * outer - load(args.shifts[q].column + t.j + x);
         w[k] = w[k] * outer - args.shifts[q].row[t.i + r + k % G];
+        out.log_v[q][k % G] = mirrored[k];
       }
+      out.log_u[q][k % G] = w[k];
     }
     if constexpr (Shared) {
       exp2_normal<T>(w);
@@ -167,8 +170,8 @@ struct RelationForward : RelationTiles<T, Shared, Fixed> {
 
     GKD_INLINE Summand stage(int64_t q, int g) const { return {now.u[q][g], now.mirrored(q, g)}; }
     GKD_INLINE Summand pair(int64_t s, int64_t q, int g) const {
-      const Vec<T> difference = now.r[q][g] - now.r[s][g];
-      return {now.u[q][g] * difference, now.mirrored(q, g) * difference};
+      return {now.u[q][g] * (now.log_u[q][g] - now.log_u[s][g]),
+              now.mirrored(q, g) * (now.mirrored_log(q, g) - now.mirrored_log(s, g))};
     }
   };
 
