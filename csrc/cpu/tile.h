@@ -15,6 +15,7 @@ struct Tile {
   int64_t j, columns;  // first column, number of columns
   int64_t diagonal;    // row i + r has its own column at j + r + diagonal
   bool mirror;         // also serves its columns: the tile below the diagonal is not visited
+  int64_t place;       // among the upper tiles, in the symmetric case
   const Host& host;
   Bfloat16* rounded;   // the worker's memory for the tile's weights
 };
@@ -66,6 +67,12 @@ GKD_INLINE int64_t block_rows(const Host& host, int64_t count) {
 // Of a tile in memory: a block wide, in whole panels, and in whole micro-kernels high.
 GKD_INLINE int64_t tile_elements(int64_t block) { return round_up(block, kMicroRows) * block; }
 
+// Of all upper tiles of a matrix, as they are kept.
+inline int64_t upper_tiles_elements(const Host& host, int64_t rows) {
+  const int64_t block = block_rows(host, rows), blocks = ceil_div(rows, block);
+  return blocks * (blocks + 1) / 2 * block * block;
+}
+
 // So many multiplications of one product are worth a thread.
 constexpr int64_t kProductsPerThread = 1 << 20;
 
@@ -76,15 +83,56 @@ int64_t workers_for(const Host& host, const Sides<T>& sides) {
   return smaller(host.workers, larger(1, products / kProductsPerThread));
 }
 
-GKD_INLINE void wait_until(const Host& host, const int64_t* rounds, int64_t round) {
-  for (int64_t looks = 0; __atomic_load_n(rounds, __ATOMIC_ACQUIRE) < round; ++looks) {
-    if (looks >= 1000) host.yield();
-  }
-}
+// The order in which upper tiles are made, which the number of blocks alone decides. Blocks stand in groups. In round r
+// the groups with A + B ≡ r (mod groups) meet, every group once, and there every block of A meets every block of B: so
+// a block's tiles have the places group·round + k, k being its partner's number in the partner's group.
+struct Meetings {
+  int64_t blocks, group, groups;
 
-// Symmetric: upper tiles only. In round r the blocks with i + j ≡ r (mod blocks) meet, every block once: a tile waits
-// until both its blocks have been through all rounds before. So workers never write the same rows at once, and every
-// block is served in the order of the rounds, whoever serves it.
+  explicit Meetings(int64_t blocks)
+      : blocks(blocks), group(smaller(8, larger(1, blocks / 8))), groups(ceil_div(blocks, group)) {}
+
+  // One block of A, which stays in the core's cache, with all of B (in a group's meeting with itself: from itself on).
+  struct Row {
+    int64_t place;       // group·round
+    int64_t a, k, rows;  // the block, its number in A, and blocks in A
+    int64_t b, columns;  // the first block of B, and blocks in B
+  };
+
+  int64_t rows() const { return groups * (groups + 1) / 2 * group; }
+
+  // First rows of all meetings of a round, then their second rows: neighbours in this order do not wait for each other.
+  Row row(int64_t task) const {
+    const int64_t even_meetings = groups / 2 + 1;  // an even round and the odd one after it have groups + 1 together
+    const int64_t half = task / ((groups + 1) * group), rest = task % ((groups + 1) * group);
+    const bool odd = rest >= even_meetings * group;
+    const int64_t meetings = odd ? groups + 1 - even_meetings : even_meetings;
+    const int64_t in_round = odd ? rest - even_meetings * group : rest;
+    const int64_t k = in_round / meetings, p = in_round % meetings;
+    const int64_t one = (half - p + groups) % groups, other = (half + p + odd) % groups;
+    const int64_t a = smaller(one, other) * group, b = larger(one, other) * group;
+    return {(2 * half + odd) * group, a + k, k, smaller(group, blocks - a), b, smaller(group, blocks - b)};
+  }
+};
+
+// How many places of each block's are done.
+struct Progress {
+  const Host& host;
+  int64_t* done;
+
+  GKD_INLINE void wait(int64_t block, int64_t place) const {
+    for (int64_t looks = 0; __atomic_load_n(done + block, __ATOMIC_ACQUIRE) < place; ++looks) {
+      if (looks >= 1000) host.yield();
+    }
+  }
+
+  GKD_INLINE void set(int64_t block, int64_t places) const {
+    __atomic_store_n(done + block, places, __ATOMIC_RELEASE);
+  }
+};
+
+// Symmetric: upper tiles only. A tile waits until its two blocks have been through the places before it. So workers never
+// write the same rows at once, and every block is served in the same order, whoever serves it.
 // Otherwise: a worker owns a block of rows and walks the columns.
 template <class T, class Op>
 void walk(const Host& host, const Sides<T>& sides, Op& op) {
@@ -96,29 +144,33 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
     take_turns(host, workers, blocks, [&](int64_t p, int64_t worker) {
       const int64_t i = p * block, rows = smaller(block, sides.row_count - i);
       for (int64_t j = 0; j < sides.column_count; j += block) {
-        op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false, host,
+        op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false, 0, host,
                      rounded + worker * weights},
                 worker);
       }
     });
     return;
   }
-  int64_t* rounds = allocate<int64_t>(host, blocks);  // that a block has been through
-  for (int64_t a = 0; a < blocks; ++a) rounds[a] = 0;
-  const int64_t even_meetings = blocks / 2 + 1;  // an even round and the odd one after it have blocks + 1 together
-  take_turns(host, workers, blocks * (blocks + 1) / 2, [&](int64_t task, int64_t worker) {
-    const int64_t half = task / (blocks + 1), rest = task % (blocks + 1);
-    const bool odd = rest >= even_meetings;
-    const int64_t round = 2 * half + odd, p = odd ? rest - even_meetings : rest;
-    const int64_t one = (half - p + blocks) % blocks, other = (half + p + odd) % blocks;
-    const int64_t a = smaller(one, other), b = larger(one, other), i = a * block, j = b * block;
-    wait_until(host, rounds + a, round);
-    wait_until(host, rounds + b, round);
-    op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.row_count - j), i - j, a != b, host,
-                 rounded + worker * weights},
-            worker);
-    __atomic_store_n(rounds + a, round + 1, __ATOMIC_RELEASE);
-    __atomic_store_n(rounds + b, round + 1, __ATOMIC_RELEASE);
+  const Meetings meetings(blocks);
+  const Progress progress{host, allocate<int64_t>(host, blocks)};
+  for (int64_t a = 0; a < blocks; ++a) progress.done[a] = 0;
+  take_turns(host, workers, meetings.rows(), [&](int64_t task, int64_t worker) {
+    const auto [place, a, k, rows, first, columns] = meetings.row(task);
+    if (k >= rows) return;
+    // After the last partner of a group all the places of the round are done, also those that a smaller group lacks.
+    auto after = [&](int64_t partner, int64_t partners) {
+      return place + (partner + 1 < partners ? partner + 1 : meetings.group);
+    };
+    for (int64_t b = larger(a, first); b < first + columns; ++b) {
+      const int64_t i = a * block, j = b * block, m = b - first;
+      progress.wait(a, place + m);
+      progress.wait(b, place + k);
+      op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.row_count - j), i - j, a != b,
+                   b * (b + 1) / 2 + a, host, rounded + worker * weights},
+              worker);
+      progress.set(a, after(m, columns));
+      progress.set(b, after(k, rows));
+    }
   });
 }
 
@@ -265,6 +317,15 @@ GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t block, cons
   }
   multiply<Layout::Across, T>(tile.columns, dim, tile.rows, {w, block, 1}, values.own + tile.i * kPanel<T>,
                               count * kPanel<T>, out + tile.j * dim, dim, true);
+}
+
+// What lies beyond the matrix in a kept tile, so that all that is kept has a value.
+template <class T>
+void clear_beyond(const Tile& tile, T* c, int64_t block) {
+  const int64_t width = round_up(tile.columns, kPanel<T>);
+  for (int64_t r = 0; r < block; ++r) {
+    for (int64_t x = r < tile.rows ? width : 0; x < block; ++x) c[r * block + x] = 0;
+  }
 }
 
 // Calls body.operator()<G>(r) for groups of G rows and <1> for those left over.
