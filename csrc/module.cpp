@@ -1,4 +1,4 @@
-// The Python module gkd_fast._C. Importing it registers the CPU kernels; its functions are for tests.
+// The Python module gkd_fast._C. Importing it registers the CPU kernels; its functions are for tests and fakes.
 #include <Python.h>
 
 #include "cpu/host.h"
@@ -14,6 +14,18 @@ PyObject* set_block(PyObject*, PyObject* argument) {
   }
   gkd::set_block(rows);
   Py_RETURN_NONE;
+}
+
+PyObject* set_keeping(PyObject*, PyObject* argument) {
+  gkd::set_keeping(PyObject_IsTrue(argument));
+  Py_RETURN_NONE;
+}
+
+PyObject* kept_elements(PyObject*, PyObject* arguments) {
+  long long rows, graphs, width;
+  int is_double;
+  if (!PyArg_ParseTuple(arguments, "LLLp", &rows, &graphs, &width, &is_double)) return nullptr;
+  return PyLong_FromLongLong(gkd::kept_elements(is_double ? at::kDouble : at::kFloat, rows, graphs, width));
 }
 
 PyObject* set_instruction_set(PyObject*, PyObject* argument) {
@@ -39,6 +51,9 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"_set_block", set_block, METH_O, "Rows per tile, a multiple of 32; 0 lets the kernels choose."},
     {"_set_instruction_set", set_instruction_set, METH_O, "Use the kernels of this instruction set."},
+    {"_set_keeping", set_keeping, METH_O, "Whether forward passes keep the affinities of small graphs."},
+    {"_kept_elements", kept_elements, METH_VARARGS,
+     "(rows, graphs, width, is_double): elements of the affinities that a forward pass keeps, 0 where it keeps none."},
     {"_instruction_sets", instruction_sets, METH_NOARGS, "The instruction sets of this processor, best first."},
     {nullptr, nullptr, 0, nullptr}};
 

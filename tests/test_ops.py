@@ -17,6 +17,7 @@ from torch.library import opcheck
 import gkd_fast
 from gkd_fast import _arguments, functional, ops
 from gkd_fast.ops import backends
+from tests import ops_cases
 from tests.ops_cases import D64, FUNCTIONS, MISSING, Calls, check, requires_cpp, results, rows, upstream_like
 
 SOURCES = Path(__file__).resolve().parents[1]
@@ -64,6 +65,7 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("relation_kl", ([x.clone().requires_grad_()], [y], *settings)),
         ("relation_kl", ([columns], [y[part]], *settings, [x], [y], 2)),
         ("relation_kl_backward", (upstream, [x], [y], *relation, *settings, [False, True])),
+        ("relation_kl_keep", ([x], [y], *settings)),
         ("node_contrast", ([x.clone().requires_grad_()], [y], [True], 0.4, "float64", True)),
         ("node_contrast", ([columns], [y[part]], [True], 0.4, "float64", False, [y], 2)),
         ("node_contrast_backward", (upstream, [x], [y], *contrast[1:], [True], 0.4, "float64", both)),
@@ -71,6 +73,7 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("graph_degrees", (columns, variance, "float64", x, 2)),
         ("graph_conv", (x.clone().requires_grad_(), messages, variance, "symmetric", "float64")),
         ("graph_conv", (columns, column_messages, variance, "row", "float64", x, messages, 2)),
+        ("graph_conv_keep", (x, messages, variance, "symmetric", "float64")),
         ("graph_conv_backward", (messages, x, messages, *conv, variance, "symmetric", "float64", both)),
         ("relation_kl_tangent", (*moving, *relation, *settings)),
         ("relation_kl_double_backward", (upstream, *moving, *relation, *relation_tangents, *settings, both)),
@@ -170,6 +173,21 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads(tile_rows, name,
     for count, repeats in ((1, 20), (2, 50), (3, 30)):
         with threads(count):
             assert all(same_bits(results(function, inputs), expected) for _ in range(repeats))
+
+
+@requires_cpp
+@pytest.mark.parametrize("blocks", [2, 7, 16, 17, 24, 31, 47, 64, 66, 71])
+def test_the_symmetric_walk_serves_any_number_of_blocks(tile_rows, blocks):
+    """From 16 blocks on they meet in groups of two and more, the last of which can be smaller."""
+    tile_rows(32)
+    nodes, messages = rows(32 * blocks - 5, 3, 2)
+    function, definition = ops_cases.graph_conv(), ops_cases.graph_conv(backend="reference")
+    expected = results(function, [nodes, messages])
+    for found, exact in zip(expected, results(definition, [nodes, messages]), strict=True):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
+    for count in (2, 3, 4):
+        with threads(count):
+            assert same_bits(results(function, [nodes, messages]), expected)
 
 
 @requires_cpp

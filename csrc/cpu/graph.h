@@ -11,6 +11,8 @@ struct Graph {
   Product product;
   int64_t rows, column_count, offset;
   double inverse_variance;
+  at::Tensor affinities;  // K of the upper tiles, kept from pass to pass; undefined or [0]: it is recomputed in each
+  bool known = false;     // a pass has written them
   bool symmetric() const { return !columns.defined(); }
 
   template <class T>
@@ -39,6 +41,8 @@ KernelSums<T> arguments(const Graph& graph) {
   KernelSums<T> args{};
   args.sides = graph.sides<T>();
   args.scale = T(graph.inverse_variance * kLog2E);
+  args.affinities = kept<T>(graph.affinities, graph.rows, 1);
+  args.known = graph.known && args.affinities;
   return args;
 }
 

@@ -45,7 +45,7 @@ T inverse(T degree) {
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor> forward(const Graph& graph, const at::Tensor& messages, const at::Tensor& columns,
+std::tuple<at::Tensor, at::Tensor> forward(Graph& graph, const at::Tensor& messages, const at::Tensor& columns,
                                            bool row, at::Tensor degrees, at::Tensor column_degrees) {
   Call call(graph.product);
   const int64_t width = messages.size(1);
@@ -58,7 +58,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const Graph& graph, const at::Tensor&
     scale_rows(output.mutable_data_ptr<T>(), sums, graph.rows, width, inverse<double>);
     return {output, degrees};
   }
-  if (graph.symmetric()) column_degrees = degrees = degrees_of<T>(graph);
+  if (graph.symmetric()) {
+    column_degrees = degrees = degrees_of<T>(graph);
+    graph.known = true;
+  }
   const T* factors = factors_of<T>(call, column_degrees, inverse_root<T>);
   at::Tensor output = kernel_times<T>(graph, columns.const_data_ptr<T>(), factors, width, nullptr);
   scale_rows(output.mutable_data_ptr<T>(), degrees.const_data_ptr<T>(), graph.rows, width, inverse_root<T>);
@@ -111,7 +114,11 @@ std::vector<at::Tensor> backward(const Graph& graph, const Upstream& own, const 
   const Factors<T>& other = graph.symmetric() ? mine : *others;
   std::vector<at::Tensor> gradients;
   at::Tensor messages_gradient;
-  if (needs_messages || (graph.symmetric() && !row)) {
+  // Only the symmetric normalization's node terms need the messages' gradient.
+  const bool at_once = row && needs_nodes && needs_messages && other.left;
+  if (at_once) {
+    messages_gradient = at::zeros_like(output);
+  } else if (needs_messages || (graph.symmetric() && !row)) {
     messages_gradient = other.left ? kernel_times<T>(graph, other.left, other.left_factors, width, nullptr)
                                    : at::zeros_like(output);
     if (!row) {
@@ -129,6 +136,8 @@ std::vector<at::Tensor> backward(const Graph& graph, const Upstream& own, const 
     args.left_factors = {mine.left_factors, other.left_factors};
     args.right_factors = {mine.right_factors, other.right_factors};
     args.width = width;
+    args.affinities = kept<T>(graph.affinities, graph.rows, 1);
+    if (at_once) args.messages_gradient = messages_gradient.mutable_data_ptr<T>();
     if (graph.symmetric()) {
       const T* terms = node_terms<T>(call, own, output, row ? nullptr : &messages_gradient);
       args.terms = {terms, terms};
@@ -159,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor> graph_conv(
     const std::optional<at::Tensor>& column_messages, int64_t offset, const std::optional<at::Tensor>& degrees,
     const std::optional<at::Tensor>& column_degrees) {
   const bool row = is_row(normalization);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
+  Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
   TORCH_CHECK(column_nodes.has_value() == column_messages.has_value(), "column_nodes and column_messages go together");
   const at::Tensor own = matrix("messages", messages, graph.type, graph.rows);
   const at::Tensor columns =
@@ -170,8 +179,20 @@ std::tuple<at::Tensor, at::Tensor> graph_conv(
     own_degrees = vector("degrees", *degrees, graph.type, {graph.rows});
     other_degrees = vector("column_degrees", *column_degrees, graph.type, {graph.column_count});
   }
+  if (graph.symmetric() && !row) graph.affinities = affinities_of(graph.nodes);
   return GKD_DISPATCH(graph.type,
                       [&] { return forward<scalar_t>(graph, own, columns, row, own_degrees, other_degrees); });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> graph_conv_keep(
+    const at::Tensor& nodes, const at::Tensor& messages, const at::Tensor& inverse_variance,
+    c10::string_view normalization, c10::string_view product_precision) {
+  Graph graph = graph_of(nodes, {}, 0, inverse_variance, product_precision);
+  const at::Tensor own = matrix("messages", messages, graph.type, graph.rows);
+  graph.affinities = affinities_of(graph.nodes);
+  return std::tuple_cat(
+      GKD_DISPATCH(graph.type, [&] { return forward<scalar_t>(graph, own, own, is_row(normalization), {}, {}); }),
+      std::make_tuple(graph.affinities));
 }
 
 std::vector<at::Tensor> graph_conv_backward(
@@ -180,9 +201,12 @@ std::vector<at::Tensor> graph_conv_backward(
     c10::string_view product_precision, c10::List<bool> needs, const std::optional<at::Tensor>& column_nodes,
     const std::optional<at::Tensor>& column_messages, int64_t offset, const std::optional<at::Tensor>& column_upstream,
     const std::optional<at::Tensor>& column_degrees, const std::optional<at::Tensor>& terms,
-    const std::optional<at::Tensor>& column_terms) {
+    const std::optional<at::Tensor>& column_terms, const std::optional<at::Tensor>& affinities) {
   const bool row = is_row(normalization);
-  const Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
+  Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
+  TORCH_CHECK(graph.symmetric() || !affinities, "affinities are kept where the columns are the rows");
+  if (affinities) graph.affinities = *affinities;
+  graph.known = true;
   const auto type = graph.type;
   const int64_t rows = graph.rows, count = graph.column_count, width = messages.size(-1);
   TORCH_CHECK(needs.size() == 2, "needs must have 2 entries, got ", needs.size());
@@ -211,6 +235,7 @@ std::vector<at::Tensor> graph_conv_backward(
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("graph_degrees", &graph_degrees);
   library.impl("graph_conv", &graph_conv);
+  library.impl("graph_conv_keep", &graph_conv_keep);
   library.impl("graph_conv_backward", &graph_conv_backward);
 }
 

@@ -65,6 +65,7 @@ const Choice& choice() {
 }
 
 std::atomic<int64_t> chosen_block{0};
+std::atomic<bool> keeping{true};
 
 void run(int64_t count, int64_t grain, Host::Body body, void* context) {
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end, at::get_thread_num()); });
@@ -99,6 +100,21 @@ bool set_instruction_set(const std::string& name) {
 }
 
 void set_block(int64_t rows) { chosen_block.store(rows); }
+
+void set_keeping(bool on) { keeping.store(on); }
+
+int64_t kept_elements(at::ScalarType type, int64_t rows, int64_t graphs, int64_t width) {
+  const int64_t size = at::elementSize(type), megabyte = 1 << 20;
+  const int64_t elements = graphs * kernels<float>().upper_tiles_elements(Call().host(), rows);
+  const int64_t most = std::clamp(5 * rows * width * size, 16 * megabyte, 128 * megabyte);
+  return keeping.load() && elements * size <= most ? elements : 0;
+}
+
+at::Tensor affinities_of(at::TensorList rows) {
+  int64_t width = 0;
+  for (const at::Tensor& x : rows) width += x.size(1);
+  return at::empty({kept_elements(rows[0].scalar_type(), rows[0].size(0), rows.size(), width)}, rows[0].options());
+}
 
 Product product_of(c10::string_view product_precision, at::ScalarType type) {
   if (product_precision == "bfloat16" && type == at::kFloat) {

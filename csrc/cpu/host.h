@@ -32,6 +32,13 @@ bool set_instruction_set(const std::string& name);
 // For tests: rows per tile, a multiple of 32, shared by all threads; 0 lets the kernels choose both.
 void set_block(int64_t rows);
 
+// For tests: whether forward passes keep the affinities of small graphs.
+void set_keeping(bool on);
+// Elements of the affinities that a forward pass keeps of graphs with the same nodes, rows of `width` elements in all:
+// those of the upper tiles, so that the backward pass need not multiply again, while they take no more memory than is
+// proportional to the rows'; else 0, and they are recomputed.
+int64_t kept_elements(at::ScalarType type, int64_t rows, int64_t graphs, int64_t width);
+
 template <class T>
 const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, double>) {
@@ -96,6 +103,16 @@ at::Tensor vector(const char* name, const at::Tensor& x, at::ScalarType type, st
 std::vector<at::Tensor> matrices(const char* name, at::TensorList list, at::ScalarType type, int64_t rows = -1);
 
 at::ScalarType row_type(const at::Tensor& x);
+
+// Memory for the affinities of the graphs whose nodes these are; [0] where they are not kept.
+at::Tensor affinities_of(at::TensorList rows);
+// Affinities that were kept, or null.
+template <class T>
+T* kept(const at::Tensor& affinities, int64_t rows, int64_t graphs) {
+  if (!affinities.defined() || affinities.numel() == 0) return nullptr;
+  const int64_t elements = graphs * kernels<T>().upper_tiles_elements(Call().host(), rows);
+  return vector("affinities", affinities, c10::CppTypeToScalarType<T>::value, {elements}).template mutable_data_ptr<T>();
+}
 
 template <class T>
 Sides<T> sides_of(const at::Tensor& rows, const at::Tensor* columns, int64_t offset) {

@@ -43,9 +43,8 @@ struct KernelTiles {
     for (int g = 0; g < G; ++g) args.degrees[t.i + r + g] += sum<T>(totals[g]);
   }
 
-  void tile(const Tile& t, int64_t worker) const {
-    T* c = tiles + worker * tile_elements(stride);
-    T* below = column_sums + worker * stride;
+  // The tile's K, and what it adds to the degrees.
+  void weigh(const Tile& t, T* c, T* below) const {
     similarities(t, rows, columns, args.sides.dim, c, stride);
     for (int64_t x = 0; x < stride; ++x) below[x] = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -55,6 +54,12 @@ struct KernelTiles {
     if (args.degrees && t.mirror) {
       for (int64_t x = 0; x < t.columns; ++x) args.degrees[t.j + x] += below[x];
     }
+  }
+
+  void tile(const Tile& t, int64_t worker) const {
+    T* c = args.affinities ? args.affinities + t.place * stride * stride : tiles + worker * tile_elements(stride);
+    if (!args.known) weigh(t, c, column_sums + worker * stride);
+    if (args.affinities && !args.known) clear_beyond(t, c, stride);
     if (!args.output) return;
     add_to_rows(t, c, stride, values, args.sides.column_count, args.width, args.output);
     if (t.mirror) add_to_columns(t, c, stride, values, args.sides.row_count, args.width, args.output);
@@ -66,8 +71,8 @@ void kernel_sums(const Host& host, const KernelSums<T>& args) {
   const Sides<T>& sides = args.sides;
   const int64_t stride = block_rows(host, sides.row_count);
   KernelTiles<T> op{args,
-                    rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                    columns_of(host, sides.columns, sides.column_count, sides.dim, stride),
+                    rows_of(host, args.known ? nullptr : sides.rows, sides.row_count, sides.dim, stride),
+                    columns_of(host, args.known ? nullptr : sides.columns, sides.column_count, sides.dim, stride),
                     values_of(host, args.values, sides.column_count, args.width, args.factors),
                     allocate<T>(host, host.workers * tile_elements(stride)),
                     allocate<T>(host, host.workers * stride),
@@ -75,7 +80,7 @@ void kernel_sums(const Host& host, const KernelSums<T>& args) {
   walk(host, sides, op);
 }
 
-// M_ij = K_ij/σ² (G'_i·H'_j + H'_i·G'_j + d_i + d_j), M_ii = 0;  dE_i = Σ_j M_ij e_j.
+// M_ij = K_ij/σ² (G'_i·H'_j + H'_i·G'_j + d_i + d_j), M_ii = 0;  dE_i = Σ_j M_ij e_j, and Σ_j K_ij G'_j.
 template <class T>
 struct NodeTiles {
   static constexpr int N = Lanes<T>::count;
@@ -84,6 +89,7 @@ struct NodeTiles {
   Operand<T> rows, columns, left_columns, right_columns, values;
   T* tiles;
   Operand<T> tile_rows;  // a block per worker
+  Operand<T> messages;   // G' of the columns, for the messages' gradient
   int64_t stride;
 
   // m (+)= G'_i·H'_j or H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares
@@ -96,11 +102,18 @@ struct NodeTiles {
     similarities(packed, tile_rows, columns, args.width, m, stride, accumulate);
   }
 
+  // M of G rows in place of m, from K, which takes the place of the similarities.
   template <int G>
-  GKD_INLINE void weigh_rows(const Tile& t, const T* c, T* m, int64_t r) const {
+  GKD_INLINE void weigh_rows(const Tile& t, T* c, T* m, int64_t r) const {
     for (int64_t x = 0; x < t.columns; x += N) {
       Vec<T> kernel[G];
-      kernel_of(c + r * stride + x, stride, args.scale, kernel);
+      T* row = c + r * stride + x;
+      if (args.affinities) {
+        for (int g = 0; g < G; ++g) kernel[g] = load(row + g * stride);
+      } else {
+        kernel_of(row, stride, args.scale, kernel);
+        for (int g = 0; messages && g < G; ++g) store(row + g * stride, kernel[g]);
+      }
       const Vec<T> other = load(args.terms.column + t.j + x);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
@@ -111,17 +124,20 @@ struct NodeTiles {
   }
 
   void tile(const Tile& t, int64_t worker) const {
-    T* c = tiles + worker * 2 * tile_elements(stride);
-    T* m = c + tile_elements(stride);
-    similarities(t, rows, columns, args.sides.dim, c, stride);
+    T* m = tiles + worker * 2 * tile_elements(stride);
+    T* c = args.affinities ? args.affinities + t.place * stride * stride : m + tile_elements(stride);
+    if (!args.affinities) similarities(t, rows, columns, args.sides.dim, c, stride);
     multiply_rows(t, worker, args.left.row, args.left_factors.row, right_columns, m, false);
     if (left_columns) multiply_rows(t, worker, args.right.row, args.right_factors.row, left_columns, m, true);
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });
     for (int64_t r = 0; r < t.rows; ++r) {
-      if (const int64_t own = own_column(t, r); own >= 0) m[r * stride + own] = 0;
+      if (const int64_t own = own_column(t, r); own >= 0) m[r * stride + own] = 0, c[r * stride + own] = 1;
     }
     add_to_rows(t, m, stride, values, args.sides.column_count, args.sides.dim, args.gradient);
     if (t.mirror) add_to_columns(t, m, stride, values, args.sides.row_count, args.sides.dim, args.gradient);
+    if (!messages) return;
+    add_to_rows(t, c, stride, messages, args.sides.column_count, args.width, args.messages_gradient);
+    if (t.mirror) add_to_columns(t, c, stride, messages, args.sides.row_count, args.width, args.messages_gradient);
   }
 };
 
@@ -130,14 +146,16 @@ void node_gradient(const Host& host, const NodeGradient<T>& args) {
   const Sides<T>& sides = args.sides;
   const Terms<T>&left = args.left_factors, &right = args.right_factors;
   const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
+  const bool known = args.affinities != nullptr;
   NodeTiles<T> op{args,
-                  rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                  columns_of(host, sides.columns, count, sides.dim, stride),
+                  rows_of(host, known ? nullptr : sides.rows, sides.row_count, sides.dim, stride),
+                  columns_of(host, known ? nullptr : sides.columns, count, sides.dim, stride),
                   columns_of(host, args.left.column, count, args.width, stride, left.column),
                   columns_of(host, args.right.column, count, args.width, stride, right.column),
                   values_of(host, sides.columns, count, sides.dim),
                   allocate<T>(host, host.workers * 2 * tile_elements(stride)),
                   row_blocks<T>(host, host.workers, args.width, stride),
+                  values_of(host, args.messages_gradient ? args.left.column : nullptr, count, args.width, left.column),
                   stride};
   walk(host, sides, op);
 }

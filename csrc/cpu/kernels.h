@@ -70,6 +70,8 @@ struct RelationKl {
   Terms<T> eta[kMaxStages];    // per teacher
   T inverse_temperature;
   T* gradients[kMaxStages];
+  // R of the upper tiles, [tile][stage], or null: the forward pass writes it, the backward pass reads it.
+  T* affinities;
 };
 
 // Second order: a direction of a stage, by which its similarities move at ċ = ẋ_i·y_j + x_i·ẏ_j; null: it stands still.
@@ -119,6 +121,8 @@ struct KernelSums {
   int64_t width;
   double* degrees;   // [row_count] or null, cleared by the caller
   T* output;         // [row_count, width], cleared by the caller; with values
+  T* affinities;     // K of the upper tiles, or null
+  bool known;        // it is read instead of written; then there are no degrees
 };
 
 template <class T>
@@ -131,6 +135,8 @@ struct NodeGradient {
   int64_t width;
   Terms<T> terms;        // d, [count]
   T* gradient;           // [row_count, dim], cleared by the caller
+  T* messages_gradient;  // Σ_j K_ij G'_j of left, [row_count, width], cleared by the caller, or null
+  T* affinities;         // K of the upper tiles, or null
 };
 
 // Second order: K˙_ij = K_ij ċ_ij/σ², and values that move at ẋ_j = rates_j x_j (+ extra_j for the first of them).
@@ -195,6 +201,7 @@ struct Kernels {
   void (*unit_rows)(const Host&, const UnitRows<T>&);
   void (*unit_rows_backward)(const Host&, const UnitRowsBackward<T>&);
   void (*row_dots)(const Host&, const RowDots<T>&);
+  int64_t (*upper_tiles_elements)(const Host&, int64_t rows);
 };
 
 struct InstructionSet {

@@ -97,11 +97,12 @@ void set_own_shifts(Call& call, RelationKl<T>& args, const Stages& sizes) {
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, double temperature, double bandwidth,
-                                                       int64_t offset) {
+                                                       int64_t offset, const at::Tensor& affinities = {}) {
   Call call(stages.product);
   RelationKl<T> args = arguments<T>(stages, temperature, bandwidth, offset);
   const int64_t rows = stages.row_count, S = stages.students, count = stages.count();
   if (!shares_shift(temperature)) set_own_shifts(call, args, stages);
+  args.affinities = kept<T>(affinities, rows, count);
   args.sums = call.zeros<double>(count * rows);
   args.pair_sums = call.zeros<double>(S * stages.teachers * rows);
   kernels<T>().relation_kl(call.host(), args);
@@ -229,7 +230,8 @@ struct Factors {
 template <class T>
 std::vector<at::Tensor> backward(const Stages& stages, double temperature, double bandwidth, int64_t offset,
                                  const Statistics<T>& row_side, const Statistics<T>& column_side,
-                                 const c10::List<bool>& needs, const Directions* directions) {
+                                 const c10::List<bool>& needs, const Directions* directions,
+                                 const at::Tensor& affinities) {
   Call call(stages.product);
   RelationKlTangent<T> second{};
   RelationKl<T>& args = second.relations = arguments<T>(stages, temperature, bandwidth, offset);
@@ -262,6 +264,7 @@ std::vector<at::Tensor> backward(const Stages& stages, double temperature, doubl
   }
   if (gradients.empty()) return gradients;
   if (!directions) {
+    args.affinities = kept<T>(affinities, stages.row_count, stages.count());
     kernels<T>().relation_kl_backward(call.host(), args);
   } else {
     set_directions(second, *directions, bandwidth);
@@ -325,6 +328,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(
   return GKD_DISPATCH(stages.type, [&] { return forward<scalar_t>(stages, temperature, bandwidth, offset); });
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relation_kl_keep(
+    at::TensorList students, at::TensorList teachers, double temperature, double bandwidth,
+    c10::string_view product_precision) {
+  const Stages stages = stages_of(students, teachers, {}, {}, product_precision);
+  const at::Tensor affinities = affinities_of(stages.rows);
+  return std::tuple_cat(
+      GKD_DISPATCH(stages.type, [&] { return forward<scalar_t>(stages, temperature, bandwidth, 0, affinities); }),
+      std::make_tuple(affinities));
+}
+
 // The tensors of one side: upstream, losses, log-sums, and for the second order the tangents of the last three.
 struct Side {
   at::Tensor upstream, losses, student_log_sums, teacher_log_sums;
@@ -358,7 +371,7 @@ at::Tensor given(const std::optional<at::Tensor>& x) { return x ? *x : at::Tenso
 
 std::vector<at::Tensor> gradients_of(const Stages& stages, Side own, Side columns, double temperature,
                                      double bandwidth, const c10::List<bool>& needs, int64_t offset,
-                                     const Directions* directions) {
+                                     const Directions* directions, const at::Tensor& affinities = {}) {
   TORCH_CHECK(int64_t(needs.size()) == stages.count(), "needs must have ", stages.count(), " entries, got ",
               needs.size());
   bool needs_teacher = false;
@@ -377,7 +390,7 @@ std::vector<at::Tensor> gradients_of(const Stages& stages, Side own, Side column
   }
   return GKD_DISPATCH(stages.type, [&] {
     return backward<scalar_t>(stages, temperature, bandwidth, offset, own.statistics<scalar_t>(stages.row_count),
-                              columns.statistics<scalar_t>(stages.column_count), needs, directions);
+                              columns.statistics<scalar_t>(stages.column_count), needs, directions, affinities);
   });
 }
 
@@ -387,12 +400,13 @@ std::vector<at::Tensor> relation_kl_backward(
     c10::string_view product_precision, c10::List<bool> needs, std::optional<at::TensorList> student_columns,
     std::optional<at::TensorList> teacher_columns, int64_t offset, const std::optional<at::Tensor>& column_upstream,
     const std::optional<at::Tensor>& column_losses, const std::optional<at::Tensor>& column_student_log_sums,
-    const std::optional<at::Tensor>& column_teacher_log_sums) {
+    const std::optional<at::Tensor>& column_teacher_log_sums, const std::optional<at::Tensor>& affinities) {
   const Stages stages = stages_of(students, teachers, student_columns, teacher_columns, product_precision);
+  TORCH_CHECK(stages.symmetric || !affinities, "affinities are kept where the columns are the rows");
   return gradients_of(stages, {upstream, losses, student_log_sums, teacher_log_sums},
                       {given(column_upstream), given(column_losses), given(column_student_log_sums),
                        given(column_teacher_log_sums)},
-                      temperature, bandwidth, needs, offset, nullptr);
+                      temperature, bandwidth, needs, offset, nullptr, given(affinities));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl_tangent(
@@ -440,6 +454,7 @@ std::vector<at::Tensor> relation_kl_double_backward(
 
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("relation_kl", &relation_kl);
+  library.impl("relation_kl_keep", &relation_kl_keep);
   library.impl("relation_kl_backward", &relation_kl_backward);
   library.impl("relation_kl_tangent", &relation_kl_tangent);
   library.impl("relation_kl_double_backward", &relation_kl_double_backward);

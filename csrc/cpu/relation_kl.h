@@ -34,17 +34,24 @@ struct RelationTiles {
   T* tiles;
   T* partial;  // column sums of one tile
   int64_t stride;
+  int64_t step;
+  bool known;  // R is read from args.affinities
 
   GKD_INLINE int64_t students() const { return Fixed ? Fixed : args.students; }
   GKD_INLINE int64_t teachers() const { return Fixed ? Fixed : args.teachers; }
   GKD_INLINE int64_t stages() const { return students() + teachers(); }
   GKD_INLINE int64_t pairs() const { return students() * teachers(); }
   GKD_INLINE T* tile_of(int64_t worker) const { return tiles + worker * stages() * tile_elements(stride); }
+  // Where R is kept, or computed in place of the similarities: a tile per stage, `step` apart.
+  GKD_INLINE T* affinities_of(const Tile& t, int64_t worker) const {
+    return args.affinities ? args.affinities + t.place * stages() * step : tile_of(worker);
+  }
 
   // The similarities of all stages, with the diagonal out of reach.
   GKD_INLINE void multiply_stages(const Tile& t, T* c) const {
+    if (known) return;
     for (int64_t q = 0; q < stages(); ++q) {
-      T* tile = c + q * tile_elements(stride);
+      T* tile = c + q * step;
       similarities(t, rows[q], columns[q], args.stages[q].dim, tile, stride);
       for (int64_t r = 0; r < t.rows; ++r) {
         if (const int64_t own = own_column(t, r); own >= 0) tile[r * stride + own] = kFar<T>;
@@ -54,15 +61,22 @@ struct RelationTiles {
 
   // Of the stages [first, first + Q) at row r and column x of the tile.
   template <int Q, int G>
-  GKD_INLINE void relate(const Tile& t, const T* c, int64_t r, int64_t x, int64_t first, Relations<G>& out) const {
+  GKD_INLINE void relate(const Tile& t, T* c, int64_t r, int64_t x, int64_t first, Relations<G>& out) const {
     const T inner = args.inner, outer = args.outer;
     Vec<T> w[Q * G], mirrored[Q * G];
+    auto place = [&](int k) GKD_LAMBDA { return c + (first + k / G) * step + (r + k % G) * stride + x; };
 #pragma GCC unroll 8
-    for (int k = 0; k < Q * G; ++k) {
+    for (int k = 0; k < Q * G; ++k) w[k] = load(place(k));
+    if (!known) {
+#pragma GCC unroll 8
       // Rounded rows can be longer than 1, and R/τ − 1/τ large.
-      w[k] = at_most<T>(load(c + (first + k / G) * tile_elements(stride) + (r + k % G) * stride + x) * inner - inner, 0);
+      for (int k = 0; k < Q * G; ++k) w[k] = at_most<T>(w[k] * inner - inner, 0);
+      exp2_nonpositive<T>(w);
+      if (args.affinities) {
+#pragma GCC unroll 8
+        for (int k = 0; k < Q * G; ++k) store(place(k), w[k]);
+      }
     }
-    exp2_nonpositive<T>(w);
 #pragma GCC unroll 8
     for (int k = 0; k < Q * G; ++k) {
       const int64_t q = first + k / G;
@@ -90,7 +104,7 @@ struct RelationTiles {
   }
 
   template <int G>
-  GKD_INLINE void relations(const Tile& t, const T* c, int64_t r, int64_t x, Relations<G>& out) const {
+  GKD_INLINE void relations(const Tile& t, T* c, int64_t r, int64_t x, Relations<G>& out) const {
     constexpr int at_once = 2;
     repeat<Fixed>(stages() / at_once, [&](int64_t k) GKD_LAMBDA { relate<at_once>(t, c, r, x, k * at_once, out); });
     if (!Fixed && stages() % at_once) relate<1>(t, c, r, x, stages() - 1, out);
@@ -103,7 +117,7 @@ struct RelationTiles {
 
   // Adds op's summands of G rows, Op::kSums per stage and one per pair, to the rows' sums, and to `below` for the columns.
   template <int G, class Op>
-  GKD_INLINE void add_rows(const Op& op, const Tile& t, const T* c, int64_t r, T* below) const {
+  GKD_INLINE void add_rows(const Op& op, const Tile& t, T* c, int64_t r, T* below) const {
     const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages();
     constexpr int kFixedSums = Op::kSums * kFixedStages;
     Vec<T> stage_totals[Op::kSums * kStages][G], pair_totals[kPairs][G];
@@ -144,7 +158,7 @@ struct RelationTiles {
 
   // The sums of a tile whose similarities are in c.
   template <class Op>
-  GKD_INLINE void add_tile(const Op& op, const Tile& t, const T* c, int64_t worker) const {
+  GKD_INLINE void add_tile(const Op& op, const Tile& t, T* c, int64_t worker) const {
     const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages(), all = sums + pairs();
     T* below = partial + worker * (kMostSums * stages() + pairs()) * stride;
     for (int64_t x = 0; x < all * stride; ++x) below[x] = 0;
@@ -157,7 +171,8 @@ struct RelationTiles {
   }
 };
 
-// Z = Σ_j U_ij per stage, Q = Σ_j U^t_ij (R^t_ij − R^s_ij) per pair.
+// Z = Σ_j U_ij per stage, Q = Σ_j U^t_ij (log2 U^t_ij − log2 U^s_ij) per pair: of the exponents that U was made of, so that
+// their roundings cancel in the losses.
 template <class T, bool Shared, int Fixed>
 struct RelationForward : RelationTiles<T, Shared, Fixed> {
   using Tiles = RelationTiles<T, Shared, Fixed>;
@@ -181,9 +196,10 @@ struct RelationForward : RelationTiles<T, Shared, Fixed> {
   }
 
   void tile(const Tile& t, int64_t worker) const {
-    T* c = this->tile_of(worker);
+    T* c = this->affinities_of(t, worker);
     this->multiply_stages(t, c);
     this->add_tile(*this, t, c, worker);
+    for (int64_t q = 0; this->args.affinities && q < this->stages(); ++q) clear_beyond(t, c + q * this->step, this->stride);
   }
 };
 
@@ -226,9 +242,9 @@ struct RelationBackward : RelationTiles<T, Shared, Fixed> {
     }
   };
 
-  // Turns the similarities of G rows into M.
+  // M of G rows, from their similarities or R.
   template <int G>
-  GKD_INLINE void weigh_rows(const Tile& t, T* c, int64_t r) const {
+  GKD_INLINE void weigh_rows(const Tile& t, T* c, T* m, int64_t r) const {
     const int64_t stages = this->stages(), S = this->students();
     for (int64_t x = 0; x < t.columns; x += N) {
       typename Tiles::template Relations<G> now;
@@ -236,7 +252,7 @@ struct RelationBackward : RelationTiles<T, Shared, Fixed> {
       const Weights<G> weights{*this, now, t.i + r, t.j + x};
       repeat<Tiles::kFixedStages>(stages, [&](int64_t q) GKD_LAMBDA {
         if (!this->args.gradients[q]) return;
-        T* out = c + q * tile_elements(this->stride) + r * this->stride + x;
+        T* out = m + q * tile_elements(this->stride) + r * this->stride + x;
 #pragma GCC unroll 2
         for (int g = 0; g < G; ++g) {
           store(out + g * this->stride, q < S ? weights.student(q, g) : weights.teacher(q - S, g));
@@ -246,14 +262,14 @@ struct RelationBackward : RelationTiles<T, Shared, Fixed> {
   }
 
   void tile(const Tile& t, int64_t worker) const {
-    T* c = this->tile_of(worker);
+    T *c = this->affinities_of(t, worker), *weights = this->tile_of(worker);
     this->multiply_stages(t, c);
-    for_row_groups<Tiles::kGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r); });
+    for_row_groups<Tiles::kGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, weights, r); });
     for (int64_t q = 0; q < this->stages(); ++q) {
       T* gradient = this->args.gradients[q];
       if (!gradient) continue;
       const Sides<T>& sides = this->args.stages[q];
-      const T* m = c + q * tile_elements(this->stride);
+      const T* m = weights + q * tile_elements(this->stride);
       add_to_rows(t, m, this->stride, this->values[q], sides.column_count, sides.dim, gradient);
       if (t.mirror) add_to_columns(t, m, this->stride, this->values[q], sides.row_count, sides.dim, gradient);
     }
@@ -272,7 +288,7 @@ struct RowMaxima : RelationTiles<T, true, 0> {
     for (int64_t q = 0; q < this->stages(); ++q) {
       T* out = maxima[q];
       for (int64_t r = 0; r < t.rows; ++r) {
-        const T* row = c + q * tile_elements(stride) + r * stride;
+        const T* row = c + q * this->step + r * stride;
         for (int64_t x = 0; x < t.columns; ++x) {
           if (row[x] > out[t.i + r]) out[t.i + r] = row[x];
           if (t.mirror && row[x] > out[t.j + x]) out[t.j + x] = row[x];
@@ -286,11 +302,15 @@ template <class T, bool Shared, int Fixed>
 RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationKl<T>& args, bool backward) {
   const int64_t stages = args.students + args.teachers, pairs = args.students * args.teachers;
   const int64_t stride = block_rows(host, args.stages[0].row_count);
-  RelationTiles<T, Shared, Fixed> tiles{args, {}, {}, {}, nullptr, nullptr, stride};
+  const bool known = backward && args.affinities;
+  RelationTiles<T, Shared, Fixed> tiles{args, {}, {}, {}, nullptr, nullptr, stride,
+                                         args.affinities ? stride * stride : tile_elements(stride), known};
   for (int64_t q = 0; q < stages; ++q) {
     const Sides<T>& sides = args.stages[q];
-    tiles.rows[q] = rows_of(host, sides.rows, sides.row_count, sides.dim, stride);
-    tiles.columns[q] = columns_of(host, sides.columns, sides.column_count, sides.dim, stride);
+    if (!known) {
+      tiles.rows[q] = rows_of(host, sides.rows, sides.row_count, sides.dim, stride);
+      tiles.columns[q] = columns_of(host, sides.columns, sides.column_count, sides.dim, stride);
+    }
     if (backward && args.gradients[q]) tiles.values[q] = values_of(host, sides.columns, sides.column_count, sides.dim);
   }
   tiles.tiles = allocate<T>(host, host.workers * stages * tile_elements(stride));

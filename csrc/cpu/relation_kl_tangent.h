@@ -109,7 +109,7 @@ struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixe
   };
 
   void tile(const Tile& t, int64_t worker) const {
-    const T* c = this->multiply_all(t, worker);
+    T* c = this->multiply_all(t, worker);
     this->add_tile(Of{*this, worker}, t, c, worker);
   }
 };

@@ -12,9 +12,13 @@ K_ij = exp((e_i·e_j − 1)·v) with v = 1/σ², K_ii = 1, degrees = row sums of
         column_nodes [J, D], column_messages [J, K]: the column set, both or none.
         degrees [I], column_degrees [J]: needed for "symmetric" with a column set (``graph_degrees``), else computed.
         output: [I, K].  degrees: [I].
+    graph_conv_keep(nodes, messages, inverse_variance, normalization, product_precision)
+               -> (output, degrees, affinities)
+        The same where the columns are the rows.  affinities: K for the backward op, which then does not multiply the
+        nodes again, in an order of the kernels' own; [0] where it is not kept (``gkd_fast.ops.affinities``).
     graph_conv_backward(upstream, nodes, messages, output, degrees, inverse_variance, normalization,
                product_precision, needs, column_nodes=None, column_messages=None, offset=0, column_upstream=None,
-               column_degrees=None, node_terms=None, column_node_terms=None) -> gradients
+               column_degrees=None, node_terms=None, column_node_terms=None, affinities=None) -> gradients
         upstream: gradient of the output, [I, K].  needs: two bools, for nodes and messages; only the wanted
         gradients come back, in that order, of the ROW set, complete.
         With a column set: column_upstream [J, K] (None: zero) and column_degrees [J], the columns' own; and for
@@ -55,6 +59,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from gkd_fast.ops import affinities as kept
 from gkd_fast.ops.autograd import (
     PT2,
     flags,
@@ -86,11 +91,17 @@ torch.library.define(
     tags=PT2,
 )
 torch.library.define(
+    "gkd_fast::graph_conv_keep",
+    "(Tensor nodes, Tensor messages, Tensor inverse_variance, str normalization, str product_precision) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=PT2,
+)
+torch.library.define(
     "gkd_fast::graph_conv_backward",
     "(Tensor upstream, Tensor nodes, Tensor messages, Tensor output, Tensor degrees, Tensor inverse_variance, "
     "str normalization, str product_precision, bool[] needs, Tensor? column_nodes=None, "
     "Tensor? column_messages=None, int offset=0, Tensor? column_upstream=None, Tensor? column_degrees=None, "
-    "Tensor? node_terms=None, Tensor? column_node_terms=None) -> Tensor[]",
+    "Tensor? node_terms=None, Tensor? column_node_terms=None, Tensor? affinities=None) -> Tensor[]",
     tags=PT2,
 )
 torch.library.define(
@@ -126,6 +137,11 @@ def _(nodes, messages, inverse_variance, normalization, product_precision, *colu
     return messages.new_empty(messages.shape), nodes.new_empty(nodes.shape[0])
 
 
+@torch.library.register_fake("gkd_fast::graph_conv_keep")
+def _(nodes, messages, inverse_variance, normalization, product_precision):
+    return messages.new_empty(messages.shape), nodes.new_empty(nodes.shape[0]), kept.like([nodes])
+
+
 @torch.library.register_fake("gkd_fast::graph_conv_backward")
 def _(upstream, nodes, messages, output, degrees, inverse_variance, normalization, product_precision, needs,
       *columns, **named_columns):  # fmt: skip
@@ -159,17 +175,21 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, upstream, _):
     nodes, messages, inverse_variance, *results = ctx.saved_tensors
     needs = flags(ctx.needs_input_grad[:2])
-    settings = inverse_variance, ctx.normalization, ctx.product_precision
+    settings = inverse_variance, ctx.normalization, ctx.product_precision, False
     return *_gradients(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 8
 
 
-def _results(inputs, *settings):
-    return torch.ops.gkd_fast.graph_conv(*inputs, *settings)
+def _results(inputs, inverse_variance, normalization, product_precision, keep):
+    op = torch.ops.gkd_fast.graph_conv_keep if keep else torch.ops.gkd_fast.graph_conv
+    return op(*inputs, inverse_variance, normalization, product_precision)
 
 
 def _gradients(upstream, inputs, results, settings, needs):
-    output, degrees = results
-    gradients = torch.ops.gkd_fast.graph_conv_backward(upstream, *inputs, output.detach(), degrees, *settings, needs)
+    *settings, _ = settings
+    output, degrees, *affinities = results
+    gradients = torch.ops.gkd_fast.graph_conv_backward(
+        upstream, *inputs, output.detach(), degrees, *settings, needs, affinities=affinities[0] if affinities else None
+    )
     return scatter(gradients, needs)
 
 
@@ -209,7 +229,7 @@ def _setup_double_context(ctx, inputs, output):
 
 def _double_backward(ctx, cotangents):
     nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
-    return *_second_order(None, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 13
+    return *_second_order(None, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 14
 
 
 def _second_order(columns: Columns | None, ctx, nodes_tangent, messages_tangent, needs) -> list[Tensor | None]:
@@ -322,8 +342,8 @@ def _messages_gradient(columns, ctx, upstream, nodes, messages, output, degrees,
 
 
 register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
-for _op in ("graph_degrees", "graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"):
-    refuse_derivative(f"gkd_fast::{_op}")
+for _op in ("degrees", "conv_keep", "degrees_tangent", "conv_tangent", "conv_double_backward"):
+    refuse_derivative(f"gkd_fast::graph_{_op}")
 
 
 class GraphConv(torch.autograd.Function):
@@ -422,7 +442,8 @@ def graph_conv(
     messages = messages.to(dtype)
     settings = inverse_variance, normalization, product_precision
     if columns is None:
-        return on_unit_rows(_OP, [nodes], [messages], dtype, settings)
+        keep = kept.keeps((nodes, messages))
+        return on_unit_rows(_OP, [nodes], [messages], dtype, (*settings, keep))
     return GraphConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)
 
 

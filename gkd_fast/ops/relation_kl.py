@@ -7,10 +7,14 @@
         student_columns, teacher_columns: the column set, [J, D_s] and [J, D_t]; None: columns = rows.
         offset: row i's own column is i + offset; there the logit is the constant 0.  Ignored without a column set.
         losses: [I, S, T].  *_log_sums: log Σ_j exp(R_ij/τ), [S, I] and [T, I]; the row statistics of the backward.
+    relation_kl_keep(students, teachers, temperature, bandwidth, product_precision) -> (losses, student_log_sums,
+                teacher_log_sums, affinities)
+        The same where the columns are the rows.  affinities: R for the backward op, which then does not multiply the
+        rows again, in an order of the kernels' own; [0] where it is not kept (``gkd_fast.ops.affinities``).
     relation_kl_backward(upstream, students, teachers, losses, student_log_sums, teacher_log_sums, temperature,
                 bandwidth, product_precision, needs, student_columns=None, teacher_columns=None, offset=0,
                 column_upstream=None, column_losses=None, column_student_log_sums=None,
-                column_teacher_log_sums=None) -> gradients
+                column_teacher_log_sums=None, affinities=None) -> gradients
         upstream: gradient of the losses, [I, S, T].
         needs: S + T bools, students first: which gradients are wanted; only those come back, in that order.
         column_upstream: [J, S, T] gradient of the columns' own losses; None: zero (columns without gradient),
@@ -48,6 +52,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gkd_fast.ops import affinities as kept
 from gkd_fast.ops.autograd import (
     PT2,
     flags,
@@ -71,12 +76,18 @@ torch.library.define(
     tags=PT2,
 )
 torch.library.define(
+    "gkd_fast::relation_kl_keep",
+    "(Tensor[] students, Tensor[] teachers, float temperature, float bandwidth, str product_precision) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=PT2,
+)
+torch.library.define(
     "gkd_fast::relation_kl_backward",
     "(Tensor upstream, Tensor[] students, Tensor[] teachers, Tensor losses, Tensor student_log_sums, "
     "Tensor teacher_log_sums, float temperature, float bandwidth, str product_precision, bool[] needs, "
     "Tensor[]? student_columns=None, Tensor[]? teacher_columns=None, int offset=0, Tensor? column_upstream=None, "
-    "Tensor? column_losses=None, Tensor? column_student_log_sums=None, Tensor? column_teacher_log_sums=None) "
-    "-> Tensor[]",
+    "Tensor? column_losses=None, Tensor? column_student_log_sums=None, Tensor? column_teacher_log_sums=None, "
+    "Tensor? affinities=None) -> Tensor[]",
     tags=PT2,
 )
 torch.library.define(
@@ -107,6 +118,13 @@ def _(
     x = students[0]
     rows, s, t = x.shape[0], len(students), len(teachers)
     return x.new_empty(rows, s, t), x.new_empty(s, rows), x.new_empty(t, rows)
+
+
+@torch.library.register_fake("gkd_fast::relation_kl_keep")
+def _(students, teachers, temperature, bandwidth, product_precision):
+    x = students[0]
+    rows, s, t = x.shape[0], len(students), len(teachers)
+    return x.new_empty(rows, s, t), x.new_empty(s, rows), x.new_empty(t, rows), kept.like([*students, *teachers])
 
 
 @torch.library.register_fake("gkd_fast::relation_kl_backward")
@@ -140,20 +158,22 @@ def _backward(ctx, upstream, *_):
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
     settings = ctx.num_students, ctx.temperature, ctx.bandwidth, ctx.product_precision
     results = losses, student_log_sums, teacher_log_sums
-    gradients = _gradients(upstream.contiguous(), stages, results, settings, needs)
+    gradients = _gradients(upstream.contiguous(), stages, results, (*settings, False), needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
 
-def _results(stages, num_students, *settings):
-    return torch.ops.gkd_fast.relation_kl(stages[:num_students], stages[num_students:], *settings)
+def _results(stages, num_students, temperature, bandwidth, product_precision, keep):
+    op = torch.ops.gkd_fast.relation_kl_keep if keep else torch.ops.gkd_fast.relation_kl
+    return op(stages[:num_students], stages[num_students:], temperature, bandwidth, product_precision)
 
 
 def _gradients(upstream, stages, results, settings, needs):
-    num_students, *settings = settings
-    losses, *log_sums = results
+    num_students, *settings, _ = settings
+    losses, student_log_sums, teacher_log_sums, *affinities = results
     gradients = torch.ops.gkd_fast.relation_kl_backward(
-        upstream, stages[:num_students], stages[num_students:], losses.detach(), *log_sums, *settings, needs
-    )
+        upstream, stages[:num_students], stages[num_students:], losses.detach(), student_log_sums, teacher_log_sums,
+        *settings, needs, affinities=affinities[0] if affinities else None,
+    )  # fmt: skip
     return scatter(gradients, needs)
 
 
@@ -186,10 +206,11 @@ def _double_backward(ctx, cotangents):
         )
     gradients = scatter(gradients, needs)
     students_gradients, teachers_gradients = gradients[: ctx.num_students], gradients[ctx.num_students :]
-    return moved[0] if needs_upstream else None, students_gradients, teachers_gradients, *[None] * 14
+    return moved[0] if needs_upstream else None, students_gradients, teachers_gradients, *[None] * 15
 
 
 register_autograd("gkd_fast::relation_kl_backward", _double_backward, setup_context=_setup_double_context)
+refuse_derivative("gkd_fast::relation_kl_keep")
 refuse_derivative("gkd_fast::relation_kl_tangent")
 refuse_derivative("gkd_fast::relation_kl_double_backward")
 
@@ -325,5 +346,5 @@ def relation_kl(
     refuse_forward_mode(stages)
     settings = temperature, bandwidth, product_precision
     if columns is None:
-        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings))
+        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings, kept.keeps(stages)))
     return RelationKl.apply(columns, len(students), settings, *unit_rows(stages, dtype))

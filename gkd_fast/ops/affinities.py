@@ -1,0 +1,28 @@
+"""Affinities that a forward pass keeps for its backward pass, which then need not multiply the rows again.
+
+The C++ kernels keep them while they take at most five times the memory of the rows or 16 MiB, and never more than
+128 MiB (csrc/cpu/host.h): that is the batches of which products are most of the work and affinities stay near the
+processor. Beyond it every pass computes them anew, tile by tile. On a GPU multiplying is cheaper than reading.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gkd_fast.ops.backends import CPP_MISSING
+
+
+def keeps(inputs: Iterable[Tensor]) -> bool:
+    """Whether a backward pass can follow and find kept affinities; under ``torch.compile`` none are kept."""
+    if CPP_MISSING is not None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(x.requires_grad and x.is_cpu for x in inputs)
+
+
+def like(rows: list[Tensor]) -> Tensor:
+    """The affinities that the ops keep of the graphs of these unit rows: for their fakes."""
+    from gkd_fast import _C
+
+    x, width = rows[0], sum(int(x.shape[1]) for x in rows)
+    return x.new_empty(_C._kept_elements(int(x.shape[0]), len(rows), width, x.dtype == torch.float64))
