@@ -27,7 +27,8 @@ test: install
 test-kernels: install
 	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py
 
-OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py test_graph_conv.py test_bfloat16.py)
+OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py test_graph_conv.py test_bfloat16.py \
+	test_second_order.py)
 
 # The package as users get it, and its tests in a folder where the checkout is not found. Its dependencies are .venv's.
 INSTALLED := build/installed
@@ -50,7 +51,7 @@ sanitize: install
 	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-		$(CURDIR)/$(BIN)/python -m pytest $(OP_TESTS) -k 'not compile and not package'
+		$(CURDIR)/$(BIN)/python -m pytest $(OP_TESTS) -k 'not compiled and not compilation and not package'
 
 # Measures what runs/bench.json has not; remove it to measure all again.
 bench: install

@@ -31,9 +31,10 @@ def extension_options() -> dict:
         flags.append("-fopenmp")
     link = ["-Wl,--exclude-libs,ALL"] if os.name == "posix" else []
     if sanitize:
-        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        # Line numbers are enough for a report, and the whole debug information takes minutes.
-        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *checks]
+        checks = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+        # Python's own flags define signed overflow, which would leave nothing to check there. GCC's expensive
+        # optimisations fuse multiplications and additions, so that results are those of the usual build.
+        flags += ["-O1", "-fexpensive-optimizations", "-g1", "-fno-wrapv", "-fno-omit-frame-pointer", *checks]
         link = checks
 
     class Build(BuildExtension):
@@ -46,7 +47,12 @@ def extension_options() -> dict:
                     (folder / "_C.torch-version.txt").write_text(torch.__version__ + "\n")
 
     extension = CppExtension(
-        "gkd_fast._C", SOURCES, depends=HEADERS, extra_compile_args=flags, extra_link_args=link, optional=True
+        "gkd_fast._C",
+        SOURCES,
+        depends=HEADERS,
+        extra_compile_args=flags,
+        extra_link_args=link,
+        optional=not sanitize,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=False)}}
 

@@ -1,6 +1,7 @@
 """What the tests of the ops share: inputs, results, and the rule by which a fused result is judged."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: to
     leaves = [x.detach().requires_grad_() for x in inputs]
     output = function(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream_like(output, dtype))]
+
+
+def same_bits(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Rounded(torch.autograd.Function):

@@ -12,6 +12,7 @@ from tests.ops_cases import (
     requires_cpp,
     results,
     rows,
+    same_bits,
 )  # fmt: skip
 
 pytestmark = requires_cpp
@@ -47,7 +48,7 @@ def test_kept_and_recomputed_affinities_give_the_same_bits(tile_rows, keeping, n
                 found.append(results(make("cpp"), inputs))
             (elements,) = kept(calls)
             assert (elements >= batch * (batch + 1) // 2) if keep else elements == 0
-        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        assert same_bits(*found)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -59,10 +60,10 @@ def test_a_second_backward_pass_finds_them_unchanged_and_second_order_does_witho
         keeping(keep)
         output = make("cpp")(*leaves)
         first, second = (torch.autograd.grad(output.sum(), leaves, retain_graph=True) for _ in range(2))
-        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+        assert same_bits(first, second)
         gradients = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
         found.append([*first, *torch.autograd.grad(sum(x.square().sum() for x in gradients), leaves)])
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    assert same_bits(*found)
 
 
 def test_they_are_kept_while_they_take_at_most_five_times_the_rows_or_16_mib_and_never_more_than_128():

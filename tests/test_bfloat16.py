@@ -3,6 +3,7 @@
 Tests of such products are skipped where the processor has none; the accuracy rule of the other files holds everywhere.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast import ops, reference
-from tests.ops_cases import D64, FUNCTIONS, MISSING, requires_cpp, results, rows, with_rounded_rows
+from tests.ops_cases import D64, FUNCTIONS, MISSING, requires_cpp, results, rows, same_bits, threads, with_rounded_rows
 from tests.second_order_cases import FUNCTIONS as SECOND_ORDER
 from tests.second_order_cases import assert_errs_no_more_than_plain, matrices
 
@@ -78,16 +79,13 @@ def test_which_products_are_taken(instruction_sets, name):
             found.append(results(function, [x.to(dtype) for x in inputs], BF16))
         return found
 
-    def same(a, b) -> bool:
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
     assert available[0] == ROUNDING
     rounded, plain = taken(ROUNDING, "avx512")
-    assert not same(rounded, plain)
+    assert not same_bits(rounded, plain)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert same(*taken(ROUNDING), plain)
+        assert same_bits(*taken(ROUNDING), plain)
     for dtype in (torch.float32, torch.float16, D64):
-        assert same(*taken(ROUNDING, "avx512", dtype=dtype))
+        assert same_bits(*taken(ROUNDING, "avx512", dtype=dtype))
 
 
 @with_products
@@ -99,6 +97,35 @@ def test_nan_stays_nan(tile_rows, name):
     inputs[0][40] = torch.nan
     output, *gradients = results(make("cpp"), inputs, BF16)
     assert output[40].isnan().any() and gradients[0][40].isnan().all()
+
+
+@with_products
+def test_a_product_that_fails_is_an_error_and_keeps_no_thread_waiting(tile_rows):
+    """PyTorch refuses products from the moment at which another thread switches oneDNN off."""
+    tile_rows(32)
+    make, widths = FUNCTIONS["relation_kl"]
+    function, inputs = make("cpp"), [x.to(BF16) for x in rows(1000, *widths)]
+    expected, done = results(function, inputs, BF16), threading.Event()
+
+    def switch():
+        enabled = False
+        while not done.wait(1e-3):
+            torch.backends.mkldnn.set_flags(enabled)
+            enabled = not enabled
+
+    switching = threading.Thread(target=switch)
+    with threads(4):
+        switching.start()
+        try:
+            for _ in range(8):
+                with pytest.raises(RuntimeError, match="Brgemm"):
+                    while True:
+                        function(*inputs)
+        finally:
+            done.set()
+            switching.join()
+            torch.backends.mkldnn.set_flags(True)
+        assert same_bits(results(function, inputs, BF16), expected)
 
 
 BOUNDS = [slice(0, 3), slice(3, 61), slice(61, 101)]

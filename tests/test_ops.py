@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,19 @@ import gkd_fast
 from gkd_fast import _arguments, functional, ops
 from gkd_fast.ops import backends
 from tests import ops_cases
-from tests.ops_cases import D64, FUNCTIONS, MISSING, Calls, check, requires_cpp, results, rows, upstream_like
+from tests.ops_cases import (
+    D64,
+    FUNCTIONS,
+    MISSING,
+    Calls,
+    check,
+    requires_cpp,
+    results,
+    rows,
+    same_bits,
+    threads,
+    upstream_like,
+)
 
 SOURCES = Path(__file__).resolve().parents[1]
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -27,10 +38,6 @@ every_function = pytest.mark.parametrize("name", FUNCTIONS)
 def problem(name: str, batch: int, dtype: torch.dtype = D64):
     make, widths = FUNCTIONS[name]
     return make("cpp"), make("reference"), [x.to(dtype) for x in rows(batch, *widths)]
-
-
-def same_bits(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @requires_cpp
@@ -149,16 +156,6 @@ def test_gradients_are_computed_where_they_are_wanted_and_nowhere_else(name):
     assert not output.requires_grad and calls.arguments(op)
     if op == "node_contrast":
         assert not calls.arguments(op)[0]["keep_weighted"]
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @requires_cpp

@@ -67,18 +67,6 @@ const Choice& choice() {
 std::atomic<int64_t> chosen_block{0};
 std::atomic<bool> keeping{true};
 
-void run(int64_t count, int64_t grain, Host::Body body, void* context) {
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end, at::get_thread_num()); });
-}
-
-// Products leave their matrix unit configured.
-void run_with_products(int64_t count, int64_t grain, Host::Body body, void* context) {
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    body(context, begin, end, at::get_thread_num());
-    at::native::cpublas::brgemm_release();
-  });
-}
-
 }  // namespace
 
 const InstructionSet& instruction_set() { return *choice().kernels; }
@@ -130,12 +118,16 @@ at::Tensor as_multiplied(const at::Tensor& rows, Product product) {
   return product == Product::bfloat16 ? rows.to(at::kBFloat16).to(rows.scalar_type()) : rows;
 }
 
-Call::Call(Product product) {
+Call::Call(Product product) : host_{} {
   host_.self = this;
   host_.workers = at::get_num_threads();
   host_.block = chosen_block.load();
-  host_.run = product == Product::bfloat16 ? &run_with_products : &run;
-  host_.multiply = product == Product::bfloat16 ? &multiply : nullptr;
+  host_.run = [](void* self, int64_t count, int64_t grain, Host::Body body, void* context) {
+    static_cast<Call*>(self)->run(count, grain, body, context);
+  };
+  if (product == Product::bfloat16) {
+    host_.multiply = [](void* self, const Bfloat16Product& p) { static_cast<Call*>(self)->multiply(p); };
+  }
   host_.yield = &std::this_thread::yield;
   host_.allocate = [](void* self, int64_t bytes) { return static_cast<Call*>(self)->allocate(bytes); };
 }
@@ -143,6 +135,24 @@ Call::Call(Product product) {
 void* Call::allocate(int64_t bytes) {
   memory_.push_back(at::detail::empty_cpu({bytes}, at::kByte));
   return memory_.back().mutable_data_ptr();
+}
+
+void Call::multiply(const Bfloat16Product& product) noexcept {
+  if (failed_.load(std::memory_order_relaxed)) return;
+  try {
+    gkd::multiply(product);
+  } catch (...) {
+    if (!failed_.exchange(true)) error_ = std::current_exception();
+  }
+}
+
+void Call::run(int64_t count, int64_t grain, Host::Body body, void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    body(context, begin, end, at::get_thread_num());
+    // Products leave their matrix unit configured.
+    if (host_.multiply) at::native::cpublas::brgemm_release();
+  });
+  if (error_) std::rethrow_exception(error_);
 }
 
 at::ScalarType row_type(const at::Tensor& x) {

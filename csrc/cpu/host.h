@@ -8,6 +8,8 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -81,9 +83,13 @@ class Call {
 
  private:
   void* allocate(int64_t bytes);
+  void multiply(const Bfloat16Product& product) noexcept;
+  void run(int64_t count, int64_t grain, Host::Body body, void* context);
 
   std::vector<at::Tensor> memory_;
   Host host_;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // of the first product that failed
 };
 
 // x_i ← f(scales_i) x_i for the rows of x [rows, width].

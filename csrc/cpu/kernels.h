@@ -25,10 +25,12 @@ struct Host {
   void* self;
   int64_t workers;  // worker < workers in every Body
   int64_t block;    // for tests: rows per tile, a multiple of 32, by all workers; 0: the kernel chooses both
-  void (*run)(int64_t count, int64_t grain, Body body, void* context);  // grain: what a thread is worth starting for
-  void (*yield)();                                                      // lets other threads have the processor
+  // grain: what a thread is worth starting for
+  void (*run)(void* self, int64_t count, int64_t grain, Body body, void* context);
+  void (*yield)();                               // lets other threads have the processor
   void* (*allocate)(void* self, int64_t bytes);  // aligned to 64 bytes, not cleared
-  void (*multiply)(const Bfloat16Product&);      // null: tiles of float32 are multiplied in float32
+  // Null: tiles of float32 are multiplied in float32. Never throws, for others wait for the tile: `run` does in the end.
+  void (*multiply)(void* self, const Bfloat16Product&);
 };
 
 // A matrix of unit rows, row-major and contiguous, and as columns of the tiles: the same matrix in the symmetric case.

@@ -24,7 +24,7 @@ struct Tile {
 template <class F>
 void parallel(const Host& host, int64_t count, const F& body, int64_t grain = 1) {
   host.run(
-      count, grain,
+      host.self, count, grain,
       [](void* context, int64_t begin, int64_t end, int64_t worker) {
         const F& f = *static_cast<const F*>(context);
         for (int64_t k = begin; k < end; ++k) f(k, worker);
@@ -260,6 +260,8 @@ Operand<T> values_of(const Host& host, const T* rows, int64_t count, int64_t dim
   return packed;
 }
 
+GKD_INLINE void multiply(const Host& host, const Bfloat16Product& product) { host.multiply(host.self, product); }
+
 // c[r][x] = rows[i + r] · columns[j + x] for the whole tile, padded to whole panels; `block`: of the packed operands.
 template <class T>
 GKD_INLINE void similarities(const Tile& tile, const Operand<T>& rows, const Operand<T>& columns, int64_t dim, T* c,
@@ -268,9 +270,8 @@ GKD_INLINE void similarities(const Tile& tile, const Operand<T>& rows, const Ope
   if constexpr (kRounds<T>) {
     if (rows.rounded) {
       const int64_t depth = even(dim);
-      tile.host.multiply({round_up(tile.rows, kBfloat16Rows), width, depth, rows.rounded + tile.i * depth, depth,
-                          columns.rounded + tile.j * depth, block, c, block, accumulate});
-      return;
+      return multiply(tile.host, {round_up(tile.rows, kBfloat16Rows), width, depth, rows.rounded + tile.i * depth,
+                                  depth, columns.rounded + tile.j * depth, block, c, block, accumulate});
     }
   }
   const T* left = rows.own + (tile.i / block) * round_up(block, kMicroRows) * dim;
@@ -294,9 +295,8 @@ GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const O
   if constexpr (kRounds<T>) {
     if (values.rounded) {
       round_weights(w, block, tile.rows, tile.columns, tile.rounded);
-      tile.host.multiply({tile.rows, dim, round_up(tile.columns, kBfloat16Depth), tile.rounded, block,
-                          values.rounded + tile.j * dim, dim, out + tile.i * dim, dim, true});
-      return;
+      return multiply(tile.host, {tile.rows, dim, round_up(tile.columns, kBfloat16Depth), tile.rounded, block,
+                                  values.rounded + tile.j * dim, dim, out + tile.i * dim, dim, true});
     }
   }
   multiply<Layout::Along, T>(tile.rows, dim, tile.columns, {w, block, block}, values.own + tile.j * kPanel<T>,
@@ -310,9 +310,8 @@ GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t block, cons
   if constexpr (kRounds<T>) {
     if (values.rounded) {
       round_mirrored(w, block, tile.rows, tile.columns, tile.rounded);
-      tile.host.multiply({tile.columns, dim, round_up(tile.rows, kBfloat16Depth), tile.rounded, block,
-                          values.rounded + tile.i * dim, dim, out + tile.j * dim, dim, true});
-      return;
+      return multiply(tile.host, {tile.columns, dim, round_up(tile.rows, kBfloat16Depth), tile.rounded, block,
+                                  values.rounded + tile.i * dim, dim, out + tile.j * dim, dim, true});
     }
   }
   multiply<Layout::Across, T>(tile.columns, dim, tile.rows, {w, block, 1}, values.own + tile.i * kPanel<T>,
