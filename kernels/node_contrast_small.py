@@ -5,7 +5,7 @@ import triton.language as tl
 from gkd_fast.kernels import small
 from gkd_fast.kernels.launch import on_device
 from gkd_fast.kernels.node_contrast_tiles import LN2, LOG2E, nth_set_bit, set_bits_below
-from gkd_fast.kernels.small import store_weighted, tile_product
+from gkd_fast.kernels.small import load_of_pair, store_weighted, tile_product
 from gkd_fast.kernels.tile import (
     COUNTS,
     NOWHERE,
@@ -91,7 +91,7 @@ def add_weighted_partners(
     log_z = load_vector(sums, i, count, BLOCK_ROWS) * LOG2E
     for j in range(0, count, BLOCK_COLUMNS):
         column = j + tl.arange(0, BLOCK_COLUMNS)
-        column_g = tl.load(upstream + column * PAIRS, mask=column < count, other=0) * unit
+        column_g = load_of_pair(upstream, column, count, PAIRS) * unit
         column_log_z = load_vector(sums, j, count, BLOCK_COLUMNS) * LOG2E
         logits = small_logits(matrix, partner, i, j, count, dim, scale, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE,
                               SUM, PRECISION)  # fmt: skip
@@ -128,7 +128,7 @@ def contrast_small_gradients(
         if (bits >> pair) & 1:
             partner = pick(rows, tl.where(is_student, S + k, k))
             place = set_bits_below(bits, pair, S * T) * count
-            g = tl.load(upstream + row * (S * T) + pair, mask=row < count, other=0) * unit
+            g = load_of_pair(upstream + pair, row, count, S * T) * unit
             if KEPT:
                 if is_student:
                     add_difference(out, weighted + place * dim, partner, g, i, count, dim, BLOCK_ROWS, BLOCK_WIDTH,

@@ -22,7 +22,7 @@ from gkd_fast.kernels.launch import (
     row_blocks_at_a_time,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl_gradient_tiles import num_factors, relation_factors, relation_gradients
-from gkd_fast.kernels.relation_kl_tiles import relation_losses, relation_sums
+from gkd_fast.kernels.relation_kl_tiles import num_sums, relation_losses, relation_sums
 from gkd_fast.kernels.row_maxima import row_maxima
 from gkd_fast.kernels.small import is_small
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns, strip_rows
@@ -160,8 +160,7 @@ def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_
     config = problem.tiles("relation_sums", stages)
     parts = problem.parts(config)
     dims = tuple(problem.rows[q].shape[1] for q in stages)
-    num_sums = len(stages) + len(students) * len(teachers)
-    sums = x.new_empty(parts, num_sums, rows)
+    sums = x.new_empty(parts, num_sums(len(students), len(teachers)), rows)
     shifts = _own_shifts(problem, stages) if problem.own_shift else losses
     out = (losses[:, students[0] :, teachers[0] :], student_log_sums[students[0] :], teacher_log_sums[teachers[0] :])
     strides = losses.stride(0), losses.stride(1)

@@ -5,7 +5,7 @@ The relations and weights R and U are those of ``relation_kl_tiles``.
 
 import triton
 import triton.language as tl
-from gkd_fast.kernels.relation_kl_tiles import LN2, relations
+from gkd_fast.kernels.relation_kl_tiles import LN2, LOG2E, relations, stage_rows
 from gkd_fast.kernels.tile import (
     COUNTS,
     add_product,
@@ -15,7 +15,6 @@ from gkd_fast.kernels.tile import (
     edge_tile,
     inner_tile,
     load_columns,
-    load_row_block,
     load_rows,
     load_tile,
     load_vector,
@@ -26,8 +25,6 @@ from gkd_fast.kernels.tile import (
     store_vector,
 )  # fmt: skip
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_factors(
@@ -37,8 +34,8 @@ def relation_factors(
 ):  # fmt: skip
     """The row statistics of the backward, times slope = 1/(σ²τ), of one side.
 
-    α_s = Σ_t g_st/Z^s, β_ts = g_st/Z^t, η_t = Σ_s β_ts (ℓ_st + log Z^t − log Z^s); Z in units of the weights U, so
-    with OWN_SHIFT 1, and then the shifts log2 Z.
+    α_s = Σ_t g_st/Z^s, β_ts = g_st/Z^t, η_t = Σ_s β_ts (ℓ_st + log Z^t − log Z^s); Z in units of the weights U, with
+    OWN_SHIFT what log2 Z, the shift, was rounded by.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)
@@ -55,12 +52,14 @@ def relation_factors(
         else:
             log_z = load_vector(teacher_log_sums + (q - S) * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
         log_sums = log_sums + (log_z,)
+        exact = log_z.to(tl.float64) * LOG2E
         if OWN_SHIFT:
-            inverse = inverse + (tl.zeros([BLOCK_ROWS], SUM) + 1,)
+            shift = exact.to(SUM)
             out = factors + (S + T * S + T + q) * number(row_count, tl.int64)
-            store_vector(out, log_z * LOG2E, i, row_count, BLOCK_ROWS)
+            store_vector(out, shift, i, row_count, BLOCK_ROWS)
         else:
-            inverse = inverse + (tl.exp2(number(outer, SUM) - log_z * LOG2E),)
+            shift = number(outer, SUM)
+        inverse = inverse + (tl.exp2((shift - exact).to(SUM)),)
     for s in tl.static_range(S):
         total = tl.zeros([BLOCK_ROWS], SUM)
         for t in tl.static_range(T):
@@ -75,7 +74,7 @@ def relation_factors(
             store_vector(out, beta, i, row_count, BLOCK_ROWS)
             if WANTED >> S:
                 loss = tl.load(losses + place + (s * upstream_stride + t), mask=inside, other=0)
-                eta += beta * (loss + log_sums[S + t] - log_sums[s])
+                eta += beta * (loss + (log_sums[S + t] - log_sums[s]))
         store_vector(factors + (S + T * S + t) * number(row_count, tl.int64), eta, i, row_count, BLOCK_ROWS)
 
 
@@ -253,14 +252,9 @@ def relation_gradients(
     part = tl.program_id(1)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     inner, outer = number(inner, SUM), number(outer, SUM)
-    own = ()
+    own = stage_rows(rows, dims, i - first_row, row_count - first_row, S + T, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, TYPE)
     total = ()
     for q in tl.static_range(S + T):
-        if not STRIP:
-            block = load_row_block(
-                rows[q], i - first_row, row_count - first_row, dims[q], BLOCK_ROWS, WIDTH, TYPE, ALIGNED
-            )
-            own = own + (block,)
         if (WANTED >> q) & 1 and not STRIP:
             total = total + (tl.zeros([BLOCK_ROWS, WIDTH], SUM),)
     mine = load_row_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT)

@@ -5,13 +5,11 @@ import triton.language as tl
 from gkd_fast.kernels import small
 from gkd_fast.kernels.launch import on_device
 from gkd_fast.kernels.node_contrast_tiles import nth_set_bit
-from gkd_fast.kernels.relation_kl_tiles import LN2, relations
-from gkd_fast.kernels.small import store_weighted, tile_product
+from gkd_fast.kernels.relation_kl_tiles import LN2, LOG2E, log_sum, pair_loss, relations
+from gkd_fast.kernels.small import load_of_pair, store_weighted, tile_product
 from gkd_fast.kernels.tangents import HARDWARE_ONLY
 from gkd_fast.kernels.tile import COUNTS, NOWHERE, number, pick, store_vector
 from torch import Tensor
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -27,13 +25,12 @@ def small_relations(
 
 
 @triton.jit
-def weights_and_log_sums(relations, outer):
-    """P and log Z."""
-    logits = relations * outer
-    shift = tl.max(logits, 1)
-    weights = tl.exp2(logits - shift[:, None])
-    total = tl.sum(weights, 1)
-    return weights / total[:, None], (tl.log2(total) + shift) * LN2
+def logits_and_sums(relations, outer):
+    """l, Z and log Z with each row's own shift."""
+    shift = tl.max(relations, 1) * outer
+    logits = relations * outer - shift[:, None]
+    z = tl.sum(tl.exp2(logits), 1)
+    return logits, z, log_sum(z, shift)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -42,19 +39,18 @@ def relation_small_losses(
     S: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ℓ = Σ_j P^t (L^t − L^s) − log Z^t + log Z^s of one pair and, from the first pair of each stage, its log-sums."""
+    """The losses of one pair and, from the first pair of each stage, its log-sums; as in ``relation_kl_tiles``."""
     i = tl.program_id(0) * BLOCK_ROWS
     s, t = tl.program_id(1) // T, tl.program_id(1) % T
     inner, outer = number(inner, SUM), number(outer, SUM)
     student = small_relations(rows, dims, s, i, 0, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
                               PRECISION)  # fmt: skip
-    student_log_sum = weights_and_log_sums(student, outer)[1]
+    student_logits, student_z, student_log_sum = logits_and_sums(student, outer)
     teacher = small_relations(rows, dims, S + t, i, 0, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
                               PRECISION)  # fmt: skip
-    weights, teacher_log_sum = weights_and_log_sums(teacher, outer)
-    # From the log-sums as they are stored, so that rounding errors of these leave ℓ + log Z^t − log Z^s.
-    divergence = tl.sum(weights * (teacher - student), 1) * (outer * LN2)
-    loss = divergence - teacher_log_sum + student_log_sum
+    logits, z, teacher_log_sum = logits_and_sums(teacher, outer)
+    q = tl.sum(tl.exp2(logits) * (logits - student_logits), 1)
+    loss = pair_loss(q, student_z, z, student_z - z)
     row = i + tl.arange(0, BLOCK_ROWS)
     tl.store(losses + row * (S * T) + tl.program_id(1), loss, mask=row < count)
     if t == 0:
@@ -66,11 +62,10 @@ def relation_small_losses(
 @triton.jit
 def side(place, count, pair, sums, other_sums, upstream, losses, PAIRS: tl.constexpr):
     """log2 Z of a stage and of its partner, the pair's upstream and losses, of rows or of columns."""
-    inside = place < count
-    log_z = tl.load(sums + place, mask=inside, other=0) * LOG2E
-    other_log_z = tl.load(other_sums + place, mask=inside, other=0) * LOG2E
-    g = tl.load(upstream + place * PAIRS + pair, mask=inside, other=0)
-    loss = tl.load(losses + place * PAIRS + pair, mask=inside, other=0)
+    log_z = load_of_pair(sums, place, count, 1) * LOG2E
+    other_log_z = load_of_pair(other_sums, place, count, 1) * LOG2E
+    g = load_of_pair(upstream + pair, place, count, PAIRS)
+    loss = load_of_pair(losses + pair, place, count, PAIRS)
     return log_z, other_log_z, g, loss
 
 

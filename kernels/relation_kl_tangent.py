@@ -64,7 +64,7 @@ def relation_kl_tangent(
     )  # fmt: skip
     log_sums = torch.cat([student_log_sums, teacher_log_sums])
     # h = ℓ + log Z^t/Z^s, [I, S, T]
-    levels = losses + teacher_log_sums.T[:, None, :] - student_log_sums.T[:, :, None]
+    levels = losses + (teacher_log_sums.T[:, None, :] - student_log_sums.T[:, :, None])
     moved = torch.zeros_like(losses), torch.zeros_like(student_log_sums), torch.zeros_like(teacher_log_sums)
     with on_device(losses):
         for group in problem.groups("relation_tangent_sums"):

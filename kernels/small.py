@@ -70,6 +70,12 @@ def tile_product(
 
 
 @triton.jit
+def load_of_pair(values, place, count, PAIRS: tl.constexpr):
+    """The rows ``place`` of a column of [count, PAIRS], zero beyond the last; ``values``: from the column on."""
+    return tl.load(values + place * PAIRS, mask=place < count, other=0)
+
+
+@triton.jit
 def store_weighted(
     out, weights, values, i, j, count, dim, accumulate, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,

@@ -6,7 +6,6 @@ autograd formulas.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,9 @@ class Joined(torch.autograd.Function):
         return None, None, None, None, *of_rows, *gradients[count:]
 
 
-def on_unit_rows(op: Op, rows: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype, settings: Any) -> Tensor:
+def on_unit_rows(
+    op: Op, rows: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype, settings: tuple
+) -> Tensor:
     """The first result of ``op`` on the L2-normalised ``rows``, in ``dtype``, and on ``others``."""
     if torch.compiler.is_compiling():  # which takes the nodes apart itself
         return op.results([*unit_rows(list(rows), dtype), *others], *settings)[0]

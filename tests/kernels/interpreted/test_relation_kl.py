@@ -47,6 +47,23 @@ def test_own_shifts_where_the_shared_one_would_underflow(division, name):
     judge(relation_kl(1, temperature=0.01), features(20, 9, 9), division(name))
 
 
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "strips"])
+@pytest.mark.parametrize(("temperature", "perturbation"), [(0.1, 1e-2), (0.05, 1e-3), (0.01, 1e-4)])
+def test_losses_of_a_converged_student_err_no_more_than_twice_plain_pytorch(division, name, temperature, perturbation):
+    """ℓ is what two nearly equal terms leave; the mean over seeds, since the largest error of a few rows varies."""
+    tiles = division(name)
+    errors = {"triton": 0.0, "reference": 0.0}
+    for seed in range(3):
+        teacher, noise = (x.detach() for x in features(20, 16, 16, dtype=torch.float32, seed=seed))
+        student = teacher + perturbation * noise
+        loss = relation_kl(1, temperature=temperature)
+        truth = loss(student.double(), teacher.double(), backend="reference")
+        for backend in errors:
+            with table.forced(16, 16, **tiles):
+                errors[backend] += (loss(student, teacher, backend=backend) - truth).abs().max().item()
+    assert errors["triton"] <= 2 * errors["reference"]
+
+
 @pytest.mark.parametrize("bandwidth", [0.05, 3.0])
 def test_bandwidths(bandwidth, small_or_large):
     judge(relation_kl(1, bandwidth=bandwidth), features(20, 9, 9, dtype=torch.float32))
