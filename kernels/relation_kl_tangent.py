@@ -70,13 +70,13 @@ def relation_kl_tangent(
         for group in problem.groups("relation_tangent_sums"):
             if problem.moving(problem.stages(*group)):
                 for block, part in problem.blocks():
-                    _move_group(part, *group, log_sums[:, block], levels[block], [
+                    _move_group(part, *group, log_sums[:, block], losses[block], levels[block], [
                         moved[0][block], moved[1][:, block], moved[2][:, block]
                     ])  # fmt: skip
     return tuple(problem.directions.divided(x) for x in moved)
 
 
-def _move_group(problem: MovingProblem, students, teachers, log_sums, levels, out):
+def _move_group(problem: MovingProblem, students, teachers, log_sums, losses, levels, out):
     """Writes the tangents of one group's losses and log-sums."""
     stages, S, T = problem.stages(students, teachers), len(students), len(teachers)
     shifts = log_sums[stages] * LOG2E
@@ -87,7 +87,7 @@ def _move_group(problem: MovingProblem, students, teachers, log_sums, levels, ou
         partial = log_sums.new_empty(blocks, *sums.shape)
         problem.launch(relation_tangent_sums, students, teachers, piece, partial, shifts, of_pairs)
         sums += partial.sum(dim=0, dtype=torch.float64)
-    losses, student_log_sums, teacher_log_sums = out
+    moved_losses, student_log_sums, teacher_log_sums = out
     if problem.has_columns:
         # Columns that may be part of a larger set: Z of the log-sums, so that tangents add up.
         shift = shifts.double() if problem.own_shift else problem.outer
@@ -100,8 +100,14 @@ def _move_group(problem: MovingProblem, students, teachers, log_sums, levels, ou
     for k, t in enumerate(teachers):
         total, moved, *of_pairs = sums[2 * S + k * (2 + S) :][: 2 + S]
         teacher_log_sums[t] = moved / total
-        for s, of_pair, of_student in zip(students, of_pairs, of_students, strict=True):
-            losses[:, s, t] = of_pair / total + of_student
+        for s, of_pair, of_student in zip(range(S), of_pairs, of_students, strict=True):
+            place = (slice(None), students[s], t)
+            if not problem.has_columns:
+                # h of these very sums, in place of that of the rounded log-sums.
+                shift = (shifts[S + k].double() - shifts[s]) / LOG2E if problem.own_shift else 0
+                level = losses[place] + (total / sums[2 * s]).log() + shift
+                of_pair = of_pair + (levels[place] - level) * moved
+            moved_losses[place] = of_pair / total + of_student
 
 
 def relation_kl_double_backward(

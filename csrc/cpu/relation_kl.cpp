@@ -301,11 +301,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, dou
   at::Tensor log_sums[] = {at::empty({S, rows}, options), at::empty({R, rows}, options)};
   T *loss = losses.mutable_data_ptr<T>(), *out[] = {log_sums[0].mutable_data_ptr<T>(), log_sums[1].mutable_data_ptr<T>()};
   for (int64_t i = 0; i < rows; ++i) {
-    double inverse[kMaxStages], moved[kMaxStages];
+    double inverse[kMaxStages], moved[kMaxStages], log_z[kMaxStages];
     for (int64_t q = 0; q < count; ++q) {
       // Z of the same roundings as its tangent where the columns are all; else of the log-sums, so that tangents add up.
       const double shift = shared ? args.outer : args.shifts[q].row[i];
       const double z = stages.symmetric ? args.sums[(count + q) * rows + i] : std::exp(log_sum(q)[i] - shift * kLn2);
+      log_z[q] = std::log(z) + shift * kLn2;
       inverse[q] = 1 / (temperature * z);
       moved[q] = args.sums[q * rows + i] * inverse[q];
       (q < S ? out[0][q * rows + i] : out[1][(q - S) * rows + i]) = T(moved[q]);
@@ -313,7 +314,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, dou
     // ℓ̇ = Σ_j P^t [Δ L̇^t − L̇^s] − h (log Z^t)˙ + (log Z^s)˙, h = ℓ + log Z^t/Z^s
     for (int64_t p = 0; p < S * R; ++p) {
       const int64_t s = p / R, q = S + p % R;
-      const double h = side.losses[i * S * R + p] + log_sum(q)[i] - log_sum(s)[i];
+      const double h = side.losses[i * S * R + p] + log_z[q] - log_z[s];
       loss[i * S * R + p] = T(args.pair_sums[p * rows + i] * inverse[q] - h * moved[q] + moved[s]);
     }
   }
