@@ -28,8 +28,7 @@ test-kernels: install
 	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py
 
 OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py \
-	test_graph_conv.py test_affinities.py test_bfloat16.py \
-	test_second_order.py)
+	test_graph_conv.py test_affinities.py test_bfloat16.py test_second_order.py)
 
 # The package as users get it, and its tests in a folder where the checkout is not found. Its dependencies are .venv's.
 INSTALLED := build/installed

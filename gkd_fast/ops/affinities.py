@@ -1,8 +1,8 @@
 """Affinities that a forward pass keeps for its backward pass, which then need not multiply the rows again.
 
 The C++ kernels keep them while they take at most five times the memory of the rows or 16 MiB, and never more than
-128 MiB (csrc/cpu/host.h): that is the batches of which products are most of the work and affinities stay near the
-processor. Beyond it every pass computes them anew, tile by tile. On a GPU multiplying is cheaper than reading.
+128 MiB (csrc/cpu/host.cpp): there reading them takes less time than the products that they spare. Beyond it every pass
+computes them anew, tile by tile. The Triton kernels always do.
 """
 
 from collections.abc import Iterable
