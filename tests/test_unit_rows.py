@@ -25,7 +25,7 @@ def fused(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("batch", "dim"), [(1, 1), (2, 3), (63, 33), (65, 257), (131, 16)])
 def test_rows_and_gradients(batch, dim, kind, dtype):
     """Tasks of 64 rows."""
-    check(fused, reference.unit_rows, rows(batch, dim, kind=kind), dtype)
+    check(fused, reference.unit_rows, [rows(batch, dim, kind=kind)], dtype)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
   const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
   const int64_t pairs = stages.pairs.size();
   const auto options = stages.students[0].options();
-  at::Tensor losses = at::zeros({rows, S, R}, options), log_sums = at::empty({pairs, rows}, options);
+  at::Tensor losses = at::zeros({rows, S, R}, options);
+  at::Tensor log_sums = at::empty({pairs, rows}, options.dtype(at::kDouble));
   at::Tensor weighted = keep_weighted ? at::zeros({pairs, rows, dim}, options) : at::empty({0}, options);
   for (const Pair& pair : stages.pairs) {
     Call call(stages.product);
@@ -49,10 +50,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
       kernels<T>().row_dots(call.host(), {args.sides.rows, partners, rows, dim, own});
     }
     T* loss = losses.mutable_data_ptr<T>() + pair.student * R + pair.teacher;
-    T* log_sum = log_sums.mutable_data_ptr<T>() + pair.place * rows;
+    double* log_sum = log_sums.mutable_data_ptr<double>() + pair.place * rows;
     for (int64_t i = 0; i < rows; ++i) {
       const double log_z = std::log(args.sums[i]) + args.row_shift[i] * kLn2;
-      log_sum[i] = T(log_z);
+      log_sum[i] = log_z;
       loss[i * S * R] = T(log_z - own[i] / temperature);
     }
     // The mean under the weights as they were multiplied: their roundings cancel where columns are alike.

@@ -1,5 +1,7 @@
 // What the first and the second order of node_contrast share.
 #pragma once
+#include <cmath>
+
 #include "host.h"
 
 namespace gkd::contrast {
@@ -86,12 +88,21 @@ void add_difference(T* out, const T* mean, const T* own, const T* upstream, int6
   });
 }
 
+// log2 Z as shifts of weights, and P over these weights: what the shifts were rounded by.
 template <class T>
-T* base2(Call& call, const T* log_sums, int64_t count) {
-  T* shifts = call.zeros<T>(count);
-  for (int64_t i = 0; i < count; ++i) shifts[i] = T(log_sums[i] * kLog2E);
-  return shifts;
-}
+struct Shifts {
+  T* shift;
+  double* ratio;
+
+  Shifts(Call& call, const at::Tensor& log_sums, int64_t place, int64_t count)
+      : shift(call.zeros<T>(count)), ratio(call.zeros<double>(count)) {
+    const double* log_z = log_sums.const_data_ptr<double>() + place * count;
+    for (int64_t i = 0; i < count; ++i) {
+      shift[i] = T(log_z[i] * kLog2E);
+      ratio[i] = std::exp(shift[i] * kLn2 - log_z[i]);
+    }
+  }
+};
 
 struct Backward {
   const Stages& stages;
@@ -110,7 +121,8 @@ struct Backward {
         arguments<T>(stages.students[pair.student], teacher_columns[pair.teacher], temperature);
     const T* mean = weighted.const_data_ptr<T>() + pair.place * rows * dim;
     if (weighted.numel() == 0) {
-      args.row_shift = base2(call, log_sums.const_data_ptr<T>() + pair.place * rows, rows);
+      const Shifts<T> shifts(call, log_sums, pair.place, rows);
+      args.row_shift = shifts.shift;
       args.values = args.sides.columns;
       args.weighted = call.template zeros<T>(rows * dim);
       if (stages.product == Product::bfloat16) {
@@ -118,10 +130,8 @@ struct Backward {
         args.weight_sums = call.template zeros<double>(rows);
       }
       kernels<T>().softmax_sums(call.host(), args);
-      if (args.weight_sums) {
-        for (int64_t i = 0; i < rows; ++i) args.sums[i] /= args.weight_sums[i];
-        scale_rows(args.weighted, args.sums, rows, dim, [](double factor) { return factor; });
-      }
+      for (int64_t i = 0; args.weight_sums && i < rows; ++i) shifts.ratio[i] *= args.sums[i] / args.weight_sums[i];
+      scale_rows(args.weighted, shifts.ratio, rows, dim, [](double ratio) { return ratio; });
       mean = args.weighted;
     }
     const T* own = own_teacher ? stages.teachers[pair.teacher].const_data_ptr<T>() : nullptr;
@@ -153,15 +163,11 @@ struct Backward {
   void weigh_columns(Call& call, const Pair& pair, SoftmaxSums<T>& args) const {
     const int64_t S = stages.students.size(), R = stages.teachers.size(), columns = args.sides.column_count;
     const T* g = column_upstream.const_data_ptr<T>() + pair.student * R + pair.teacher;
-    const T* log_sum = column_log_sums.const_data_ptr<T>() + pair.place * columns;
-    const T* shift = base2(call, log_sum, columns);
+    const Shifts<T> shifts(call, column_log_sums, pair.place, columns);
     T* factor = call.template zeros<T>(columns);
-    for (int64_t j = 0; j < columns; ++j) {
-      // The exponential puts right what the shift was rounded by.
-      factor[j] = T(g[j * S * R] / temperature * std::exp(shift[j] * kLn2 - log_sum[j]));
-    }
+    for (int64_t j = 0; j < columns; ++j) factor[j] = T(g[j * S * R] / temperature * shifts.ratio[j]);
     args.column_factor = factor;
-    args.column_shift = shift;
+    args.column_shift = shifts.shift;
     args.values = args.sides.columns;
     if (!own_student) return;
     T* own = call.template zeros<T>(stages.rows);
@@ -188,7 +194,7 @@ inline Backward backward_of(const Stages& stages, const at::Tensor& upstream, co
   const auto type = stages.type;
   Backward backward{stages, student_columns, teacher_columns,
                     vector("upstream", upstream, type, {stages.rows, S, R}),
-                    vector("log_sums", log_sums, type, {pairs, stages.rows}), kept(weighted, stages), {}, {}, own_teacher,
+                    vector("log_sums", log_sums, at::kDouble, {pairs, stages.rows}), kept(weighted, stages), {}, {}, own_teacher,
                     own_student, teacher_offset, student_offset, temperature};
   if (symmetric) {
     backward.column_upstream = backward.upstream;
@@ -197,7 +203,7 @@ inline Backward backward_of(const Stages& stages, const at::Tensor& upstream, co
     TORCH_CHECK(column_log_sums, "column_upstream needs student_columns and column_log_sums");
     const int64_t columns = student_columns[0].size(0);
     backward.column_upstream = vector("column_upstream", *column_upstream, type, {columns, S, R});
-    backward.column_log_sums = vector("column_log_sums", *column_log_sums, type, {pairs, columns});
+    backward.column_log_sums = vector("column_log_sums", *column_log_sums, at::kDouble, {pairs, columns});
   }
   return backward;
 }

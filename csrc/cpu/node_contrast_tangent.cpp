@@ -54,7 +54,8 @@ std::tuple<at::Tensor, at::Tensor> tangent(const Stages& stages, const std::vect
                                            const at::Tensor& log_sums, const at::Tensor& weighted,
                                            const Directions& directions, bool own_teacher, double temperature) {
   const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
-  at::Tensor losses = at::zeros({rows, S, R}, log_sums.options()), log_sum_tangents = at::zeros_like(log_sums);
+  at::Tensor losses = at::zeros({rows, S, R}, stages.students[0].options());
+  at::Tensor log_sum_tangents = at::zeros_like(log_sums);
   for (const Pair& pair : stages.pairs) {
     const int64_t teacher = S + pair.teacher;
     if (!directions.move(pair.student, teacher)) continue;
@@ -65,23 +66,26 @@ std::tuple<at::Tensor, at::Tensor> tangent(const Stages& stages, const std::vect
     args.inverse_temperature = T(1 / temperature);
     // Where only the student moves, Σ_j P_ij ċ_ij = ṡ_i·W_i.
     const bool known = weighted.numel() > 0 && !args.tangents.column;
+    double* moved = call.template zeros<double>(rows);
     if (!known) {
-      args.softmax.row_shift = base2(call, log_sums.const_data_ptr<T>() + pair.place * rows, rows);
-      args.softmax.sums = call.template zeros<double>(rows);
+      const Shifts<T> shifts(call, log_sums, pair.place, rows);
+      args.softmax.row_shift = shifts.shift;
+      args.softmax.sums = moved;
       kernels<T>().softmax_tangent(call.host(), args);
+      for (int64_t i = 0; i < rows; ++i) moved[i] *= shifts.ratio[i];
     }
     const T* mean = known ? weighted.const_data_ptr<T>() + pair.place * rows * dim : nullptr;
     T* loss = losses.mutable_data_ptr<T>() + pair.student * R + pair.teacher;
-    T* log_sum = log_sum_tangents.mutable_data_ptr<T>() + pair.place * rows;
+    double* log_sum = log_sum_tangents.mutable_data_ptr<double>() + pair.place * rows;
     // The own column moves as the row of the teacher that it is.
     const T *student = args.softmax.sides.rows, *partner = stages.teachers[pair.teacher].const_data_ptr<T>();
     const T *row = args.tangents.row, *partner_moves = Directions::data<T>(directions.rows[teacher]);
-    double *moved = args.softmax.sums, *own_moved = call.template zeros<double>(rows);
+    double* own_moved = call.template zeros<double>(rows);
     auto add_dots = [&](const T* a, const T* b, double* out) {
       if (a) kernels<T>().row_dots(call.host(), {a, b, rows, dim, out});
     };
     if (known) {
-      add_dots(row, mean, moved = call.template zeros<double>(rows));
+      add_dots(row, mean, moved);
       for (int64_t i = 0; i < rows; ++i) moved[i] /= temperature;
     }
     if (own_teacher) {
@@ -89,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> tangent(const Stages& stages, const std::vect
       add_dots(partner_moves, student, own_moved);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      log_sum[i] = T(moved[i]);
+      log_sum[i] = moved[i];
       loss[i * S * R] = T(moved[i] - own_moved[i] / temperature);
     }
   }
@@ -109,20 +113,22 @@ struct DoubleBackward {
     Call call;
     SoftmaxTangent<T> args{};
     args.softmax = arguments<T>(stages.students[pair.student], first.teacher_columns[pair.teacher], first.temperature);
-    args.softmax.row_shift = base2(call, first.log_sums.const_data_ptr<T>() + pair.place * rows, rows);
+    const Shifts<T> shifts(call, first.log_sums, pair.place, rows);
+    args.softmax.row_shift = shifts.shift;
     args.softmax.values = args.softmax.sides.columns;
     args.softmax.weighted = call.template zeros<T>(rows * dim);
     args.tangents = {Directions::data<T>(directions.rows[pair.student]),
                      Directions::data<T>(directions.columns[S + pair.teacher])};
     args.inverse_temperature = T(1 / first.temperature);
-    args.row_term = log_sum_tangents.const_data_ptr<T>() + pair.place * rows;
+    args.row_term = call.copy<T>(log_sum_tangents.const_data_ptr<double>() + pair.place * rows, rows);
     if (first.own_teacher) {
       T* own = call.template zeros<T>(rows);
-      std::fill(own, own + rows, T(1));
+      for (int64_t i = 0; i < rows; ++i) own[i] = T(1 / shifts.ratio[i]);
       args.softmax.own = own;
       args.softmax.sides.offset = first.teacher_offset;
     }
     kernels<T>().softmax_tangent(call.host(), args);
+    scale_rows(args.softmax.weighted, shifts.ratio, rows, dim, [](double ratio) { return ratio; });
     add_difference<T>(gradient.mutable_data_ptr<T>(), args.softmax.weighted, nullptr,
                       first.upstream.const_data_ptr<T>() + pair.student * R + pair.teacher, S * R, first.temperature,
                       rows, dim);
@@ -145,7 +151,7 @@ struct DoubleBackward {
                        Directions::data<T>(directions.columns[pair.student])};
       args.inverse_temperature = T(1 / first.temperature);
       const int64_t columns = args.softmax.sides.column_count;
-      args.column_term = call.copy<T>(column_log_sum_tangents.const_data_ptr<T>() + pair.place * columns, columns);
+      args.column_term = call.copy<T>(column_log_sum_tangents.const_data_ptr<double>() + pair.place * columns, columns);
       kernels<T>().softmax_tangent(call.host(), args);
       return;
     }
@@ -166,7 +172,7 @@ std::tuple<at::Tensor, at::Tensor> node_contrast_tangent(
   TORCH_CHECK(teacher_columns.has_value() == teacher_column_tangents.has_value(),
               "teacher_columns and teacher_column_tangents go together");
   const Directions directions = directions_of(stages, tangents, moving, {}, {}, teacher_column_tangents, columns);
-  const at::Tensor sums = vector("log_sums", log_sums, stages.type, {int64_t(stages.pairs.size()), stages.rows});
+  const at::Tensor sums = vector("log_sums", log_sums, at::kDouble, {int64_t(stages.pairs.size()), stages.rows});
   return GKD_DISPATCH(stages.type, [&] {
     return tangent<scalar_t>(stages, columns, sums, kept(weighted, stages), directions,
                              includes_own(teacher_columns, stages, offset), temperature);
@@ -198,10 +204,10 @@ std::vector<at::Tensor> node_contrast_double_backward(
   const Directions directions = directions_of(stages, tangents, moving, student_column_tangents, all_students,
                                               teacher_column_tangents, all_teachers);
   DoubleBackward second{backward, directions,
-                        vector("log_sum_tangents", log_sum_tangents, stages.type, {pairs, stages.rows}), {}};
+                        vector("log_sum_tangents", log_sum_tangents, at::kDouble, {pairs, stages.rows}), {}};
   if (symmetric) second.column_log_sum_tangents = second.log_sum_tangents;
   else if (column_upstream) {
-    second.column_log_sum_tangents = vector("column_log_sum_tangents", *column_log_sum_tangents, stages.type,
+    second.column_log_sum_tangents = vector("column_log_sum_tangents", *column_log_sum_tangents, at::kDouble,
                                             {pairs, all_students[0].size(0)});
   }
   auto moves = [&](const Pair& pair) { return directions.move(pair.student, stages.students.size() + pair.teacher); };

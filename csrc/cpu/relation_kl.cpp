@@ -108,15 +108,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
   kernels<T>().relation_kl(call.host(), args);
 
   const auto options = stages.rows[0].options();
-  at::Tensor losses = at::empty({rows, S, stages.teachers}, options), log_sums = at::empty({count, rows}, options);
+  at::Tensor losses = at::empty({rows, S, stages.teachers}, options);
+  at::Tensor log_sums = at::empty({count, rows}, options.dtype(at::kDouble));
   T* loss = losses.mutable_data_ptr<T>();
-  T* log_sum = log_sums.mutable_data_ptr<T>();
+  double* log_sum = log_sums.mutable_data_ptr<double>();
   for (int64_t i = 0; i < rows; ++i) {
     double log_z[kMaxStages];
     for (int64_t q = 0; q < count; ++q) {
       const double shift = args.shifts[q].row ? args.shifts[q].row[i] : double(args.outer);
       log_z[q] = std::log(args.sums[q * rows + i]);
-      log_sum[q * rows + i] = T(log_z[q] + shift * kLn2);
+      log_sum[q * rows + i] = log_z[q] + shift * kLn2;
     }
     // ℓ = ln2·Q/Z^t − log Z^t + log Z^s: the shifts cancel.
     for (int64_t p = 0; p < S * stages.teachers; ++p) {
@@ -133,9 +134,10 @@ template <class T>
 struct Statistics {
   const T* upstream;  // [count, S, T], or null: zero
   const T* losses;    // [count, S, T], or null
-  const T *student_log_sums, *teacher_log_sums;
+  const double *student_log_sums, *teacher_log_sums;
   int64_t count;
-  const T *loss_tangents, *student_log_sum_tangents, *teacher_log_sum_tangents;
+  const T* loss_tangents;
+  const double *student_log_sum_tangents, *teacher_log_sum_tangents;
 };
 
 // Each stage's direction, undefined where it stands still, of rows and columns.
@@ -298,8 +300,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, dou
 
   const auto options = stages.rows[0].options();
   at::Tensor losses = at::empty({rows, S, R}, options);
-  at::Tensor log_sums[] = {at::empty({S, rows}, options), at::empty({R, rows}, options)};
-  T *loss = losses.mutable_data_ptr<T>(), *out[] = {log_sums[0].mutable_data_ptr<T>(), log_sums[1].mutable_data_ptr<T>()};
+  const auto wide = options.dtype(at::kDouble);
+  at::Tensor log_sums[] = {at::empty({S, rows}, wide), at::empty({R, rows}, wide)};
+  T* loss = losses.mutable_data_ptr<T>();
+  double* out[] = {log_sums[0].mutable_data_ptr<double>(), log_sums[1].mutable_data_ptr<double>()};
   for (int64_t i = 0; i < rows; ++i) {
     double inverse[kMaxStages], moved[kMaxStages], log_z[kMaxStages];
     for (int64_t q = 0; q < count; ++q) {
@@ -309,7 +313,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, dou
       log_z[q] = std::log(z) + shift * kLn2;
       inverse[q] = 1 / (temperature * z);
       moved[q] = args.sums[q * rows + i] * inverse[q];
-      (q < S ? out[0][q * rows + i] : out[1][(q - S) * rows + i]) = T(moved[q]);
+      (q < S ? out[0][q * rows + i] : out[1][(q - S) * rows + i]) = moved[q];
     }
     // ℓ̇ = Σ_j P^t [Δ L̇^t − L̇^s] − h (log Z^t)˙ + (log Z^s)˙, h = ℓ + log Z^t/Z^s
     for (int64_t p = 0; p < S * R; ++p) {
@@ -348,23 +352,24 @@ struct Side {
   void check(const char* side, const Stages& stages, int64_t count) {
     const int64_t S = stages.students, R = stages.teachers;
     const std::string prefix = side;
-    auto take = [&](const char* name, at::Tensor& x, std::vector<int64_t> shape) {
-      if (x.defined()) x = vector((prefix + name).c_str(), x, stages.type, std::move(shape));
+    auto take = [&](const char* name, at::Tensor& x, at::ScalarType type, std::vector<int64_t> shape) {
+      if (x.defined()) x = vector((prefix + name).c_str(), x, type, std::move(shape));
     };
-    take("upstream", upstream, {count, S, R});
-    take("losses", losses, {count, S, R});
-    take("student_log_sums", student_log_sums, {S, count});
-    take("teacher_log_sums", teacher_log_sums, {R, count});
-    take("loss_tangents", loss_tangents, {count, S, R});
-    take("student_log_sum_tangents", student_log_sum_tangents, {S, count});
-    take("teacher_log_sum_tangents", teacher_log_sum_tangents, {R, count});
+    take("upstream", upstream, stages.type, {count, S, R});
+    take("losses", losses, stages.type, {count, S, R});
+    take("student_log_sums", student_log_sums, at::kDouble, {S, count});
+    take("teacher_log_sums", teacher_log_sums, at::kDouble, {R, count});
+    take("loss_tangents", loss_tangents, stages.type, {count, S, R});
+    take("student_log_sum_tangents", student_log_sum_tangents, at::kDouble, {S, count});
+    take("teacher_log_sum_tangents", teacher_log_sum_tangents, at::kDouble, {R, count});
   }
 
   template <class T>
   Statistics<T> statistics(int64_t count) const {
     auto data = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<T>() : nullptr; };
-    return {data(upstream), data(losses), data(student_log_sums), data(teacher_log_sums), count,
-            data(loss_tangents), data(student_log_sum_tangents), data(teacher_log_sum_tangents)};
+    auto wide = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<double>() : nullptr; };
+    return {data(upstream), data(losses), wide(student_log_sums), wide(teacher_log_sums), count,
+            data(loss_tangents), wide(student_log_sum_tangents), wide(teacher_log_sum_tangents)};
   }
 };
 

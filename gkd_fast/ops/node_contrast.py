@@ -9,7 +9,8 @@
         teacher_columns: the column set, T tensors [J, D]; None: columns = the teachers' rows.
         offset: row i's own column is i + offset; where the own ones are none of the columns (part of a larger set),
         their terms are left out.
-        losses: [I, S, T], 0 for pairs not wanted.  log_sums: log Σ_j exp(s_i·t_j/τ), [P, I].
+        losses: [I, S, T], 0 for pairs not wanted.  log_sums: log Σ_j exp(s_i·t_j/τ), [P, I], in float64: they are of
+        the size 1/τ, and rounded to float32 they would move every P by the factor 1 ± ε/τ.
         weighted: W_i = Σ_j P_ij t_j, [P, I, D], or [0] if not kept.
     node_contrast_backward(upstream, students, teachers, log_sums, weighted, wanted, temperature, product_precision,
                   needs, teacher_columns=None, student_columns=None, offset=0, column_upstream=None,
@@ -33,7 +34,7 @@ tangent of the losses.
         moving: S + T bools, students first: which stages have a direction; the others stand still.
         tangents: the directions of the moving stages, [I, D].
         teacher_column_tangents: those of the moving teachers' columns, [J, D], with teacher_columns.
-        The tangents of node_contrast's losses [I, S, T] and log_sums [P, I]:  ℓ̇_i = ż_i − ċ_own/τ.
+        The tangents of node_contrast's losses [I, S, T] and log_sums [P, I], in their types:  ℓ̇_i = ż_i − ċ_own/τ.
     node_contrast_double_backward(upstream, students, teachers, tangents, moving, log_sums, weighted,
                   log_sum_tangents, wanted, temperature, product_precision, needs, teacher_columns=None,
                   student_columns=None, teacher_column_tangents=None, student_column_tangents=None, offset=0,
@@ -105,7 +106,7 @@ def _(students, teachers, wanted, temperature, product_precision, keep_weighted,
     x, pairs = students[0], sum(wanted)
     losses = x.new_empty(x.shape[0], len(students), len(teachers))
     weighted = x.new_empty(pairs, *x.shape) if keep_weighted else x.new_empty(0)
-    return losses, x.new_empty(pairs, x.shape[0]), weighted
+    return losses, x.new_empty(pairs, x.shape[0], dtype=torch.float64), weighted
 
 
 @torch.library.register_fake("gkd_fast::node_contrast_backward")
@@ -116,7 +117,8 @@ def _(upstream, students, teachers, log_sums, weighted, wanted, temperature, pro
 
 @torch.library.register_fake("gkd_fast::node_contrast_tangent")
 def _(students, teachers, tangents, moving, log_sums, *settings, **named_columns):
-    return log_sums.new_empty(students[0].shape[0], len(students), len(teachers)), torch.empty_like(log_sums)
+    x = students[0]
+    return x.new_empty(x.shape[0], len(students), len(teachers)), torch.empty_like(log_sums)
 
 
 @torch.library.register_fake("gkd_fast::node_contrast_double_backward")

@@ -6,7 +6,8 @@
         product_precision: type of the tile products (``gkd_fast.ops``).
         student_columns, teacher_columns: the column set, [J, D_s] and [J, D_t]; None: columns = rows.
         offset: row i's own column is i + offset; there the logit is the constant 0.  Ignored without a column set.
-        losses: [I, S, T].  *_log_sums: log Σ_j exp(R_ij/τ), [S, I] and [T, I]; the row statistics of the backward.
+        losses: [I, S, T].  *_log_sums: log Σ_j exp(R_ij/τ), [S, I] and [T, I]; the row statistics of the backward, in
+        float64: they are of the size 1/τ, and rounded to float32 they would move every P by the factor 1 ± ε/τ.
     relation_kl_keep(students, teachers, temperature, bandwidth, product_precision) -> (losses, student_log_sums,
                 teacher_log_sums, affinities)
         The same where the columns are the rows.  affinities: R for the backward op, which then does not multiply the
@@ -33,7 +34,7 @@ gradient of the upstream is the tangent of the losses.
                 offset=0) -> (loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents)
         moving: S + T bools, students first: which stages have a direction; the others stand still.
         tangents: the directions of the moving stages, [I, D_q].  column_tangents: the columns' own, [J, D_q].
-        The tangents of relation_kl's three results, in their shapes; P is that of the log-sums, so that with column
+        The tangents of relation_kl's three results, in their shapes and types; P is that of the log-sums, so that with column
         sets that are parts of a larger one, whose log-sums are given, the tangents add up:
             ℓ̇_ist = Σ_j P^t_ij [(log P^t_ij − log P^s_ij − ℓ_ist) L̇^t_ij − L̇^s_ij] + (log Z^s)˙_i.
     relation_kl_double_backward(upstream, students, teachers, tangents, moving, losses, student_log_sums,
@@ -115,16 +116,18 @@ torch.library.define(
 def _(
     students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0
 ):
-    x = students[0]
-    rows, s, t = x.shape[0], len(students), len(teachers)
-    return x.new_empty(rows, s, t), x.new_empty(s, rows), x.new_empty(t, rows)
+    return _like_results(students, teachers)
 
 
 @torch.library.register_fake("gkd_fast::relation_kl_keep")
 def _(students, teachers, temperature, bandwidth, product_precision):
-    x = students[0]
-    rows, s, t = x.shape[0], len(students), len(teachers)
-    return x.new_empty(rows, s, t), x.new_empty(s, rows), x.new_empty(t, rows), kept.like([*students, *teachers])
+    return *_like_results(students, teachers), kept.like([*students, *teachers])
+
+
+def _like_results(students, teachers):
+    x, rows, s, t = students[0], len(students[0]), len(students), len(teachers)
+    log_sums = (x.new_empty(stages, rows, dtype=torch.float64) for stages in (s, t))
+    return x.new_empty(rows, s, t), *log_sums
 
 
 @torch.library.register_fake("gkd_fast::relation_kl_backward")
@@ -226,11 +229,12 @@ def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
     """Losses and log-sums of two sets of columns as those of both: with q = ℓ + log Z^t − log Z^s, which is Q/Z^t, that
     is a mean of q by Z^t, and Z adds up."""
     log_sums = [torch.logaddexp(x, y) for x, y in zip(one[1:], other[1:])]
-    mean = torch.zeros_like(one[0])
+    mean = torch.zeros_like(one[0], dtype=torch.float64)
     for losses, students, teachers in (one, other):
         share = (teachers - log_sums[1]).exp().T[:, None, :]
         mean += share * (losses + teachers.T[:, None, :] - students.T[:, :, None])
-    return [mean - log_sums[1].T[:, None, :] + log_sums[0].T[:, :, None], *log_sums]
+    losses = mean - log_sums[1].T[:, None, :] + log_sums[0].T[:, :, None]
+    return [losses.to(one[0].dtype), *log_sums]
 
 
 class RelationKl(torch.autograd.Function):
