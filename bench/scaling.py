@@ -17,6 +17,7 @@ BATCHES = (2**14, 2**16, 2**18, 2**20, 2**22)
 # Published link and matrix rates per GPU: 8 × 400 Gb/s network cards per 8-GPU node; bfloat16 matrix units of an H100.
 LINK_BYTES_PER_SECOND = 50e9
 MATRIX_FLOPS = 600e12
+LOG_SUM_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def loss_messages(step: Step) -> list[int]:
     """
     students, teachers, number = len(step.student_widths), len(step.teacher_widths), step.sum_bytes
     student_rows, teacher_rows = (step.feature_bytes * step.embed * count for count in (students, teachers))
-    statistics = number * (2 * students * teachers + students + teachers)
+    statistics = number * 2 * students * teachers + LOG_SUM_BYTES * (students + teachers)
     node = [teacher_rows]
     if step.rings(student_rows + teacher_rows):
         return [*node, student_rows + teacher_rows, student_rows + teacher_rows + statistics]

@@ -8,6 +8,8 @@ import triton
 from gkd_fast.kernels.graph_conv import INVERSE, INVERSE_ROOT, TERMS_ROWS, TERMS_WIDTH
 from gkd_fast.kernels.graph_conv_tiles import graph_degree_sums, graph_gradients, graph_strip, graph_sums, graph_terms
 from gkd_fast.kernels.launch import PRODUCTS, Product, divide, padded_width
+from gkd_fast.kernels.log_sums import BLOCK as LOG_SUMS_BLOCK
+from gkd_fast.kernels.log_sums import log_sum_shifts
 from gkd_fast.kernels.node_contrast import EPILOGUE_ROWS
 from gkd_fast.kernels.node_contrast_tiles import (
     contrast_differences,
@@ -199,6 +201,8 @@ class _Builder:
         constants = {"S": students, "T": teachers, **epilogue}
         lists = {"own": teachers, "gradients": students}
         yield self._small("node_contrast", contrast_differences, "backward", constants, lists, EPILOGUE_ROWS)
+        constants = {"SUM": self.product.SUM, "BLOCK_ROWS": LOG_SUMS_BLOCK}
+        yield self._small("node_contrast", log_sum_shifts, "backward", constants, {}, LOG_SUMS_BLOCK)
         for by_column, rows, columns in ((False, students, teachers), (True, teachers, students)):
             constants = {
                 "STAGES": rows,
@@ -332,6 +336,8 @@ class _Builder:
             return "fp64"
         if argument in COUNTS or argument in SIZES:
             return "i32"
+        if argument.endswith("log_sums"):
+            return "*fp64"
         return self.column if argument in of_columns else self.row
 
     def _exemption(self) -> str | None:

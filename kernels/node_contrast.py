@@ -18,6 +18,7 @@ from gkd_fast.kernels.launch import (
     power_of_two,
     product_of,
 )  # fmt: skip
+from gkd_fast.kernels.log_sums import shifts_and_ratios
 from gkd_fast.kernels.node_contrast_tiles import (
     contrast_differences,
     contrast_gradients,
@@ -100,15 +101,17 @@ def node_contrast(
     problem = Problem(students, teachers, wanted, temperature, product_precision)
     columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
     own = problem.own_rows(teacher_columns, problem.teachers, offset)
-    if is_small(problem.row_count, teacher_columns is not None, problem.dim):
-        return small.node_contrast(problem, keep_weighted)
-    if problem.is_wide:
+    in_one_launch = is_small(problem.row_count, teacher_columns is not None, problem.dim)
+    if problem.is_wide and not in_one_launch:
         return strips.node_contrast(problem, columns, own, keep_weighted)
     x, rows, num_pairs = problem.students[0], problem.row_count, len(problem.pairs)
-    everything = num_pairs == problem.S * problem.T
-    losses = (x.new_empty if everything else x.new_zeros)(rows, problem.S, problem.T)
-    log_sums = x.new_empty(num_pairs, rows)
+    writes_all = in_one_launch or num_pairs == problem.S * problem.T
+    losses = (x.new_empty if writes_all else x.new_zeros)(rows, problem.S, problem.T)
+    log_sums = x.new_empty(num_pairs, rows, dtype=torch.float64)
     weighted = x.new_empty(num_pairs, rows, problem.dim) if keep_weighted else x.new_empty(0)
+    if in_one_launch:
+        small.node_contrast(problem, losses, log_sums, weighted)
+        return losses, log_sums, weighted
     if num_pairs == 0:
         return losses, log_sums, weighted
     config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
@@ -206,7 +209,10 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs
     config = tiles("contrast_gradients", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(problem.row_count, config.rows)
     count = 0 if side is None else len(columns[0])
-    upstream, log_sums = (own_upstream, own_upstream) if side is None else side
+    upstream = shifts = ratios = own_upstream
+    if side is not None:
+        upstream, log_sums = side
+        shifts, ratios = shifts_and_ratios(log_sums, upstream, problem.product.SUM)
     parts = divide(row_blocks * len(gradients), count, config.columns, multiprocessors(problem.device))
     partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
     power = upstream
@@ -217,11 +223,11 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs
         by_piece = by_column and side is not None
         contrast_gradients[(row_blocks, parts * len(gradients))](
             tuple(rows), piece.matrices, tuple(own), upstream[first:stop] if by_piece else upstream, own_upstream,
-            log_sums[:, first:stop].contiguous() if by_piece else log_sums, tuple(partial), power, problem.dim,
-            problem.row_count, min(piece.count, count), problem.wanted, _bits(needs), parts, int(first > 0),
-            1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
-            STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column, SCALED=problem.product.scaled,
-            ALIGNED=piece.aligned, **problem.constants(config),
+            *(x[:, first:stop].contiguous() if by_piece else x for x in (shifts, ratios)), tuple(partial), power,
+            problem.dim, problem.row_count, min(piece.count, count), problem.wanted, _bits(needs), parts,
+            int(first > 0), 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
+            1 / problem.temperature, STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column,
+            SCALED=problem.product.scaled, ALIGNED=piece.aligned, **problem.constants(config),
         )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):

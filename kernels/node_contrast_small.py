@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from gkd_fast.kernels import small
 from gkd_fast.kernels.launch import on_device
-from gkd_fast.kernels.node_contrast_tiles import LN2, LOG2E, nth_set_bit, set_bits_below
+from gkd_fast.kernels.log_sums import LN2, log_sum, shift_and_ratio
+from gkd_fast.kernels.node_contrast_tiles import nth_set_bit, set_bits_below
 from gkd_fast.kernels.small import load_of_pair, store_weighted, tile_product
 from gkd_fast.kernels.tile import (
     COUNTS,
@@ -52,17 +53,18 @@ def contrast_small_losses(
         logits = small_logits(student, teacher, i, 0, count, dim, scale, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE,
                               SUM, PRECISION)  # fmt: skip
         shift = tl.max(logits, 1)
-        log_z = tl.log2(tl.sum(tl.exp2(logits - shift[:, None]), 1)) + shift
+        z = tl.sum(tl.exp2(logits - shift[:, None]), 1)
         own = tl.sum(tl.where(tl.arange(0, BLOCK_COLUMNS)[None, :] == row[:, None], logits, 0.0), 1)
-        loss = (log_z - own) * LN2
-        store_vector(log_sums + place * count, log_z * LN2, i, count, BLOCK_ROWS)
+        loss = (tl.log2(z) + (shift - own)) * LN2
+        store_vector(log_sums + place * count, log_sum(z, shift), i, count, BLOCK_ROWS)
         if KEEP:
             out = weighted + place * count * dim
             for j in range(0, count, WEIGHT_COLUMNS):
                 tile = small_logits(student, teacher, i, j, count, dim, scale, BLOCK_ROWS, WEIGHT_COLUMNS,
                                     BLOCK_WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
-                store_weighted(out, tl.exp2(tile - log_z[:, None]), teacher, i, j, count, dim, tl.minimum(j, 1),
-                               SCALED, BLOCK_ROWS, WEIGHT_COLUMNS, BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
+                weights = tl.exp2(tile - shift[:, None]) / z[:, None]
+                store_weighted(out, weights, teacher, i, j, count, dim, tl.minimum(j, 1), SCALED, BLOCK_ROWS,
+                               WEIGHT_COLUMNS, BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
     tl.store(losses + row * (S * T) + pair, loss, mask=row < count)
 
 
@@ -88,15 +90,16 @@ def add_weighted_partners(
 ):  # fmt: skip
     """out_i += Σ_j w_ij partner_j of one pair; upstream: from the pair's place on."""
     row = i + tl.arange(0, BLOCK_ROWS)
-    log_z = load_vector(sums, i, count, BLOCK_ROWS) * LOG2E
+    row_shift, row_ratio = shift_and_ratio(load_vector(sums, i, count, BLOCK_ROWS), SUM)
     for j in range(0, count, BLOCK_COLUMNS):
         column = j + tl.arange(0, BLOCK_COLUMNS)
         column_g = load_of_pair(upstream, column, count, PAIRS) * unit
-        column_log_z = load_vector(sums, j, count, BLOCK_COLUMNS) * LOG2E
+        column_shift, column_ratio = shift_and_ratio(load_vector(sums, j, count, BLOCK_COLUMNS), SUM)
         logits = small_logits(matrix, partner, i, j, count, dim, scale, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE,
                               SUM, PRECISION)  # fmt: skip
-        log_p = logits - tl.where(is_student, log_z[:, None], column_log_z[None, :])
-        weights = tl.exp2(log_p) * tl.where(is_student, g[:, None], column_g[None, :])
+        shift = tl.where(is_student, row_shift[:, None], column_shift[None, :])
+        factor = tl.where(is_student, (g * row_ratio)[:, None], (column_g * column_ratio)[None, :])
+        weights = tl.exp2(logits - shift) * factor
         weights -= tl.where(column[None, :] == row[:, None], g[:, None], 0.0)
         store_weighted(out, weights, partner, i, j, count, dim, 1, SCALED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE,
                        PRECISION)  # fmt: skip
@@ -145,17 +148,15 @@ def contrast_small_gradients(
                 )  # fmt: skip
 
 
-def node_contrast(problem, keep_weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    x, count, S, T = problem.students[0], problem.row_count, problem.S, problem.T
-    losses, log_sums = x.new_empty(count, S, T), x.new_empty(len(problem.pairs), count)
-    weighted = x.new_empty(len(problem.pairs), *x.shape) if keep_weighted else x.new_empty(0)
+def node_contrast(problem, losses: Tensor, log_sums: Tensor, weighted: Tensor):
+    """Writes the results to the given memory, weighted sums where there is some for them."""
+    count, S, T = problem.row_count, problem.S, problem.T
     constants = small.constants(problem.arch, problem.product, WEIGHT_COLUMNS=small.weight_columns(problem.product))
-    with on_device(x):
+    with on_device(losses):
         contrast_small_losses[(small.row_blocks(count), S * T)](
             tuple(problem.students), tuple(problem.teachers), losses, log_sums, weighted, problem.dim, count,
-            problem.wanted, problem.scale, S=S, T=T, KEEP=keep_weighted, **constants,
+            problem.wanted, problem.scale, S=S, T=T, KEEP=weighted.numel() > 0, **constants,
         )  # fmt: skip
-    return losses, log_sums, weighted
 
 
 def node_contrast_backward(problem, upstream, log_sums, weighted, needs: list[bool]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import torch
 import triton
 from gkd_fast.kernels import node_contrast as host
 from gkd_fast.kernels.launch import column_pieces, on_device, power_of_two
+from gkd_fast.kernels.log_sums import shifts_and_ratios
 from gkd_fast.kernels.node_contrast_tiles import contrast_gradients, contrast_sums
 from gkd_fast.kernels.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.table import tiles
@@ -26,7 +27,8 @@ def _pieces(problem, columns: Tensor, rows: int):
 
 def node_contrast(problem, columns, own, keep_weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, rows, S, T = problem.students[0], problem.row_count, problem.S, problem.T
-    losses, log_sums = x.new_zeros(rows, S, T), x.new_empty(len(problem.pairs), rows)
+    losses = x.new_zeros(rows, S, T)
+    log_sums = x.new_empty(len(problem.pairs), rows, dtype=torch.float64)
     weighted = x.new_zeros(len(problem.pairs), rows, problem.dim) if keep_weighted else x.new_empty(0)
     with on_device(x):
         own_shift, shift, shifts = host.row_shifts(problem, columns)
@@ -96,6 +98,7 @@ def node_contrast_backward(
 def _add_sums(problem, s, t, rows, columns, side, gradient, by_column):
     """Adds (1/τ) Σ_j g P columns_j of one pair to the gradient of a strip of rows."""
     upstream, log_sums = side
+    vectors = shifts_and_ratios(log_sums, upstream, problem.product.SUM)
     power = power_of_two(upstream.abs().amax() / problem.temperature) if problem.product.scaled else upstream
     rows = rows.to(problem.product.torch_type)
     grid, constants = _launch(problem, len(rows))
@@ -106,7 +109,7 @@ def _add_sums(problem, s, t, rows, columns, side, gradient, by_column):
         here = slice(piece.start, piece.start + piece.count)
         contrast_gradients[grid](
             (rows,) * stages, (similarities,) * partners, (rows,) * partners, upstream[here] if by_column else upstream,
-            upstream, log_sums[:, here].contiguous() if by_column else log_sums, (weights,), power, problem.dim,
+            upstream, *(x[:, here].contiguous() if by_column else x for x in vectors), (weights,), power, problem.dim,
             len(rows), piece.count, 1 << (s * problem.T + t), 1 << (t if by_column else s), 1, 0,
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
             STAGES=stages, PARTNERS=partners, BY_COLUMN=by_column, SCALED=problem.product.scaled, **constants,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from gkd_fast.kernels.launch import Piece, on_device, power_of_two
+from gkd_fast.kernels.log_sums import shifts_and_ratios
 from gkd_fast.kernels.node_contrast import Problem
 from gkd_fast.kernels.node_contrast_tangent_tiles import contrast_double_gradients, contrast_tangent_sums
 from gkd_fast.kernels.tangents import (
@@ -107,14 +108,15 @@ def _own_similarities(problem: Problem, pair: Pair, own: Tensor, own_tangents: T
 
 def _moved_log_sums(problem: Problem, pair: Pair, log_sums: Tensor) -> Tensor:
     """ż_i = (1/τ) Σ_j P_ij ċ_ij."""
+    shifts, ratios = shifts_and_ratios(log_sums, pair.rows, problem.product.SUM)
     total = torch.zeros_like(log_sums)
     for block, part in pair.blocks(problem):
         for piece in part.pieces(problem):
             blocks = tiling("contrast_tangent_sums", problem.arch, problem.product, 1, piece.count)[0][0]
-            sums = total.new_empty(blocks, len(part.rows))
-            part.launch(problem, contrast_tangent_sums, piece, log_sums[block], sums)
-            total[block] += sums.sum(dim=0)
-    return total
+            sums = shifts.new_empty(blocks, len(part.rows))
+            part.launch(problem, contrast_tangent_sums, piece, shifts[block], sums)
+            total[block] += sums.sum(dim=0, dtype=total.dtype)
+    return total * ratios
 
 
 def node_contrast_double_backward(
@@ -169,16 +171,18 @@ def node_contrast_double_backward(
 def _add_sums(problem: Problem, pair: Pair, side: tuple[Tensor, Tensor, Tensor], by_column: bool, gradient: Tensor):
     """Adds (1/τ) Σ_j g (P˙_ij y_j + P_ij ẏ_j); ``side``: g, log-sums, their tangents, of rows or ``by_column``."""
     upstream, log_sums, log_sum_tangents = side
+    shifts, ratios = shifts_and_ratios(log_sums, upstream, problem.product.SUM)
     factor, power = upstream / problem.temperature, None
     if problem.product.scaled:
         # |ċ/τ − ż| ≤ 4/τ along directions of length 1.
         power = power_of_two(factor.abs().amax() * max(1.0, 4 / problem.temperature))
         factor = factor * power
+    factor, moved = factor * ratios, log_sum_tangents.to(upstream.dtype)
     for block, part in pair.blocks(problem):
         total = torch.zeros_like(gradient[block])
         for piece in part.pieces(problem):
             here = slice(piece.start, piece.start + piece.count) if by_column else block
-            vectors = (x[here].contiguous() for x in (factor, log_sums, log_sum_tangents))
+            vectors = (x[here].contiguous() for x in (factor, shifts, moved))
             strips = [new_strip(part.rows, len(part.rows), piece.count) for _ in piece.matrices]
             part.launch(problem, contrast_double_gradients, piece, *vectors, strips[0], strips[-1], BY_COLUMN=by_column)
             for weights, columns in zip(strips, piece.matrices, strict=True):

@@ -4,15 +4,14 @@ softmax are the row's or the column's, move at ẇ_ij = w_ij (ċ_ij/τ − ż), 
 
 import triton
 import triton.language as tl
-from gkd_fast.kernels.node_contrast_tiles import LOG2E
 from gkd_fast.kernels.tangents import similarities, store_strip
 from gkd_fast.kernels.tile import COUNTS, load_vector, number, replace_missing, store_vector
 
 
 @triton.jit
-def softmax_weights(c, log_sums, j, column_count, scale, BLOCK_COLUMNS: tl.constexpr):
-    """P_ij of a tile of similarities, 0 in columns that do not exist."""
-    weights = tl.exp2(c * scale - log_sums * LOG2E)
+def softmax_weights(c, shift, j, column_count, scale, BLOCK_COLUMNS: tl.constexpr):
+    """U_ij of a tile of similarities, 0 in columns that do not exist."""
+    weights = tl.exp2(c * scale - shift)
     if j + BLOCK_COLUMNS > column_count:
         weights = replace_missing(weights, j, column_count, 0.0, BLOCK_COLUMNS)
     return weights
@@ -20,19 +19,19 @@ def softmax_weights(c, log_sums, j, column_count, scale, BLOCK_COLUMNS: tl.const
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_tangent_sums(
-    rows, row_tangents, columns, column_tangents, log_sums, sums, dim, row_count, column_count, scale: tl.float64,
+    rows, row_tangents, columns, column_tangents, shifts, sums, dim, row_count, column_count, scale: tl.float64,
     inverse_temperature: tl.float64, ROWS_MOVE: tl.constexpr, COLUMNS_MOVE: tl.constexpr, APART: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums[column block, i] = (1/τ) Σ_j P_ij ċ_ij of one pair."""
+    """sums[column block, i] = (1/τ) Σ_j U_ij ċ_ij of one pair, U = 2^(c·scale − shift)."""
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
     c, moving = similarities(rows, row_tangents, columns, column_tangents, i, j, row_count, column_count, dim,
                              ROWS_MOVE, COLUMNS_MOVE, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
                              PRECISION)  # fmt: skip
-    shift = load_vector(log_sums, i, row_count, BLOCK_ROWS)[:, None]
+    shift = load_vector(shifts, i, row_count, BLOCK_ROWS)[:, None]
     weights = softmax_weights(c, shift, j, column_count, number(scale, SUM), BLOCK_COLUMNS)
     total = tl.sum(weights * moving, 1) * number(inverse_temperature, SUM)
     out = sums + number(tl.program_id(0), tl.int64) * row_count
@@ -41,7 +40,7 @@ def contrast_tangent_sums(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_double_gradients(
-    rows, row_tangents, columns, column_tangents, upstream, log_sums, log_sum_tangents, moving, still, dim, row_count,
+    rows, row_tangents, columns, column_tangents, factors, shifts, log_sum_tangents, moving, still, dim, row_count,
     column_count, scale: tl.float64, inverse_temperature: tl.float64, ROWS_MOVE: tl.constexpr,
     COLUMNS_MOVE: tl.constexpr, BY_COLUMN: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS:
     tl.constexpr,
@@ -49,8 +48,8 @@ def contrast_double_gradients(
 ):  # fmt: skip
     """Strips of ẇ (``moving``) and, where columns move, of w (``still``), of one pair.
 
-    upstream g (with 1/τ), log-sums and their tangents are those of the rows (students), or BY_COLUMN those of the
-    columns (teachers).
+    factors, g/τ times what P is over U, shifts and the log-sums' tangents are those of the rows (students), or
+    BY_COLUMN those of the columns (teachers).
     """
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
@@ -58,14 +57,14 @@ def contrast_double_gradients(
                               ROWS_MOVE, COLUMNS_MOVE, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
                               PRECISION)  # fmt: skip
     if BY_COLUMN:
-        g = load_vector(upstream, j, column_count, BLOCK_COLUMNS)[None, :]
-        shift = load_vector(log_sums, j, column_count, BLOCK_COLUMNS)[None, :]
+        factor = load_vector(factors, j, column_count, BLOCK_COLUMNS)[None, :]
+        shift = load_vector(shifts, j, column_count, BLOCK_COLUMNS)[None, :]
         term = load_vector(log_sum_tangents, j, column_count, BLOCK_COLUMNS)[None, :]
     else:
-        g = load_vector(upstream, i, row_count, BLOCK_ROWS)[:, None]
-        shift = load_vector(log_sums, i, row_count, BLOCK_ROWS)[:, None]
+        factor = load_vector(factors, i, row_count, BLOCK_ROWS)[:, None]
+        shift = load_vector(shifts, i, row_count, BLOCK_ROWS)[:, None]
         term = load_vector(log_sum_tangents, i, row_count, BLOCK_ROWS)[:, None]
-    weights = softmax_weights(c, shift, j, column_count, number(scale, SUM), BLOCK_COLUMNS) * g
+    weights = softmax_weights(c, shift, j, column_count, number(scale, SUM), BLOCK_COLUMNS) * factor
     tangent = weights * (tangent * number(inverse_temperature, SUM) - term)
     store_strip(moving, tangent, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
     if COLUMNS_MOVE:

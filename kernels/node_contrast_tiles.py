@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from gkd_fast.kernels.log_sums import LN2, log_sum
 from gkd_fast.kernels.tile import (
     COUNTS,
     add_product,
@@ -19,9 +20,6 @@ from gkd_fast.kernels.tile import (
     store_tile,
     store_vector,
 )  # fmt: skip
-
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -129,10 +127,10 @@ def store_contrast(
     z, row_shift, own_logit, loss, log_sums, i, row_count, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):
     """log Z and ℓ = log Z − c_own/τ of a block of rows."""
-    log_z = tl.log2(z) + row_shift
     row = i + tl.arange(0, BLOCK_ROWS)
-    store_vector(log_sums, log_z * LN2, i, row_count, BLOCK_ROWS)
-    tl.store(loss + row.to(tl.int64) * PAIRS, (log_z - own_logit) * LN2, mask=row < row_count)
+    store_vector(log_sums, log_sum(z, row_shift), i, row_count, BLOCK_ROWS)
+    # The shift and the own logit first, which nearly cancel where the own column has the largest logit.
+    tl.store(loss + row.to(tl.int64) * PAIRS, (tl.log2(z) + (row_shift - own_logit)) * LN2, mask=row < row_count)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -189,7 +187,7 @@ def contrast_differences(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_gradients(
-    rows, columns, own, upstream, own_upstream, log_sums, gradients, power, dim, row_count, column_count,
+    rows, columns, own, upstream, own_upstream, shifts, ratios, gradients, power, dim, row_count, column_count,
     wanted, needed, parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64,
     STAGES: tl.constexpr, PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr,
     ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -197,7 +195,8 @@ def contrast_gradients(
 ):  # fmt: skip
     """The gradient of one stage: Σ over its partners of (1/τ)(Σ_j g P columns_j − g_own own_i).
 
-    g and P = 2^(c·scale − log2 Z) are those of the row (students) or BY_COLUMN those of the column (teachers).
+    g and P = ratio · 2^(c·scale − shift), ``log_sums.shift_and_ratio``, are those of the row (students) or BY_COLUMN
+    those of the column (teachers).
     Pair (stage, partner) is bit stage·stride + partner·partner_stride of ``wanted`` and that place in the upstream
     [count, pairs]; ``needed`` says which stages have a gradient; ``own`` holds each row's own partners. With STRIP the
     columns are strips of similarities, of one pair, and the gradient a strip of the weights g P/τ.
@@ -222,7 +221,8 @@ def contrast_gradients(
         matrix = pick(columns, k)
         if not BY_COLUMN:
             g = tl.load(upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=row < row_count, other=0) * unit
-            shift = load_vector(log_sums + place * row_count, i, row_count, BLOCK_ROWS) * LOG2E
+            g *= load_vector(ratios + place * row_count, i, row_count, BLOCK_ROWS)
+            shift = load_vector(shifts + place * row_count, i, row_count, BLOCK_ROWS)
         for j in range(start, tl.where(is_wanted == 1, stop, start), BLOCK_COLUMNS):
             if STRIP:
                 logits = load_tile(matrix, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS) * scale
@@ -233,7 +233,8 @@ def contrast_gradients(
                 column = j + tl.arange(0, BLOCK_COLUMNS)
                 inside = column < column_count
                 g = tl.load(upstream + column.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0) * unit
-                shift = load_vector(log_sums + place * column_count, j, column_count, BLOCK_COLUMNS) * LOG2E
+                g *= load_vector(ratios + place * column_count, j, column_count, BLOCK_COLUMNS)
+                shift = load_vector(shifts + place * column_count, j, column_count, BLOCK_COLUMNS)
                 weights = tl.exp2(logits - shift[None, :]) * g[None, :]
             else:
                 # log2 P ≤ 0; a column that does not exist could give inf, and its zero row NaN.

@@ -130,12 +130,14 @@ def relation_kl(
     problem = Problem(students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns,
                       offset)  # fmt: skip
     x, rows = problem.rows[0], problem.row_count
-    if is_small(rows, problem.has_columns, problem.widest):
-        return small.relation_kl(problem)
     if problem.is_wide and rows > strip_rows(problem.widest):
         return _forward_in_strips(problem, temperature, bandwidth, product_precision)
     losses = x.new_empty(rows, problem.num_students, problem.num_teachers)
-    log_sums = x.new_empty(problem.num_students, rows), x.new_empty(problem.num_teachers, rows)
+    counts = problem.num_students, problem.num_teachers
+    log_sums = [x.new_empty(count, rows, dtype=torch.float64) for count in counts]
+    if is_small(rows, problem.has_columns, problem.widest):
+        small.relation_kl(problem, losses, *log_sums)
+        return losses, *log_sums
     with on_device(x):
         for group in problem.groups("relation_sums"):
             _forward(problem, *group, losses, *log_sums)

@@ -5,7 +5,8 @@ The relations and weights R and U are those of ``relation_kl_tiles``.
 
 import triton
 import triton.language as tl
-from gkd_fast.kernels.relation_kl_tiles import LN2, LOG2E, relations, stage_rows
+from gkd_fast.kernels.log_sums import LN2, LOG2E, shift_and_ratio
+from gkd_fast.kernels.relation_kl_tiles import relations, stage_rows
 from gkd_fast.kernels.tile import (
     COUNTS,
     add_product,
@@ -52,14 +53,13 @@ def relation_factors(
         else:
             log_z = load_vector(teacher_log_sums + (q - S) * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
         log_sums = log_sums + (log_z,)
-        exact = log_z.to(tl.float64) * LOG2E
         if OWN_SHIFT:
-            shift = exact.to(SUM)
+            shift, ratio = shift_and_ratio(log_z, SUM)
             out = factors + (S + T * S + T + q) * number(row_count, tl.int64)
             store_vector(out, shift, i, row_count, BLOCK_ROWS)
         else:
-            shift = number(outer, SUM)
-        inverse = inverse + (tl.exp2((shift - exact).to(SUM)),)
+            ratio = tl.exp2((number(outer, SUM) - log_z * LOG2E).to(SUM))
+        inverse = inverse + (ratio,)
     for s in tl.static_range(S):
         total = tl.zeros([BLOCK_ROWS], SUM)
         for t in tl.static_range(T):
@@ -74,7 +74,7 @@ def relation_factors(
             store_vector(out, beta, i, row_count, BLOCK_ROWS)
             if WANTED >> S:
                 loss = tl.load(losses + place + (s * upstream_stride + t), mask=inside, other=0)
-                eta += beta * (loss + (log_sums[S + t] - log_sums[s]))
+                eta += beta * (loss + (log_sums[S + t] - log_sums[s]).to(SUM))
         store_vector(factors + (S + T * S + t) * number(row_count, tl.int64), eta, i, row_count, BLOCK_ROWS)
 
 

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 from gkd_fast.kernels import small
 from gkd_fast.kernels.launch import on_device
+from gkd_fast.kernels.log_sums import LN2, log_sum, shift_and_ratio
 from gkd_fast.kernels.node_contrast_tiles import nth_set_bit
-from gkd_fast.kernels.relation_kl_tiles import LN2, LOG2E, log_sum, pair_loss, relations
+from gkd_fast.kernels.relation_kl_tiles import pair_loss, relations
 from gkd_fast.kernels.small import load_of_pair, store_weighted, tile_product
 from gkd_fast.kernels.tangents import HARDWARE_ONLY
 from gkd_fast.kernels.tile import COUNTS, NOWHERE, number, pick, store_vector
@@ -60,23 +61,24 @@ def relation_small_losses(
 
 
 @triton.jit
-def side(place, count, pair, sums, other_sums, upstream, losses, PAIRS: tl.constexpr):
-    """log2 Z of a stage and of its partner, the pair's upstream and losses, of rows or of columns."""
-    log_z = load_of_pair(sums, place, count, 1) * LOG2E
-    other_log_z = load_of_pair(other_sums, place, count, 1) * LOG2E
+def side(place, count, pair, sums, other_sums, upstream, losses, PAIRS: tl.constexpr, SUM: tl.constexpr):
+    """Of rows or of columns: shifts of a stage and of its partner, with g times the ratios to P, and h."""
+    log_z = load_of_pair(sums, place, count, 1)
+    other_log_z = load_of_pair(other_sums, place, count, 1)
     g = load_of_pair(upstream + pair, place, count, PAIRS)
-    loss = load_of_pair(losses + pair, place, count, PAIRS)
-    return log_z, other_log_z, g, loss
+    h = load_of_pair(losses + pair, place, count, PAIRS) + (log_z - other_log_z).to(SUM)
+    shift, ratio = shift_and_ratio(log_z, SUM)
+    other_shift, other_ratio = shift_and_ratio(other_log_z, SUM)
+    return shift, other_shift, g * ratio, g * other_ratio, h
 
 
 @triton.jit
 def pair_gradient(logits, other_logits, of_side, AXIS: tl.constexpr, is_student):
     """dL_ij of the rows' (AXIS 1) or dL_ji of the columns' losses (0), for a student and its teacher or the reverse."""
-    log_p = logits - tl.expand_dims(of_side[0], AXIS)
-    log_other = other_logits - tl.expand_dims(of_side[1], AXIS)
-    p = tl.exp2(log_p)
-    of_teacher = p * ((log_p - log_other) * LN2 - tl.expand_dims(of_side[3], AXIS))
-    return tl.expand_dims(of_side[2], AXIS) * tl.where(is_student, p - tl.exp2(log_other), of_teacher)
+    p = tl.exp2(logits - tl.expand_dims(of_side[0], AXIS)) * tl.expand_dims(of_side[2], AXIS)
+    other = tl.exp2(other_logits - tl.expand_dims(of_side[1], AXIS)) * tl.expand_dims(of_side[3], AXIS)
+    of_teacher = p * ((logits - other_logits) * LN2 - tl.expand_dims(of_side[4], AXIS))
+    return tl.where(is_student, p - other, of_teacher)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -88,7 +90,8 @@ def relation_small_gradients(
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j of a wanted stage, M_ij = R_ij (dL_ij + dL_ji)/(σ²τ), with all its partners.
 
-    dL^s_ij = Σ_t g_ist (P^s_ij − P^t_ij), dL^t_ij = Σ_s g_ist P^t_ij (log P^t_ij − log P^s_ij − ℓ_ist).
+    dL^s_ij = Σ_t g_ist (P^s_ij − P^t_ij), dL^t_ij = Σ_s g_ist P^t_ij (L^t_ij − L^s_ij − h_ist), and
+    h_ist = ℓ_ist + log Z^t_i − log Z^s_i.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     stage = nth_set_bit(number(wanted, tl.int64), tl.program_id(1), S + T).to(tl.int32)
@@ -108,8 +111,8 @@ def relation_small_gradients(
                                     TYPE, SUM, PRECISION)  # fmt: skip
             pair = tl.where(is_student, stage * T + k, k * T + stage - S)
             other_sums = tl.where(is_student, teacher_log_sums + k * count, student_log_sums + k * count)
-            of_rows = side(row, count, pair, sums, other_sums, upstream, losses, S * T)
-            of_columns = side(column, count, pair, sums, other_sums, upstream, losses, S * T)
+            of_rows = side(row, count, pair, sums, other_sums, upstream, losses, S * T, SUM)
+            of_columns = side(column, count, pair, sums, other_sums, upstream, losses, S * T, SUM)
             total += pair_gradient(relation * outer, other * outer, of_rows, 1, is_student)
             total += pair_gradient(relation * outer, other * outer, of_columns, 0, is_student)
         weights = relation * total * number(slope, SUM)
@@ -117,15 +120,14 @@ def relation_small_gradients(
                        BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
 
 
-def relation_kl(problem) -> tuple[Tensor, Tensor, Tensor]:
-    x, count, S, T = problem.rows[0], problem.row_count, problem.num_students, problem.num_teachers
-    losses, student_log_sums, teacher_log_sums = x.new_empty(count, S, T), x.new_empty(S, count), x.new_empty(T, count)
-    with on_device(x):
+def relation_kl(problem, losses: Tensor, student_log_sums: Tensor, teacher_log_sums: Tensor):
+    """Writes the results to the given memory."""
+    S, T, count = problem.num_students, problem.num_teachers, problem.row_count
+    with on_device(losses):
         relation_small_losses[(small.row_blocks(count), S * T)](
             tuple(problem.rows), problem.dims, losses, student_log_sums, teacher_log_sums, count, problem.inner,
             problem.outer, S=S, T=T, **small.constants(problem.arch, problem.product),
         )  # fmt: skip
-    return losses, student_log_sums, teacher_log_sums
 
 
 def relation_kl_backward(problem, upstream, losses, student_log_sums, teacher_log_sums, needs) -> list[Tensor]:

@@ -79,19 +79,19 @@ def relation_kl_tangent(
 def _move_group(problem: MovingProblem, students, teachers, log_sums, losses, levels, out):
     """Writes the tangents of one group's losses and log-sums."""
     stages, S, T = problem.stages(students, teachers), len(students), len(teachers)
-    shifts = log_sums[stages] * LOG2E
-    of_pairs = levels[:, students][:, :, teachers].permute(2, 1, 0).contiguous()
-    sums = log_sums.new_zeros(2 * (S + T) + S * T, problem.row_count, dtype=torch.float64)
+    shifts = (log_sums[stages] * LOG2E).to(losses.dtype)
+    of_pairs = levels[:, students][:, :, teachers].permute(2, 1, 0).to(losses.dtype).contiguous()
+    sums = log_sums.new_zeros(2 * (S + T) + S * T, problem.row_count)
     for piece in problem.moving_pieces(stages, weights=1):
         blocks = tiling("relation_tangent_sums", problem.arch, problem.product, 1, piece.count)[0][0]
-        partial = log_sums.new_empty(blocks, *sums.shape)
+        partial = losses.new_empty(blocks, *sums.shape)
         problem.launch(relation_tangent_sums, students, teachers, piece, partial, shifts, of_pairs)
         sums += partial.sum(dim=0, dtype=torch.float64)
     moved_losses, student_log_sums, teacher_log_sums = out
     if problem.has_columns:
         # Columns that may be part of a larger set: Z of the log-sums, so that tangents add up.
         shift = shifts.double() if problem.own_shift else problem.outer
-        of_shifts = torch.exp(log_sums[stages].double() - shift / LOG2E)
+        of_shifts = torch.exp(log_sums[stages] - shift / LOG2E)
         sums[: 2 * S : 2] = of_shifts[:S]
         sums[2 * S :: 2 + S] = of_shifts[S:]
     of_students = [sums[2 * k + 1] / sums[2 * k] for k in range(S)]
@@ -103,7 +103,7 @@ def _move_group(problem: MovingProblem, students, teachers, log_sums, losses, le
         for s, of_pair, of_student in zip(range(S), of_pairs, of_students, strict=True):
             place = (slice(None), students[s], t)
             if not problem.has_columns:
-                # h of these very sums, in place of that of the rounded log-sums.
+                # h of these very sums, whose roundings are the tangents', in place of the forward pass's.
                 shift = (shifts[S + k].double() - shifts[s]) / LOG2E if problem.own_shift else 0
                 level = losses[place] + (total / sums[2 * s]).log() + shift
                 of_pair = of_pair + (levels[place] - level) * moved

@@ -5,6 +5,7 @@ becomes is M˙ = υ M + R X˙.
 
 import triton
 import triton.language as tl
+from gkd_fast.kernels.log_sums import LN2
 from gkd_fast.kernels.relation_kl_gradient_tiles import (
     both_sides,
     column_factor,
@@ -12,7 +13,7 @@ from gkd_fast.kernels.relation_kl_gradient_tiles import (
     place_among,
     relation_weights,
 )  # fmt: skip
-from gkd_fast.kernels.relation_kl_tiles import LN2, relations
+from gkd_fast.kernels.relation_kl_tiles import relations
 from gkd_fast.kernels.tangents import HARDWARE_ONLY, similarities, store_strip
 from gkd_fast.kernels.tile import COUNTS, NOWHERE, load_vector, number, store_vector
 

@@ -8,6 +8,7 @@ cancel: so Q has the logits that U has, with their roundings, and V = Z^s − Z^
 
 import triton
 import triton.language as tl
+from gkd_fast.kernels.log_sums import LN2, log_sum
 from gkd_fast.kernels.tile import (
     COUNTS,
     NOWHERE,
@@ -25,9 +26,6 @@ from gkd_fast.kernels.tile import (
     replace_edges,
     store_vector,
 )  # fmt: skip
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -92,12 +90,6 @@ def add_sums(
 def num_sums(S, T):
     """Sums of the forward: Z [S + T], and Q and V of every pair [T, S, 2]."""
     return S + T + 2 * S * T
-
-
-@triton.jit
-def log_sum(z, shift):
-    """log Z of a sum of 2^(l − shift), rounded once: gradients compare the log-sums of stages that are alike."""
-    return ((tl.log2(z).to(tl.float64) + shift) * LN2).to(z.dtype)
 
 
 @triton.jit

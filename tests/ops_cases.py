@@ -106,31 +106,31 @@ def check(
     rounding of what goes into an exponential does to a result of size 1. Errors are largest ones, and of several
     ``draws`` of the inputs their means: single roundings of few entries decide each.
     """
-    measured = []
-    for inputs in draws:
-        inputs = [x.to(dtype) for x in inputs]
-        truth = results(definition, [x.double() for x in inputs], dtype)
-        fast = results(fused, inputs, dtype)
-        assert [x.dtype for x in fast[1:]] == [dtype] * len(inputs)
-        if dtype == D64:
-            for exact, ours in zip(truth, fast, strict=True):
-                torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10 * max(1, exact.abs().max().item()))
-            continue
-        plain = [results(definition, inputs, dtype)]
-        if not all(x.isfinite().all() for x in plain[0]):
-            plain = [results(definition, [x.float() for x in inputs], dtype)]
-        if dtype == torch.bfloat16:
-            plain.append(with_rounded_rows(lambda: results(definition, [x.double() for x in inputs], dtype)))
-        measured.append([_error_and_allowed(gain, *x) for x in zip(truth, fast, *plain, strict=True)])
+    measured = [_errors(fused, definition, inputs, dtype, gain) for inputs in draws]
     for k, of_draws in enumerate(zip(*measured, strict=True)):
         error, allowed = (sum(x) / len(of_draws) for x in zip(*of_draws, strict=True))
         assert error <= allowed, f"{f'gradient {k - 1}' if k else 'output'}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def _error_and_allowed(gain: float, exact: Tensor, ours: Tensor, *theirs: Tensor) -> tuple[float, float]:
-    error, *plain_errors = ((x.double() - exact).abs().max().item() for x in (ours, *theirs))
-    rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item() + torch.finfo(torch.float32).eps * gain
-    return error, 2 * max(plain_errors) + rounding
+def _errors(fused, definition, inputs, dtype, gain) -> list[tuple[float, float]]:
+    """The largest error of every result and what is allowed."""
+    inputs = [x.to(dtype) for x in inputs]
+    truth = results(definition, [x.double() for x in inputs], dtype)
+    fast = results(fused, inputs, dtype)
+    assert [x.dtype for x in fast[1:]] == [dtype] * len(inputs)
+    if dtype == D64:
+        return [((x - y).abs().max().item(), 1e-10 * max(1, y.abs().max().item())) for x, y in zip(fast, truth)]
+    plain = [results(definition, inputs, dtype)]
+    if not all(x.isfinite().all() for x in plain[0]):
+        plain = [results(definition, [x.float() for x in inputs], dtype)]
+    if dtype == torch.bfloat16:
+        plain.append(with_rounded_rows(lambda: results(definition, [x.double() for x in inputs], dtype)))
+    measured = []
+    for exact, ours, *theirs in zip(truth, fast, *plain, strict=True):
+        error, *plain_errors = ((x.double() - exact).abs().max().item() for x in (ours, *theirs))
+        rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item() + torch.finfo(torch.float32).eps * gain
+        measured.append((error, 2 * max(plain_errors) + rounding))
+    return measured
 
 
 def graph_conv(normalization: str = "symmetric", bandwidth: float = 0.6, backend: str = "cpp"):

@@ -200,7 +200,7 @@ def _merge(one: Sequence[Tensor], other: Sequence[Tensor], places) -> list[Tenso
     losses, log_sums, weighted = one
     total = torch.logaddexp(log_sums, other[1])
     if weighted.numel():
-        weighted = sum((z - total).exp()[..., None] * w for _, z, w in (one, other))
+        weighted = sum((z - total).exp().to(w)[..., None] * w for _, z, w in (one, other))
     losses = losses.clone()
     losses.flatten(1)[:, places] += (total - log_sums).T
     return [losses, total, weighted]

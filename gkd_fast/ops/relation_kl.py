@@ -34,8 +34,8 @@ gradient of the upstream is the tangent of the losses.
                 offset=0) -> (loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents)
         moving: S + T bools, students first: which stages have a direction; the others stand still.
         tangents: the directions of the moving stages, [I, D_q].  column_tangents: the columns' own, [J, D_q].
-        The tangents of relation_kl's three results, in their shapes and types; P is that of the log-sums, so that with column
-        sets that are parts of a larger one, whose log-sums are given, the tangents add up:
+        The tangents of relation_kl's three results, in their shapes and types; P is that of the log-sums, so that with
+        column sets that are parts of a larger one, whose log-sums are given, the tangents add up:
             ℓ̇_ist = Σ_j P^t_ij [(log P^t_ij − log P^s_ij − ℓ_ist) L̇^t_ij − L̇^s_ij] + (log Z^s)˙_i.
     relation_kl_double_backward(upstream, students, teachers, tangents, moving, losses, student_log_sums,
                 teacher_log_sums, loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents, temperature,
@@ -125,7 +125,8 @@ def _(students, teachers, temperature, bandwidth, product_precision):
 
 
 def _like_results(students, teachers):
-    x, rows, s, t = students[0], len(students[0]), len(students), len(teachers)
+    x, s, t = students[0], len(students), len(teachers)
+    rows = x.shape[0]  # len() would be a constant to torch.compile
     log_sums = (x.new_empty(stages, rows, dtype=torch.float64) for stages in (s, t))
     return x.new_empty(rows, s, t), *log_sums
 
