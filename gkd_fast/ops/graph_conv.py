@@ -175,17 +175,16 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, upstream, _):
     nodes, messages, inverse_variance, *results = ctx.saved_tensors
     needs = flags(ctx.needs_input_grad[:2])
-    settings = inverse_variance, ctx.normalization, ctx.product_precision, False
+    settings = inverse_variance, ctx.normalization, ctx.product_precision
     return *_gradients(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 8
 
 
-def _results(inputs, inverse_variance, normalization, product_precision, keep):
+def _results(inputs, settings, keep):
     op = torch.ops.gkd_fast.graph_conv_keep if keep else torch.ops.gkd_fast.graph_conv
-    return op(*inputs, inverse_variance, normalization, product_precision)
+    return op(*inputs, *settings)
 
 
 def _gradients(upstream, inputs, results, settings, needs):
-    *settings, _ = settings
     output, degrees, *affinities = results
     gradients = torch.ops.gkd_fast.graph_conv_backward(
         upstream, *inputs, output.detach(), degrees, *settings, needs, affinities=affinities[0] if affinities else None
@@ -442,8 +441,7 @@ def graph_conv(
     messages = messages.to(dtype)
     settings = inverse_variance, normalization, product_precision
     if columns is None:
-        keep = kept.keeps((nodes, messages))
-        return on_unit_rows(_OP, [nodes], [messages], dtype, (*settings, keep))
+        return on_unit_rows(_OP, [nodes], [messages], dtype, settings, kept.keeps((nodes, messages)))
     return GraphConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)
 
 

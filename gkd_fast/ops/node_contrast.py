@@ -138,17 +138,18 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, upstream, *_):
     *stages, log_sums, weighted = ctx.saved_tensors
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
-    settings = ctx.num_students, ctx.wanted, ctx.temperature, ctx.product_precision, None
+    settings = ctx.num_students, ctx.wanted, ctx.temperature, ctx.product_precision
     gradients = _gradients(upstream.contiguous(), stages, (None, log_sums, weighted), settings, needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
 
-def _results(stages, num_students, *settings):
-    return torch.ops.gkd_fast.node_contrast(stages[:num_students], stages[num_students:], *settings)
+def _results(stages, settings, keep):
+    num_students, *settings = settings
+    return torch.ops.gkd_fast.node_contrast(stages[:num_students], stages[num_students:], *settings, keep)
 
 
 def _gradients(upstream, stages, results, settings, needs):
-    num_students, *settings, _ = settings
+    num_students, *settings = settings
     gradients = torch.ops.gkd_fast.node_contrast_backward(
         upstream, stages[:num_students], stages[num_students:], *results[1:], *settings, needs
     )
@@ -359,5 +360,5 @@ def node_contrast(
     )
     settings = wanted, temperature, product_precision
     if columns is None:
-        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings, keep))
+        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings), keep)
     return NodeContrast.apply(columns, len(students), settings, keep, *unit_rows(stages, dtype))

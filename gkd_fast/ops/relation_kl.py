@@ -162,17 +162,18 @@ def _backward(ctx, upstream, *_):
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
     settings = ctx.num_students, ctx.temperature, ctx.bandwidth, ctx.product_precision
     results = losses, student_log_sums, teacher_log_sums
-    gradients = _gradients(upstream.contiguous(), stages, results, (*settings, False), needs)
+    gradients = _gradients(upstream.contiguous(), stages, results, settings, needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
 
-def _results(stages, num_students, temperature, bandwidth, product_precision, keep):
+def _results(stages, settings, keep):
+    num_students, *settings = settings
     op = torch.ops.gkd_fast.relation_kl_keep if keep else torch.ops.gkd_fast.relation_kl
-    return op(stages[:num_students], stages[num_students:], temperature, bandwidth, product_precision)
+    return op(stages[:num_students], stages[num_students:], *settings)
 
 
 def _gradients(upstream, stages, results, settings, needs):
-    num_students, *settings, _ = settings
+    num_students, *settings = settings
     losses, student_log_sums, teacher_log_sums, *affinities = results
     gradients = torch.ops.gkd_fast.relation_kl_backward(
         upstream, stages[:num_students], stages[num_students:], losses.detach(), student_log_sums, teacher_log_sums,
@@ -351,5 +352,5 @@ def relation_kl(
     refuse_forward_mode(stages)
     settings = temperature, bandwidth, product_precision
     if columns is None:
-        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings, kept.keeps(stages)))
+        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings), kept.keeps(stages))
     return RelationKl.apply(columns, len(students), settings, *unit_rows(stages, dtype))
