@@ -4,6 +4,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <atomic>
+#include <memory>
 #include <thread>
 
 namespace gkd {
@@ -63,6 +64,16 @@ const Choice& choice() {
   if (!choice) chosen.store(choice = &available().front());
   return *choice;
 }
+
+// A call leaves its memory to the next one, whose pages then need not be mapped anew, if it is no more than this. A
+// sanitizer sees the bounds of allocations of their own alone.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kMostIdle = 0;
+#else
+constexpr int64_t kMostIdle = 64 << 20;
+#endif
+std::atomic<at::Tensor*> idle{nullptr};
+std::atomic<int64_t> wanted{0};  // bytes that a call needed lately
 
 std::atomic<int64_t> chosen_block{0};
 std::atomic<bool> keeping{true};
@@ -132,9 +143,27 @@ Call::Call(Product product) : host_{} {
   host_.allocate = [](void* self, int64_t bytes) { return static_cast<Call*>(self)->allocate(bytes); };
 }
 
+Call::~Call() {
+  if (memory_.size() == 1 && memory_[0].numel() <= kMostIdle) {
+    delete idle.exchange(new at::Tensor(std::move(memory_[0])));
+  } else if (total_ <= kMostIdle) {
+    wanted.store(total_);
+  }
+}
+
 void* Call::allocate(int64_t bytes) {
-  memory_.push_back(at::detail::empty_cpu({bytes}, at::kByte));
-  return memory_.back().mutable_data_ptr();
+  bytes = (bytes + 63) / 64 * 64;
+  if (memory_.empty()) {
+    if (const std::unique_ptr<at::Tensor> left{idle.exchange(nullptr)}) memory_.push_back(std::move(*left));
+  }
+  if (memory_.empty() || used_ + bytes > memory_.back().numel()) {
+    memory_.push_back(at::detail::empty_cpu({std::max(bytes, memory_.empty() ? wanted.load() : 0)}, at::kByte));
+    used_ = 0;
+  }
+  void* p = memory_.back().mutable_data_ptr<uint8_t>() + used_;
+  used_ += bytes;
+  total_ += bytes;
+  return p;
 }
 
 void Call::multiply(const Bfloat16Product& product) noexcept {

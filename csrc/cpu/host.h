@@ -64,6 +64,8 @@ at::Tensor as_multiplied(const at::Tensor& rows, Product product);
 class Call {
  public:
   explicit Call(Product product = Product::own);
+  ~Call();
+  Call(const Call&) = delete;
   const Host& host() const { return host_; }
 
   // Cleared memory with room for vectors that read beyond the end.
@@ -86,7 +88,8 @@ class Call {
   void multiply(const Bfloat16Product& product) noexcept;
   void run(int64_t count, int64_t grain, Host::Body body, void* context);
 
-  std::vector<at::Tensor> memory_;
+  std::vector<at::Tensor> memory_;  // allocations are parts of the last one
+  int64_t used_ = 0, total_ = 0;    // bytes of the last one, of all
   Host host_;
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;  // of the first product that failed

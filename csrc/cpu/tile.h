@@ -9,6 +9,7 @@ namespace gkd::GKD_ISA {
 
 constexpr int64_t kBlock = 96;       // rows and columns of a tile: its similarities and panels fit a core's own cache
 constexpr int64_t kSmallBlock = 32;  // for batches of a few blocks, so that all threads have work
+constexpr int64_t kGroupBytes = 400 << 10;  // of the rows and results that meet a tile's columns one after the other
 
 struct Tile {
   int64_t i, rows;     // first row, number of rows
@@ -133,7 +134,7 @@ struct Progress {
 
 // Symmetric: upper tiles only. A tile waits until its two blocks have been through the places before it. So workers never
 // write the same rows at once, and every block is served in the same order, whoever serves it.
-// Otherwise: a worker owns a block of rows and walks the columns.
+// Otherwise: a worker owns a few blocks of rows, which stay in the core's cache with their results, and walks the columns.
 template <class T, class Op>
 void walk(const Host& host, const Sides<T>& sides, Op& op) {
   const int64_t block = block_rows(host, sides.row_count);
@@ -141,12 +142,21 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
   const int64_t weights = rounds<T>(host) ? block * block : 0;
   Bfloat16* rounded = allocate<Bfloat16>(host, host.workers * weights);
   if (!sides.symmetric) {
-    take_turns(host, workers, blocks, [&](int64_t p, int64_t worker) {
-      const int64_t i = p * block, rows = smaller(block, sides.row_count - i);
+    // At first many blocks of rows a task, in the end one, so that all workers end together.
+    const int64_t most = larger(1, kGroupBytes / (2 * block * sides.dim * int64_t(sizeof(T))));
+    int64_t *first = allocate<int64_t>(host, blocks + 1), tasks = 0;
+    for (int64_t p = 0; p < blocks; ++tasks) {
+      first[tasks] = p;
+      p += smaller(most, larger(1, (blocks - p) / (2 * workers)));
+    }
+    first[tasks] = blocks;
+    take_turns(host, workers, tasks, [&](int64_t task, int64_t worker) {
       for (int64_t j = 0; j < sides.column_count; j += block) {
-        op.tile(Tile{i, rows, j, smaller(block, sides.column_count - j), i + sides.offset - j, false, 0, host,
-                     rounded + worker * weights},
-                worker);
+        for (int64_t i = first[task] * block; i < smaller(first[task + 1] * block, sides.row_count); i += block) {
+          op.tile(Tile{i, smaller(block, sides.row_count - i), j, smaller(block, sides.column_count - j),
+                       i + sides.offset - j, false, 0, host, rounded + worker * weights},
+                  worker);
+        }
       }
     });
     return;
