@@ -19,7 +19,7 @@ struct RelationTiles {
   static constexpr int kFixedStages = 2 * Fixed, kFixedPairs = Fixed * Fixed;
   static constexpr int kStages = Fixed ? kFixedStages : kMaxStages;
   static constexpr int kPairs = Fixed ? kFixedPairs : kMaxPairs;
-  static constexpr int kGroup = 2;  // rows at a time
+  static constexpr int kGroup = GKD_VECTOR_BYTES == 64 ? 3 : 2;  // rows at a time
 
   // R, the exponents of U and V, and these, of all stages at one vector of G rows.
   template <int G>
@@ -133,7 +133,7 @@ struct RelationTiles {
       const auto summands = op.template summands<G>(now, r, x);
       auto add = [&](Vec<T> (&totals)[G], T* column, auto summand) GKD_LAMBDA {
         Vec<T> mirrored = load(column + x);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
           const Summand now = summand(g);
           mirrored += now.mirrored;
@@ -253,7 +253,7 @@ struct RelationBackward : RelationTiles<T, Shared, Fixed> {
       repeat<Tiles::kFixedStages>(stages, [&](int64_t q) GKD_LAMBDA {
         if (!this->args.gradients[q]) return;
         T* out = m + q * tile_elements(this->stride) + r * this->stride + x;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
           store(out + g * this->stride, q < S ? weights.student(q, g) : weights.teacher(q - S, g));
         }

@@ -59,7 +59,7 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
   GKD_INLINE void rates(const Relations<G>& now, int64_t worker, int64_t r, int64_t x, Rates<G>& out) const {
     repeat<Tiles::kFixedStages>(this->stages(), [&](int64_t q) GKD_LAMBDA {
       const T* tile = places[q] < 0 ? nullptr : moving_tile(worker, q) + r * this->stride + x;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         out.similarity[q][g] = tile ? load(tile + g * this->stride) * second.inverse_variance : Vec<T>{};
         out.relation[q][g] = now.r[q][g] * out.similarity[q][g];
@@ -174,7 +174,7 @@ struct RelationDoubleBackward : RelationTangentTiles<T, RelationBackward, Shared
         if (!this->args.gradients[q]) return;
         T* out = c + q * tile_elements(stride) + r * stride + x;
         T* first = this->places[q] < 0 ? nullptr : this->moving_tile(worker, q) + r * stride + x;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
           Vec<T> m = q < S ? student(weights, rates, q, g) : teacher(weights, rates, q - S, g);
           if (first) {

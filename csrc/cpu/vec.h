@@ -167,29 +167,72 @@ GKD_INLINE void repeat(int64_t count, const F& body) {
 
 #define GKD_EACH _Pragma("GCC unroll 16") for (int k = 0; k < count; ++k)
 
-// v ← 2^v for v ≤ 0 whose 2^v is a normal number; NaN stays NaN: the scale is multiplied, not added to the exponent's
-// bits. Step by step for several vectors, because one alone waits for its own results most of the time.
+// The whole number n nearest to v, and p·2^n for p near 1. NaN stays NaN.
+#if GKD_VECTOR_BYTES == 64
+template <class T>
+struct Exponent {
+  Vec<T> n;
+  static constexpr bool flushes = true;  // p·2^n below the normal numbers is 0
+
+  GKD_INLINE static Exponent nearest(Vec<T> v) {
+    if constexpr (sizeof(T) == 4) return {(Vec<T>)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT)};
+    else return {(Vec<T>)_mm512_roundscale_pd((__m512d)v, _MM_FROUND_TO_NEAREST_INT)};
+  }
+
+  GKD_INLINE Vec<T> value() const { return n; }
+
+  GKD_INLINE Vec<T> scale(Vec<T> p) const {
+    const Vec<T> least = broadcast<T>(Lanes<T>::lowest_exponent + 1);
+    if constexpr (sizeof(T) == 4) {
+      const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)n, (__m512)least, _CMP_NLT_UQ);
+      return (Vec<T>)_mm512_maskz_scalef_ps(is_normal, (__m512)p, (__m512)n);
+    } else {
+      const __mmask8 is_normal = _mm512_cmp_pd_mask((__m512d)n, (__m512d)least, _CMP_NLT_UQ);
+      return (Vec<T>)_mm512_maskz_scalef_pd(is_normal, (__m512d)p, (__m512d)n);
+    }
+  }
+};
+#else
+template <class T>
+struct Exponent {
+  Vec<T> biased;  // n and the bias of exponents are its lowest bits
+  static constexpr bool flushes = false;
+
+  GKD_INLINE static Exponent nearest(Vec<T> v) { return {v + Lanes<T>::round}; }
+
+  GKD_INLINE Vec<T> value() const { return biased - Lanes<T>::round; }
+
+  // Multiplied, not added to the exponent's bits, which would make a number of NaN.
+  GKD_INLINE Vec<T> scale(Vec<T> p) const {
+    return p * (Vec<T>)((typename Lanes<T>::Integers)biased << Lanes<T>::mantissa);
+  }
+};
+#endif
+
+// v ← 2^v for v ≤ 0 whose 2^v is a normal number. Step by step for several vectors, because one alone waits for its own
+// results most of the time.
 template <class T, int count>
 GKD_INLINE void exp2_normal(Vec<T> (&v)[count]) {
-  using I = typename Lanes<T>::Integers;
   constexpr auto& series = Exp2Series<T>::terms;
   constexpr int degree = sizeof(series) / sizeof(T) - 1;
-  Vec<T> scale[count], p[count];
-  GKD_EACH scale[k] = v[k] + Lanes<T>::round;
-  GKD_EACH v[k] -= scale[k] - Lanes<T>::round;
-  GKD_EACH scale[k] = (Vec<T>)((I)scale[k] << Lanes<T>::mantissa);
+  Exponent<T> n[count];
+  Vec<T> p[count];
+  GKD_EACH n[k] = Exponent<T>::nearest(v[k]);
+  GKD_EACH v[k] -= n[k].value();
   GKD_EACH p[k] = v[k] * series[0] + series[1];
 #pragma GCC unroll 16
   for (int term = 2; term <= degree; ++term) {
     GKD_EACH p[k] = p[k] * v[k] + series[term];
   }
-  GKD_EACH v[k] = p[k] * scale[k];
+  GKD_EACH v[k] = n[k].scale(p[k]);
 }
 
 // v ← 2^v for v ≤ 0, 0 below the normal numbers.
 template <class T, int count>
 GKD_INLINE void exp2_nonpositive(Vec<T> (&v)[count]) {
-  GKD_EACH v[k] = at_least<T>(v[k], Lanes<T>::lowest_exponent);
+  if constexpr (!Exponent<T>::flushes) {
+    GKD_EACH v[k] = at_least<T>(v[k], Lanes<T>::lowest_exponent);
+  }
   exp2_normal<T>(v);
 }
 
