@@ -70,7 +70,7 @@ const Choice& choice() {
 #ifdef __SANITIZE_ADDRESS__
 constexpr int64_t kMostIdle = 0;
 #else
-constexpr int64_t kMostIdle = 64 << 20;
+constexpr int64_t kMostIdle = 8 << 20;
 #endif
 std::atomic<at::Tensor*> idle{nullptr};
 std::atomic<int64_t> wanted{0};  // bytes that a call needed lately
@@ -157,6 +157,7 @@ void* Call::allocate(int64_t bytes) {
     if (const std::unique_ptr<at::Tensor> left{idle.exchange(nullptr)}) memory_.push_back(std::move(*left));
   }
   if (memory_.empty() || used_ + bytes > memory_.back().numel()) {
+    if (used_ == 0) memory_.clear();  // too small a one
     memory_.push_back(at::detail::empty_cpu({std::max(bytes, memory_.empty() ? wanted.load() : 0)}, at::kByte));
     used_ = 0;
   }
