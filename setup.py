@@ -58,7 +58,8 @@ def extension_options() -> dict:
 
 
 setup(
-    packages=find_packages(include=["gkd_fast", "gkd_fast.*"]) + ["gkd_fast.kernels"],
+    packages=find_packages(include=["gkd_fast", "gkd_fast.*"])
+    + ["gkd_fast.kernels", *(f"gkd_fast.kernels.{name}" for name in find_packages("kernels"))],
     package_dir={"gkd_fast": "gkd_fast", "gkd_fast.kernels": "kernels"},
     **extension_options(),
 )

@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def chosen(arch: str, dtype: str, dim: int, stages: int, ops: list[str] | None, tiles: str | None) -> list:
-    from gkd_fast.kernels import specializations, table
+    from gkd_fast.kernels import specializations
+    from gkd_fast.kernels.common import table
 
     with table.forced(**vars(table.Tiles.parse(tiles))) if tiles else nullcontext():
         specs = specializations(arch, dtype, dim, (stages, stages))

@@ -1,19 +1,17 @@
-"""The Triton kernels of the ops, one file per op, and their registration with PyTorch's dispatcher."""
+"""The Triton kernels of the ops, one folder per op, and their registration with PyTorch's dispatcher."""
 
 import os
 
 import torch
-from gkd_fast.kernels import (
-    graph_conv,
-    graph_conv_tangent,
-    node_contrast,
-    node_contrast_tangent,
-    relation_kl,
-    relation_kl_tangent,
-    unit_rows,
-)  # fmt: skip
-from gkd_fast.kernels.autotune import autotuned
 from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
+from gkd_fast.kernels.common.autotune import autotuned
+from gkd_fast.kernels.graph_conv import launches as graph_conv
+from gkd_fast.kernels.graph_conv import tangent as graph_conv_tangent
+from gkd_fast.kernels.node_contrast import launches as node_contrast
+from gkd_fast.kernels.node_contrast import tangent as node_contrast_tangent
+from gkd_fast.kernels.relation_kl import launches as relation_kl
+from gkd_fast.kernels.relation_kl import tangent as relation_kl_tangent
+from gkd_fast.kernels.unit_rows import launches as unit_rows
 
 __all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
 

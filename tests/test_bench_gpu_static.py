@@ -16,7 +16,7 @@ from bench.gpu.devices import DEVICES, LIMITS
 from bench.gpu.disassembly import Binary, Instruction, _amd_flow, _nvidia_flow, inner_loop, parse_amd, parse_nvidia
 
 kernels = pytest.importorskip("gkd_fast.kernels", reason="Triton is not installed")
-table = pytest.importorskip("gkd_fast.kernels.table")
+table = pytest.importorskip("gkd_fast.kernels.common.table")
 attention = pytest.importorskip("bench.gpu.attention")
 
 A100, H100, H200, B200 = DEVICES

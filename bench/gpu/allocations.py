@@ -10,7 +10,10 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-from gkd_fast.kernels import graph_conv_strips, node_contrast_strips, relation_kl, row_maxima
+from gkd_fast.kernels.common import row_maxima
+from gkd_fast.kernels.graph_conv import strips as graph_conv_strips
+from gkd_fast.kernels.node_contrast import strips as node_contrast_strips
+from gkd_fast.kernels.relation_kl import launches as relation_kl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -57,7 +57,7 @@ def predicted_seconds(case: Case, device: Device) -> float | None:
 
 def product_type(case: Case) -> str:
     """How the case's tiles are multiplied."""
-    from gkd_fast.kernels.launch import product_of
+    from gkd_fast.kernels.common.launch import product_of
 
     from gkd_fast._arguments import product_precision
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bench.gpu import devices
 
-SMALL_BATCH = 256  # gkd_fast.kernels.small's, which needs Triton
+SMALL_BATCH = 256  # gkd_fast.kernels.common.small's, which needs Triton
 COPIED_TYPES = {"bfloat16": 2, "float16": 2}  # columns are copied in the product's type, of so many bytes
 # What is timed: forward; forward and backward; these and the double backward.
 DIRECTIONS = ("forward", "backward", "double backward")
@@ -74,7 +74,7 @@ def second_order_plan(work: Work) -> Plan:
     """Students, or nodes and messages, move. Rows and their tangents are copied for every pass, columns and theirs for
     every pass and strip of rows. Not counted: sums and products of vectors, and unit_rows', which PyTorch makes.
     """
-    from gkd_fast.kernels.strips import strip_rows
+    from gkd_fast.kernels.common.strips import strip_rows
 
     stages, strips = work.stages, -(-work.batch // strip_rows(work.dim))
     if work.op == "relation_kl":
@@ -101,7 +101,7 @@ def keeps_weighted(work: Work) -> bool:
 
 def relation_copies(work: Work) -> int:
     """How many matrices are copied: each stage of a launch, as rows and, for every piece of the rows, as columns."""
-    from gkd_fast.kernels import launch, table
+    from gkd_fast.kernels.common import launch, table
 
     name = "relation_sums" if work.direction == "forward" else "relation_gradients"
     (arch,) = (device.arch for device in devices.DEVICES if device.name == work.device)

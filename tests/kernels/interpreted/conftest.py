@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
-from gkd_fast.kernels import graph_conv, launch, node_contrast, relation_kl, small, strips, tangents
+from gkd_fast.kernels.common import launch, small, strips, tangents
+from gkd_fast.kernels.graph_conv import launches as graph_conv
+from gkd_fast.kernels.node_contrast import launches as node_contrast
+from gkd_fast.kernels.relation_kl import launches as relation_kl
 
 MARGIN = 64
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from unittest import mock
 
 import torch
-from gkd_fast.kernels import table
+from gkd_fast.kernels.common import table
 from torch import Tensor
 
 from gkd_fast import functional

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gkd_fast.kernels import table
+from gkd_fast.kernels.common import table
 
 from gkd_fast import functional, ops
 

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from gkd_fast.kernels import table
+from gkd_fast.kernels.common import table
 
 from gkd_fast import functional, ops
 

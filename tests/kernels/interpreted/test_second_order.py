@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from gkd_fast.kernels import table
+from gkd_fast.kernels.common import table
 from torch.autograd import gradgradcheck
 
 from tests.second_order_cases import (

@@ -1,0 +1,348 @@
+"""The kernels as they are compiled for an architecture by default, to be compiled and read without a GPU."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import triton
+from gkd_fast.kernels.catalog.small import small_batches
+from gkd_fast.kernels.catalog.tangent import second_order
+from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_width
+from gkd_fast.kernels.common.log_sums import BLOCK as LOG_SUMS_BLOCK
+from gkd_fast.kernels.common.log_sums import log_sum_shifts
+from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
+from gkd_fast.kernels.common.strips import MOST_ROWS
+from gkd_fast.kernels.common.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
+from gkd_fast.kernels.common.tile import COUNTS
+from gkd_fast.kernels.graph_conv.launches import INVERSE, INVERSE_ROOT, TERMS_ROWS, TERMS_WIDTH
+from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_gradients, graph_strip, graph_sums, graph_terms
+from gkd_fast.kernels.node_contrast.launches import EPILOGUE_ROWS
+from gkd_fast.kernels.node_contrast.tiles import (
+    contrast_differences,
+    contrast_gradients,
+    contrast_losses,
+    contrast_sums,
+)  # fmt: skip
+from gkd_fast.kernels.relation_kl.gradient_tiles import relation_factors, relation_gradients
+from gkd_fast.kernels.relation_kl.launches import STATISTICS_BLOCK
+from gkd_fast.kernels.relation_kl.tiles import relation_losses, relation_sums
+from gkd_fast.kernels.unit_rows.launches import BLOCK_ROWS as UNIT_ROWS
+from gkd_fast.kernels.unit_rows.launches import BLOCK_WIDTH as UNIT_WIDTH
+from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradient
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+
+# Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
+SIZES = ("dim", "dims", "width", "strides", "row_strides")
+FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero")
+
+# Rows that are multiplied by the kernel itself, in copies of whole tiles.
+WHOLE = {"STRIP": False, "ALIGNED": True}
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One kernel with the types, constants and tile sizes of a default launch.
+
+    Attributes:
+        op: the op it belongs to ("relation_kl", …).
+        kernel: its name, unique within an architecture, product type, width and number of stages.
+        direction: "forward", "backward" or "double backward".
+        arch, dtype, dim: as asked for; ``dtype`` is the product precision, ``dim`` the width of every matrix.
+        signature: argument → Triton type (a tuple of types for a list of stages); constexprs: argument → value.
+        block_rows, block_columns: the rows that a program owns and the columns of one step of its walk.
+        products: matrix products per step, each block_rows × block_columns × dim.
+        exponentials: exponentials per entry of the tile and step that the hardware's unit computes;
+        polynomials: those that the float units compute.
+        exemption: why no matrix instruction is expected, or None.
+        max_registers: what the compiler is told instead of a limit of its own, or None.
+        small: whether it serves batches of at most ``small.SMALL_BATCH`` rows alone.
+        strip: the most rows and columns of one launch, or None: all.
+    """
+
+    op: str
+    kernel: str
+    direction: str
+    arch: str
+    dtype: str
+    dim: int
+    fn: JITFunction
+    signature: dict
+    constexprs: dict
+    num_warps: int
+    num_stages: int
+    block_rows: int
+    block_columns: int
+    products: int
+    exponentials: float
+    polynomials: float
+    exemption: str | None
+    grid: Callable[[int], tuple[int, int]] = field(compare=False)
+    max_registers: int | None = None
+    small: bool = False
+    strip: tuple[int, int] | None = None
+
+    def launches(self, batch: int) -> int:
+        """How many launches, of strips of rows and columns, make one pass at this batch size."""
+        return math.prod(triton.cdiv(batch, most) for most in self.strip or ())
+
+    def programs(self, batch: int) -> int:
+        """Programs of one launch at this batch size."""
+        return self.grid(batch)[0]
+
+    def trips(self, batch: int) -> int:
+        """Steps of the walk over the columns per program."""
+        return self.grid(batch)[1]
+
+
+def target(arch: str) -> GPUTarget:
+    """Triton's name of an architecture ("sm_90", "gfx942")."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {ARCHITECTURES}, got {arch!r}")
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def compile(spec: Specialization, arch: str | None = None) -> triton.compiler.CompiledKernel:
+    """Compile for ``arch`` (default: the specialization's); needs no GPU. ``.asm`` holds "cubin" or "amdgcn"."""
+    source = ASTSource(spec.fn, spec.signature, spec.constexprs, _alignments(spec))
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if spec.max_registers is not None:
+        options["maxnreg"] = spec.max_registers
+    return triton.compile(source, target=target(arch or spec.arch), options=options)
+
+
+def _alignments(spec: Specialization) -> dict:
+    """Pointers are aligned to 16 bytes and widths are multiples of 16, which a launch finds out for itself."""
+    aligned = {}
+    for place, name in enumerate(spec.fn.arg_names):
+        kind = spec.signature[name]
+        if isinstance(kind, tuple):
+            if name == "strides":
+                continue
+            aligned.update({(place, k): [["tt.divisibility", 16]] for k in range(len(kind))})
+        elif kind.startswith("*") or name in SIZES:
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    return aligned
+
+
+def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (1, 1)) -> list[Specialization]:
+    """Every kernel that forward, backward and double backward passes launch, in the default configuration.
+
+    Args:
+        arch: one of ``ARCHITECTURES``.
+        dtype: product precision: "float64", "float32" (ieee), "tf32x3", "tf32", "bfloat16" or "float16".
+        dim: width of the unit rows and of the messages; above ``table.largest_width`` the kernels that work on strips.
+        stages: number of student and of teacher stages; more than share a launch count as one launch's group.
+    """
+    target(arch)
+    if dtype not in PRODUCTS:
+        raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
+    build = _Builder(arch, PRODUCTS[dtype], dim)
+    others = [*build.unit_rows(sum(stages)), *second_order(build, *stages), *small_batches(build, *stages)]
+    if padded_width(dim) > largest_width(arch, dtype):
+        return [*build.strips(*stages), *others]
+    return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(), *others]
+
+
+class _Builder:
+    def __init__(self, arch: str, product: Product, dim: int):
+        self.arch, self.product, self.dim, self.width = arch, product, dim, padded_width(dim)
+        self.row = "*fp64" if product.name == "float64" else "*fp32"
+        self.column = {"bfloat16": "*bf16", "float16": "*fp16"}.get(product.name, self.row)
+        self.polynomials = polynomials(arch, product.name)
+
+    def relation_kl(self, students: int, teachers: int):
+        for fn, direction in ((relation_sums, "forward"), (relation_gradients, "backward")):
+            most = relation_group(fn.__name__, self.arch, self.product.name, self.width)
+            S, T = min(students, most[0]), min(teachers, most[1])
+            constants = {"S": S, "T": T, "OWN_SHIFT": False} | WHOLE
+            if direction == "backward":
+                constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
+            lists = {"rows": S + T, "columns": S + T, "dims": S + T, "gradients": S}
+            yield self._walk(
+                "relation_kl", fn, direction, constants, lists, products=S + T + (S if direction == "backward" else 0),
+                bounded=S + T, exponentials=S + T, in_product_type=("rows",),
+            )  # fmt: skip
+        constants = {"S": S, "T": T, "OWN_SHIFT": False, "SUM": self.product.SUM, "BLOCK_ROWS": STATISTICS_BLOCK}
+        yield self._small("relation_kl", relation_losses, "forward", constants, {}, STATISTICS_BLOCK)
+        constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
+        yield self._small("relation_kl", relation_factors, "backward", constants, {}, STATISTICS_BLOCK)
+        constants = {"EXCEPT_OWN": True, "WIDTH": self.width}
+        yield self._walk("relation_kl", row_maxima_kernel, "forward", constants, {}, products=1)
+
+    def node_contrast(self, students: int, teachers: int):
+        lists = {"students": students, "teachers": teachers, "own": teachers}
+        for keep in (True, False):
+            constants = {
+                "S": students,
+                "T": teachers,
+                "KEEP": keep,
+                "OWN_SHIFT": False,
+                "STRIP": False,
+                "ALIGNED": True,
+            }
+            yield self._walk(
+                "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep, exponentials=1,
+                name="contrast_sums" if keep else "contrast_sums without weighted", pairs=students * teachers,
+            )  # fmt: skip
+        epilogue = {
+            "WIDTH": self.width,
+            "BLOCK_ROWS": EPILOGUE_ROWS,
+            "TYPE": self.product.TYPE,
+            "SUM": self.product.SUM,
+        }
+        constants = {"S": students, "T": teachers, "KEEP": True, "OWN_SHIFT": False, **epilogue}
+        yield self._small("node_contrast", contrast_losses, "forward", constants, lists, EPILOGUE_ROWS)
+        constants = {"S": students, "T": teachers, **epilogue}
+        lists = {"own": teachers, "gradients": students}
+        yield self._small("node_contrast", contrast_differences, "backward", constants, lists, EPILOGUE_ROWS)
+        constants = {"SUM": self.product.SUM, "BLOCK_ROWS": LOG_SUMS_BLOCK}
+        yield self._small("node_contrast", log_sum_shifts, "backward", constants, {}, LOG_SUMS_BLOCK)
+        for by_column, rows, columns in ((False, students, teachers), (True, teachers, students)):
+            constants = {
+                "STAGES": rows,
+                "PARTNERS": columns,
+                "BY_COLUMN": by_column,
+                "SCALED": self.product.scaled,
+            } | WHOLE
+            lists = {"rows": rows, "columns": columns, "own": columns, "gradients": rows}
+            yield self._walk(
+                "node_contrast", contrast_gradients, "backward", constants, lists, products=2, exponentials=1,
+                name=f"contrast_gradients of {'teachers' if by_column else 'students'}", pairs=rows, walks=columns,
+            )  # fmt: skip
+
+    def graph_conv(self):
+        yield self._walk("graph_conv", graph_degree_sums, "forward", {"ALIGNED": True}, {}, products=1, exponentials=1)
+        values = {"VALUE_WIDTH": self.width, "ALIGNED": True, "SCALED": self.product.scaled}
+        symmetric = {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}
+        row = {"DEGREES": True, "ROW_FACTOR": INVERSE}
+        for name, constants in (
+            ("symmetric", symmetric), ("row", row),
+        ):  # fmt: skip
+            yield self._walk(
+                "graph_conv", graph_sums, "forward", constants | values, {}, products=2,
+                exponentials=1, name=f"graph_sums, {name}", in_product_type=("values",),
+            )  # fmt: skip
+        constants = {"HAS_UPSTREAM": True, "MESSAGE_FACTOR": INVERSE_ROOT, "UPSTREAM_FACTOR": INVERSE_ROOT}
+        yield self._walk(
+            "graph_conv", graph_gradients, "backward", constants | values, {}, products=4, exponentials=1,
+            in_product_type=("column_messages", "column_upstream"),
+        )  # fmt: skip
+        constants = {
+            "SYMMETRIC": True,
+            "BLOCK_ROWS": TERMS_ROWS,
+            "BLOCK_WIDTH": TERMS_WIDTH,
+            "SUM": self.product.SUM,
+        }
+        yield self._small("graph_conv", graph_terms, "backward", constants, {}, TERMS_ROWS)
+
+    def strips(self, students: int, teachers: int):
+        """What wide rows need beside cuBLAS."""
+        scaled, S, T = self.product.scaled, students, teachers
+        most = relation_group("relation_sums", self.arch, self.product.name, self.width)
+        pairs = {"S": min(S, most[0]), "T": min(T, most[1]), "OWN_SHIFT": False}
+        lists = dict.fromkeys(("rows", "columns", "dims"), pairs["S"] + pairs["T"]) | {"gradients": pairs["S"]}
+        backward = {"WANTED": (1 << pairs["S"]) - 1, "SCALED": scaled}
+        yield self._strip("relation_kl", relation_sums, "forward", pairs, lists)
+        yield self._strip("relation_kl", relation_gradients, "backward", pairs | backward, lists, ("gradients",))
+        lists = {"students": S, "teachers": T, "own": T}
+        constants = {"S": S, "T": T, "KEEP": True, "OWN_SHIFT": False}
+        yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, ("weighted",))
+        for by_column, rows, columns in ((False, S, T), (True, T, S)):
+            constants = {"STAGES": rows, "PARTNERS": columns, "BY_COLUMN": by_column, "SCALED": scaled}
+            lists = {"rows": rows, "columns": columns, "own": columns, "gradients": 1}
+            name = f"contrast_gradients of {'teachers' if by_column else 'students'}"
+            yield self._strip("node_contrast", contrast_gradients, "backward", constants, lists, ("gradients",), name)
+        for gradient in (False, True):
+            constants, name = {"GRADIENT": gradient, "SCALED": scaled}, f"graph_strip{', gradient' if gradient else ''}"
+            direction = "backward" if gradient else "forward"
+            yield self._strip("graph_conv", graph_strip, direction, constants, {}, ("weights",), name)
+
+    def _strip(self, op, fn, direction, constants, lists, of_products=(), name=None):
+        config = tiles("strip", self.arch, self.product.name, self.width)
+        constants = {
+            **constants, "STRIP": True, "ALIGNED": False, "WIDTH": 16, "BLOCK_ROWS": config.rows,
+            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": self.polynomials, **self.product.constants(),
+        }  # fmt: skip
+        constants = {key: value for key, value in constants.items() if key in fn.arg_names}
+        return self._make(
+            op, fn, direction, constants, lists, config.warps, config.stages, config.rows, config.columns, 0, 0, 0,
+            "cuBLAS multiplies wide rows", lambda batch: (triton.cdiv(min(batch, MOST_ROWS), config.rows), 1), name,
+            of_products,
+        )  # fmt: skip
+
+    def unit_rows(self, stages: int):
+        constants = {"TYPE": self.product.SUM, "ROWS": UNIT_ROWS, "WIDTH": UNIT_WIDTH}
+        names = ("rows", "upstream", "row_strides", "strides", "dims", "units", "inverse_norms", "gradients")
+        lists = dict.fromkeys(names, stages)
+        for fn, direction in ((unit_rows_forward, "forward"), (unit_rows_gradient, "backward")):
+            yield self._small("unit_rows", fn, direction, constants, lists, UNIT_ROWS, launches=stages)
+
+    def _walk(self, op, fn, direction, constants, lists, *, products, bounded=0, exponentials=0, name=None,
+              in_product_type=(), pairs=1, walks=1):  # fmt: skip
+        """A kernel that walks tiles of the columns."""
+        kernel = graph_degree_sums.__name__ if fn is row_maxima_kernel else fn.__name__
+        config = tiles(kernel, self.arch, self.product.name, self.width)
+        constants = {
+            **constants, "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+            **self.product.constants(),
+        }  # fmt: skip
+        if "POLYNOMIALS" in fn.arg_names:
+            constants["POLYNOMIALS"] = self.polynomials
+
+        def grid(batch: int) -> tuple[int, int]:
+            row_blocks = triton.cdiv(batch, config.rows) * pairs
+            parts = divide(row_blocks, batch, config.columns, MULTIPROCESSORS[self.arch])
+            return row_blocks * parts, triton.cdiv(triton.cdiv(batch, config.columns), parts) * walks
+
+        polynomials = bounded * self.polynomials / 2
+        return self._make(
+            op, fn, direction, constants, lists, config.warps, config.stages, config.rows, config.columns, products,
+            exponentials + bounded - polynomials, polynomials, self._exemption(), grid, name,
+            ("columns", "column_nodes", *(("teachers",) if op == "node_contrast" else ()), *in_product_type),
+        )  # fmt: skip
+
+    def _small(self, op, fn, direction, constants, lists, rows, launches=1):
+        """A kernel that reads every row once."""
+        return self._make(
+            op, fn, direction, constants, lists, 4, 2, rows, 0, 0, 0, 0, "it computes no matrix product",
+            lambda batch: (triton.cdiv(batch, rows) * launches, 1), None, (),
+        )  # fmt: skip
+
+    def _make(self, op, fn, direction, constants, lists, warps, stages, rows, columns, products, exponentials,
+              polynomials,
+              exemption, grid, name, of_columns, **others):  # fmt: skip
+        signature = {}
+        for argument in fn.arg_names:
+            kind = self._type(argument, of_columns)
+            if argument in constants:
+                kind = "constexpr"
+            elif argument in lists:
+                kind = (kind,) * lists[argument]
+            signature[argument] = kind
+        return Specialization(
+            op, name or fn.__name__, direction, self.arch, self.product.name, self.dim, fn, signature, constants, warps,
+            stages, rows, columns, products, exponentials, polynomials, exemption, grid,
+            **others,
+        )  # fmt: skip
+
+    def _type(self, argument: str, of_columns: tuple[str, ...]) -> str:
+        if argument in FLOATS:
+            return "fp64"
+        if argument in COUNTS or argument in SIZES:
+            return "i32"
+        if argument.endswith("log_sums"):
+            return "*fp64"
+        return self.column if argument in of_columns else self.row
+
+    def _exemption(self) -> str | None:
+        if self.product.name == "float32" and not self.arch.startswith("gfx"):
+            return "NVIDIA's matrix units do not multiply float32 in ieee precision"
+        if self.product.name == "float64" and self.arch == "sm_86":
+            return "it has no matrix units for float64"
+        return None

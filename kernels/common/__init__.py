@@ -1,0 +1,1 @@
+"""What the ops' kernels and launchers share."""

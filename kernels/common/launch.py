@@ -1,0 +1,216 @@
+"""What the launchers share: product types, tile sizes, the division of the columns, the device."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from gkd_fast.kernels.common import table
+from torch import Tensor
+
+# Columns are copied in the product's type this much at a time, in multiples of so many, and rows so many at a time.
+COLUMN_BYTES = 8 * 2**20
+COLUMN_MULTIPLE = 256
+ROWS_AT_A_TIME = 2**14
+# Tiles in float16 are scaled by a power of two to at most this.
+LARGEST_FLOAT16 = 2.0**14
+
+
+@dataclass(frozen=True)
+class Product:
+    """How tiles are multiplied: their type, Triton's name of it and of the sums, and the precision of float32."""
+
+    name: str
+    torch_type: torch.dtype
+    TYPE: tl.dtype
+    SUM: tl.dtype
+    PRECISION: str
+
+    @property
+    def scaled(self) -> bool:
+        """Whether gradient tiles are scaled, because entries that shrink like 1/B² would leave the type's range."""
+        return self.name == "float16"
+
+    def constants(self) -> dict:
+        return {"TYPE": self.TYPE, "SUM": self.SUM, "PRECISION": self.PRECISION}
+
+
+PRODUCTS = {
+    "float64": Product("float64", torch.float64, tl.float64, tl.float64, "ieee"),
+    "float32": Product("float32", torch.float32, tl.float32, tl.float32, "ieee"),
+    "tf32x3": Product("tf32x3", torch.float32, tl.float32, tl.float32, "tf32x3"),
+    "tf32": Product("tf32", torch.float32, tl.float32, tl.float32, "tf32"),
+    "bfloat16": Product("bfloat16", torch.bfloat16, tl.bfloat16, tl.float32, "ieee"),
+    "float16": Product("float16", torch.float16, tl.float16, tl.float32, "ieee"),
+}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The entry of the table that serves this device."""
+    if device.type == "cpu":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has "
+            f'{major}.{minor}: use backend="reference"'
+        )
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_86")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return table.MULTIPROCESSORS["sm_90"]
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def product_of(precision: str, x: Tensor) -> Product:
+    """The product type of an op call; float64 rows are multiplied in float64, whatever the precision.
+
+    "float32" is three tf32 products, whose errors are near float32's, unless the device has none or PyTorch was told
+    "ieee": without matrix units float32 would be slower than plain PyTorch.
+    """
+    if precision not in PRODUCTS:
+        raise ValueError(f"product_precision must be one of {tuple(PRODUCTS)}, got {precision!r}")
+    if x.dtype == torch.float64:
+        return PRODUCTS["float64"]
+    if precision in ("float32", "float64"):
+        strict = torch.version.hip or torch.backends.cuda.matmul.fp32_precision == "ieee"
+        return PRODUCTS["float32" if strict else "tf32x3"]
+    return PRODUCTS[precision]
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device and its current stream: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def matrices(name: str, tensors: Sequence[Tensor], rows: int | None = None) -> list[Tensor]:
+    """The matrices, contiguous, checked for one type (float32 or float64), device and number of rows."""
+    first = tensors[0]
+    rows = first.shape[0] if rows is None else rows
+    for k, x in enumerate(tensors):
+        if x.dtype not in (torch.float32, torch.float64) or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(f"{name}[{k}] must be float32 or float64 like the others, got {x.dtype} on {x.device}")
+        if x.dim() != 2 or x.shape[0] != rows:
+            raise ValueError(f"{name}[{k}] must have shape [{rows}, width], got {tuple(x.shape)}")
+    return [x.contiguous() for x in tensors]
+
+
+def padded_width(*widths: int) -> int:
+    """The power of two that holds the widths, at least 16, the least that a matrix product takes."""
+    return max(16, triton.next_power_of_2(max(widths)))
+
+
+def divide(row_blocks: int, columns: int, block_columns: int, processors: int) -> int:
+    """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work."""
+    return max(1, min(triton.cdiv(columns, block_columns), processors // row_blocks))
+
+
+def row_blocks_at_a_time(rows: int, block_rows: int) -> int:
+    return triton.cdiv(min(rows, ROWS_AT_A_TIME), block_rows)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a set's rows: the first, the number of them, their matrices, and whether they are the last.
+
+    An ``aligned`` piece needs no masked loads: its matrices have the widths and the whole blocks that were asked for.
+    """
+
+    start: int
+    count: int
+    matrices: tuple[Tensor, ...]
+    is_last: bool
+    aligned: bool = False
+
+
+def column_pieces(
+    columns: Sequence[Tensor],
+    dtype: torch.dtype,
+    factors: Sequence[Tensor | None] | None = None,
+    most: int | None = None,
+    widths: Sequence[int] | None = None,
+    block: int = 1,
+) -> Iterator[Piece]:
+    """The columns in the product's type, rows multiplied by their factors, ``COLUMN_BYTES`` or ``most`` at a time.
+
+    Where nothing is to be changed, the matrices themselves. With ``widths`` (none less than a matrix's own) copies are
+    that wide and whole blocks long, zero beyond the matrix. A piece is overwritten by the next one.
+    """
+    count = len(columns[0])
+    factors = factors or [None] * len(columns)
+    unchanged = all(x.dtype == dtype for x in columns) and all(f is None for f in factors)
+    if most is None and unchanged:
+        exact = widths is not None and all(x.shape[1] == w for x, w in zip(columns, widths, strict=True))
+        yield Piece(0, count, tuple(columns), True, exact and count % block == 0)
+        return
+    stored = widths or [x.shape[1] for x in columns]
+    step = min(count, most or _rows_of_a_copy(sum(stored) * dtype.itemsize))
+    copies = _copies(columns, dtype, stored, triton.cdiv(step, block) * block)
+    yield from _copied(columns, copies, step, factors, widths is not None)
+
+
+def _rows_of_a_copy(row_bytes: int) -> int:
+    return max(COLUMN_MULTIPLE, COLUMN_BYTES // row_bytes // COLUMN_MULTIPLE * COLUMN_MULTIPLE)
+
+
+def _copies(matrices: Sequence[Tensor], dtype: torch.dtype, widths: Sequence[int], length: int) -> list[Tensor]:
+    copies = [x.new_empty(length, width, dtype=dtype) for x, width in zip(matrices, widths, strict=True)]
+    for x, copy in zip(matrices, copies, strict=True):
+        copy[:, x.shape[1] :] = 0
+    return copies
+
+
+def _copied(matrices, copies, step: int, factors, aligned: bool) -> Iterator[Piece]:
+    """Pieces of ``step`` rows, one after another in the same ``copies``."""
+    count = len(matrices[0])
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        for x, factor, copy in zip(matrices, factors, copies, strict=True):
+            here = copy[: stop - start, : x.shape[1]]
+            if factor is None:
+                here.copy_(x[start:stop])
+            else:
+                torch.mul(x[start:stop], factor[start:stop, None], out=here)
+            copy[stop - start :] = 0
+        pieces = copies if aligned else [copy[: stop - start] for copy in copies]
+        yield Piece(start, stop - start, tuple(pieces), stop == count, aligned)
+
+
+def row_and_column_pieces(
+    rows: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype, width: int, block: int
+) -> Iterator[tuple[Piece, Piece]]:
+    """Every piece of the rows, in the product's type, with every piece of the columns; one copy for both if it is all.
+
+    Matrix units read a program's own rows from shared memory at once only if the kernel need not convert them.
+    """
+    widths, none = [width] * len(rows), [None] * len(rows)
+    if rows[0].dtype == dtype:
+        whole = Piece(0, len(rows[0]), tuple(rows), True)
+        for piece in column_pieces(columns, dtype, widths=widths, block=block):
+            yield whole, piece
+        return
+    step = min(len(columns[0]), _rows_of_a_copy(sum(widths) * dtype.itemsize))
+    copies = _copies(columns, dtype, widths, triton.cdiv(step, block) * block)
+    if rows is columns and step == len(columns[0]):
+        for piece in _copied(columns, copies, step, none, True):
+            yield piece, piece
+        return
+    row_step = min(len(rows[0]), ROWS_AT_A_TIME)
+    row_copies = _copies(rows, dtype, widths, triton.cdiv(row_step, block) * block)
+    for own in _copied(rows, row_copies, row_step, none, True):
+        for piece in _copied(columns, copies, step, none, True):
+            yield own, piece
+
+
+def power_of_two(bound: Tensor) -> Tensor:
+    """The power of two that brings ``bound`` just under the largest float16 tile entry; a tensor without dimensions."""
+    return torch.exp2(torch.floor(torch.log2(LARGEST_FLOAT16 / bound.clamp(2.0**-60, 2.0**60))))

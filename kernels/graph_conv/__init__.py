@@ -1,0 +1,1 @@
+"""graph_conv on GPUs: ``launches`` is where an op comes in."""

@@ -1,0 +1,225 @@
+"""graph_conv's second order on GPUs: the launches of ``tangent_tiles``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Piece, matrices, on_device, power_of_two
+from gkd_fast.kernels.common.tangents import (
+    Directions,
+    add_weighted,
+    converted,
+    new_strip,
+    pieces,
+    row_blocks,
+    spread,
+    tiling,
+)  # fmt: skip
+from gkd_fast.kernels.graph_conv.launches import Graph
+from gkd_fast.kernels.graph_conv.tangent_tiles import (
+    graph_degree_tangents,
+    graph_double_gradients,
+    graph_tangent_weights,
+)  # fmt: skip
+from torch import Tensor
+
+
+class MovingGraph(Graph):
+    """The graph and the tangents of its nodes, None where they stand still."""
+
+    def __init__(
+        self, nodes, tangent, inverse_variance, product_precision, column_nodes, column_tangent, offset,
+        bound=LARGEST_FLOAT16,
+    ):  # fmt: skip
+        super().__init__(nodes, inverse_variance, product_precision, column_nodes, offset)
+        moving = [tangent is not None]
+        of_rows = of_columns = spread("tangent", [x for x in [tangent] if x is not None], moving, [self.nodes])
+        if self.has_columns:
+            given = [x for x in [column_tangent] if x is not None]
+            of_columns = spread("column_tangent", given, moving, [self.columns])
+        self.directions = Directions(self.product, of_rows, of_columns, bound=bound)
+        ((self.tangent,), (self.column_tangent,)) = self.directions.sides
+        self.moves = self.tangent is not None
+
+    def blocks(self, width: int = 1) -> list[slice]:
+        return row_blocks(self.row_count, max(self.dim, width))
+
+    def pieces(self, rows: slice, *others: Tensor) -> Iterator[Piece]:
+        """The column nodes, then others, and last, if they move, the nodes' tangents."""
+        tangents = [self.column_tangent] if self.moves else []
+        return pieces([self.columns, *others, *tangents], self.product, len(self.nodes[rows]), weights=2)
+
+    def launch(self, kernel, block: slice, piece: Piece, *arguments, **constants):
+        """A kernel gets the nodes in the place of tangents that it does not read."""
+        rows = converted(self.nodes[block], self.product)
+        tangents = converted(self.tangent[block], self.product) if self.moves else rows
+        grid, common = tiling(kernel.__name__, self.arch, self.product, len(rows), piece.count)
+        kernel[grid](
+            rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, len(rows), piece.count,
+            self.offset + block.start - piece.start, **common, **constants,
+        )  # fmt: skip
+
+
+def graph_degrees_tangent(
+    nodes, tangent, inverse_variance, product_precision, column_nodes=None, column_tangent=None, offset=0
+) -> Tensor:
+    graph = MovingGraph(nodes, tangent, inverse_variance, product_precision, column_nodes, column_tangent, offset)
+    total = graph.nodes.new_zeros(graph.row_count)
+    with on_device(graph.nodes):
+        for block in graph.blocks():
+            for piece in graph.pieces(block):
+                blocks = tiling("graph_degree_tangents", graph.arch, graph.product, 1, piece.count)[0][0]
+                sums = total.new_empty(blocks, len(total[block]))
+                graph.launch(graph_degree_tangents, block, piece, sums, inverse_variance, graph.dim)
+                total[block] += sums.sum(dim=0)
+    return graph.directions.divided(total)
+
+
+def graph_conv_tangent(
+    nodes, tangent, values, rates, extra, inverse_variance, product_precision, column_nodes=None, column_tangent=None,
+    offset=0,
+) -> list[Tensor]:  # fmt: skip
+    # Weights K˙ = v K ċ are at most 2v times the longest direction.
+    bound = 2 * inverse_variance.clamp(min=1)
+    graph = MovingGraph(
+        nodes, tangent, inverse_variance, product_precision, column_nodes, column_tangent, offset, bound
+    )
+    values = matrices("values", values, graph.column_count)
+    if len(values) != len(rates):
+        raise ValueError(f"every one of {len(values)} values needs its rates, got {len(rates)}")
+    extra = None if extra is None else matrices("extra", [extra], graph.column_count)[0]
+    sums = [x.new_zeros(graph.row_count, x.shape[1]) for x in values]
+    with on_device(graph.nodes):
+        for p, (x, a) in enumerate(zip(values, rates, strict=True)):
+            # K˙ times x, K times ẋ = a x + extra.
+            moving = graph.directions.multiplied(a)[:, None] * x if graph.moves else None
+            if p == 0 and extra is not None:
+                more = graph.directions.multiplied(extra)
+                moving = more if moving is None else moving + more
+            if moving is not None:
+                _add_tangents(graph, x, moving, sums[p])
+    return [graph.directions.divided(x) for x in sums]
+
+
+def _add_tangents(graph: MovingGraph, values: Tensor, tangents: Tensor, out: Tensor):
+    """out_i += Σ_j (K˙_ij values_j + K_ij tangents_j)."""
+    scaled = graph.product.scaled
+    operands = [tangents, values] if graph.moves else [tangents]
+    powers = [power_of_two(x.abs().amax()) for x in operands] if scaled else []
+    if scaled:
+        operands = [x * power for x, power in zip(operands, powers, strict=True)]
+    for block in graph.blocks(values.shape[1]):
+        # K is multiplied by 2^14 in float16.
+        totals = [torch.zeros_like(out[block]) for _ in operands]
+        for piece in graph.pieces(block, *operands):
+            strips = [new_strip(piece.matrices[0], len(out[block]), piece.count) for _ in operands]
+            graph.launch(graph_tangent_weights, block, piece, strips[-1], strips[0], graph.inverse_variance, graph.dim,
+                         NODES_MOVE=graph.moves, SCALED=scaled)  # fmt: skip
+            for total, weights, matrix in zip(totals, strips, piece.matrices[1:], strict=False):
+                add_weighted(total, weights, matrix)
+        for k, total in enumerate(totals):
+            if scaled:
+                total = total / (powers[k] * LARGEST_FLOAT16 if k == 0 else powers[k])
+            out[block] += total
+
+
+@dataclass(frozen=True)
+class Side:
+    """G', H' and extra (or None) of the rows or of the columns, and the terms ḋ, d, a and b, [4, count]."""
+
+    left: Tensor
+    right: Tensor
+    extra: Tensor | None
+    terms: Tensor
+
+
+def graph_conv_double_backward(
+    nodes, tangent, left, right, left_rates, right_rates, extra, terms, term_tangents, inverse_variance,
+    product_precision, column_nodes=None, column_tangent=None, column_left=None, column_right=None,
+    column_left_rates=None, column_right_rates=None, column_extra=None, column_terms=None, column_term_tangents=None,
+    offset=0,
+) -> Tensor:  # fmt: skip
+    graph = MovingGraph(nodes, tangent, inverse_variance, product_precision, column_nodes, column_tangent, offset)
+    own = _side(graph.row_count, left, right, extra, term_tangents, terms, left_rates, right_rates)
+    other = own
+    if graph.has_columns:
+        given = (column_left, column_right, column_term_tangents, column_terms, column_left_rates, column_right_rates)
+        if any(x is None for x in given) or (extra is None) != (column_extra is None):
+            raise ValueError("a column set needs all column_*")
+        other = _side(graph.column_count, column_left, column_right, column_extra, *given[2:])
+    gradient = torch.zeros_like(graph.nodes)
+    with on_device(graph.nodes):
+        own, other, scale, unscale = _scaled(graph, own, other)
+        for block in graph.blocks(left.shape[1]):
+            _add_gradient(graph, own, other, scale, block, gradient[block])
+        if unscale is not None:
+            gradient *= unscale
+    return gradient
+
+
+def _side(count: int, left, right, extra, *terms) -> Side:
+    left, right = matrices("left and right", [left, right], count)
+    extra = None if extra is None else matrices("extra", [extra], count)[0]
+    return Side(left, right, extra, torch.stack(terms))
+
+
+def _add_gradient(graph: MovingGraph, own: Side, other: Side, scale: Tensor, block: slice, gradient: Tensor):
+    """Adds Σ_j (M˙_ij e_j + M_ij ė_j) of a few rows, in the units of ``scale``."""
+    product, has_extra = graph.product, own.extra is not None
+    left, right = (converted(x[block], product) for x in (own.left, own.right))
+    extra = converted(own.extra[block], product) if has_extra else left
+    row_terms = own.terms[:, block].contiguous()
+    for piece in graph.pieces(block, other.left, other.right, *([other.extra] if has_extra else [])):
+        of_columns = piece.matrices[1:3]
+        column_extra = piece.matrices[3] if has_extra else of_columns[0]
+        here = slice(piece.start, piece.start + piece.count)
+        values = [piece.matrices[0], *([piece.matrices[-1]] if graph.moves else [])]
+        strips = [new_strip(left, len(gradient), piece.count) for _ in values]
+        graph.launch(
+            graph_double_gradients, block, piece, left, right, extra, *of_columns, column_extra, row_terms,
+            other.terms[:, here].contiguous(), strips[0], strips[-1], graph.inverse_variance, scale, graph.dim,
+            left.shape[1], NODES_MOVE=graph.moves, HAS_EXTRA=has_extra,
+        )  # fmt: skip
+        for weights, matrix in zip(strips, values, strict=True):
+            add_weighted(gradient, weights, matrix)
+
+
+# Powers of two bring the entries of G' and of H' and extra to at most this in float16.
+LARGEST_OPERAND = 16.0
+
+
+def _scaled(graph: MovingGraph, own: Side, other: Side) -> tuple[Side, Side, Tensor, Tensor | None]:
+    """Both sides in the directions' units and within float16, v in the units of M, and what undoes both."""
+    v = graph.inverse_variance
+
+    def in_units(side: Side, of_left, of_right) -> Side:
+        tangents, terms, *rates = side.terms
+        tangents, rates = graph.directions.multiplied(tangents), [graph.directions.multiplied(x) for x in rates]
+        products = of_left * of_right
+        extra = None if side.extra is None else graph.directions.multiplied(side.extra) * of_right
+        terms = torch.stack([tangents * products, terms * products, *rates])
+        return Side(side.left * of_left, side.right * of_right, extra, terms)
+
+    if not graph.product.scaled:
+        return own, other, v, None
+    sides = [own] if other is own else [own, other]
+    extras = [graph.directions.multiplied(x.extra) for x in sides if x.extra is not None]
+    of_left = power_of_two(_largest(*(x.left for x in sides))) * (LARGEST_OPERAND / LARGEST_FLOAT16)
+    of_right = power_of_two(_largest(*(x.right for x in sides), *extras)) * (LARGEST_OPERAND / LARGEST_FLOAT16)
+    sides = [in_units(x, of_left, of_right) for x in sides]
+    # |m| ≤ 2 ‖G'‖ ‖H'‖ + 2 |d|,  |ṁ| ≤ 2 |m| (|a| + |b|) + 2 ‖G'‖ ‖extra‖ + 2 |ḋ|,  |M˙| ≤ v (2v |m| + |ṁ|)
+    tangents, terms, a, b = (torch.stack([x.terms[k].abs().amax() for x in sides]).amax() for k in range(4))
+    left, right = (_longest(*(getattr(x, name) for x in sides)) for name in ("left", "right"))
+    extra = _longest(*(x.extra for x in sides)) if extras else 0.0
+    m = 2 * (left * right + terms)
+    unit = power_of_two(v * (m * (1 + 2 * v + 2 * (a + b)) + 2 * left * extra + 2 * tangents))
+    unscale = 1 / (unit * of_left * of_right)
+    return sides[0], sides[-1], v * unit, graph.directions.divided(unscale)
+
+
+def _largest(*tensors: Tensor) -> Tensor:
+    return torch.stack([x.abs().amax() for x in tensors]).amax()
+
+
+def _longest(*tensors: Tensor) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(x, dim=1).amax() for x in tensors]).amax()

@@ -1,0 +1,1 @@
+"""node_contrast on GPUs: ``launches`` is where an op comes in."""

@@ -1,0 +1,233 @@
+"""node_contrast on GPUs: the launches of ``tiles``, all wanted pairs or stages in one."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+from gkd_fast.kernels.common.launch import (
+    Piece,
+    architecture,
+    column_pieces,
+    divide,
+    matrices,
+    multiprocessors,
+    on_device,
+    padded_width,
+    power_of_two,
+    product_of,
+)  # fmt: skip
+from gkd_fast.kernels.common.log_sums import shifts_and_ratios
+from gkd_fast.kernels.common.row_maxima import row_maxima
+from gkd_fast.kernels.common.small import is_small
+from gkd_fast.kernels.common.table import Tiles, largest_width, tiles
+from gkd_fast.kernels.node_contrast import small, strips
+from gkd_fast.kernels.node_contrast.tiles import (
+    contrast_differences,
+    contrast_gradients,
+    contrast_losses,
+    contrast_sums,
+)  # fmt: skip
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+# Up to this 2/τ the sums of exp((c − 1)/τ) cannot underflow in float32, nor the weights in float16, scaled by 2^14.
+LARGEST_SHARED_SHIFT = 80
+LARGEST_SHARED_SHIFT_FLOAT16 = 20
+FLOAT16_EXPONENT = 14
+MOST_PAIRS = 62
+EPILOGUE_ROWS = 16
+
+
+class Problem:
+    """Rows and constants of one call."""
+
+    def __init__(self, students, teachers, wanted, temperature, product_precision):
+        self.students = matrices("students", students)
+        self.teachers = matrices("teachers", teachers, students[0].shape[0])
+        self.S, self.T, self.dim = len(students), len(teachers), students[0].shape[1]
+        if any(x.shape[1] != self.dim for x in (*students, *teachers)):
+            raise ValueError(f"all stages must have width {self.dim}")
+        if len(wanted) != self.S * self.T:
+            raise ValueError(f"wanted must have {self.S * self.T} entries, got {len(wanted)}")
+        if len(wanted) > MOST_PAIRS:
+            raise ValueError(f"node_contrast takes at most {MOST_PAIRS} stage pairs, got {len(wanted)}")
+        self.row_count, self.wanted = (
+            len(self.students[0]),
+            sum(1 << p for p, is_wanted in enumerate(wanted) if is_wanted),
+        )
+        self.pairs = [divmod(p, self.T) for p, is_wanted in enumerate(wanted) if is_wanted]
+        self.product = product_of(product_precision, students[0])
+        self.device, self.arch = students[0].device, architecture(students[0].device)
+        self.temperature, self.scale = temperature, LOG2E / temperature
+        self.width = padded_width(self.dim)
+        self.is_wide = self.width > largest_width(self.arch, self.product.name)
+
+    def column_set(self, name: str, columns, rows: list[Tensor]) -> list[Tensor]:
+        if columns is None:
+            return rows
+        columns = matrices(name, columns)
+        if len(columns) != len(rows) or columns[0].shape[1] != self.dim:
+            raise ValueError(f"{name} must have {len(rows)} stages of width {self.dim}")
+        return columns
+
+    def own_rows(self, columns, rows: list[Tensor], offset: int) -> list[Tensor]:
+        """The rows' own columns, which are ``rows`` themselves; zeros where they are none of the columns."""
+        if columns is None or 0 <= offset <= len(columns[0]) - self.row_count:
+            return rows
+        if -self.row_count < offset < len(columns[0]):
+            raise ValueError(
+                f"the rows' own columns i + offset must all be columns or none of them: {self.row_count} rows, "
+                f"{len(columns[0])} columns, offset {offset}"
+            )
+        return [torch.zeros_like(rows[0])] * len(rows)
+
+    def constants(self, config) -> dict:
+        return {
+            "STRIP": self.is_wide, "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+            "num_warps": config.warps, "num_stages": config.stages, **self.product.constants(),
+        }  # fmt: skip
+
+    def pieces(self, columns: list[Tensor], config: Tiles) -> Iterator[Piece]:
+        return column_pieces(columns, self.product.torch_type, widths=[self.width] * len(columns), block=config.columns)
+
+    def epilogue_constants(self) -> dict:
+        return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "TYPE": self.product.TYPE, "SUM": self.product.SUM}
+
+
+def node_contrast(
+    students, teachers, wanted, temperature, product_precision, keep_weighted, teacher_columns=None, offset=0
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(students, teachers, wanted, temperature, product_precision)
+    columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
+    own = problem.own_rows(teacher_columns, problem.teachers, offset)
+    in_one_launch = is_small(problem.row_count, teacher_columns is not None, problem.dim)
+    if problem.is_wide and not in_one_launch:
+        return strips.node_contrast(problem, columns, own, keep_weighted)
+    x, rows, num_pairs = problem.students[0], problem.row_count, len(problem.pairs)
+    writes_all = in_one_launch or num_pairs == problem.S * problem.T
+    losses = (x.new_empty if writes_all else x.new_zeros)(rows, problem.S, problem.T)
+    log_sums = x.new_empty(num_pairs, rows, dtype=torch.float64)
+    weighted = x.new_empty(num_pairs, rows, problem.dim) if keep_weighted else x.new_empty(0)
+    if in_one_launch:
+        small.node_contrast(problem, losses, log_sums, weighted)
+        return losses, log_sums, weighted
+    if num_pairs == 0:
+        return losses, log_sums, weighted
+    config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
+    row_blocks = triton.cdiv(rows, config.rows)
+    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, multiprocessors(problem.device))
+    sums = x.new_empty(parts, num_pairs, rows)
+    partial = x.new_empty(parts, num_pairs, rows, problem.dim) if keep_weighted and parts > 1 else weighted
+    with on_device(x):
+        own_shift, shift, shifts = row_shifts(problem, columns)
+        keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
+        shifts = losses if shifts is None else shifts
+        for piece in problem.pieces(columns, config):
+            contrast_sums[(row_blocks, num_pairs * parts)](
+                tuple(problem.students), piece.matrices, tuple(own), sums, partial, shifts, losses, log_sums,
+                problem.dim, rows, piece.count, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
+                problem.scale, shift, ALIGNED=piece.aligned, **keep, **problem.constants(config),
+            )  # fmt: skip
+        if parts > 1:
+            contrast_losses[(triton.cdiv(rows, EPILOGUE_ROWS), num_pairs)](
+                tuple(problem.students), tuple(own), sums, partial, weighted, shifts, losses, log_sums, problem.dim,
+                rows, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
+            )  # fmt: skip
+    return losses, log_sums, weighted
+
+
+def row_shifts(problem: Problem, columns: list[Tensor]) -> tuple[bool, float, Tensor | None]:
+    """Whether every pair's rows have shifts of their own, the shift otherwise, and those shifts [pairs, I]."""
+    is_float16 = problem.product.name == "float16"
+    largest = LARGEST_SHARED_SHIFT_FLOAT16 if is_float16 else LARGEST_SHARED_SHIFT
+    below = FLOAT16_EXPONENT if is_float16 else 0
+    if 2 / problem.temperature <= largest:
+        return False, problem.scale - below, None
+    maxima = columns[0].new_empty(len(problem.pairs), problem.row_count)
+    for place, (s, t) in enumerate(problem.pairs):
+        row_maxima(maxima[place], problem.students[s], columns[t], 0, False, problem.product)
+    return True, 0.0, maxima * problem.scale - below
+
+
+def node_contrast_backward(
+    upstream, students, teachers, log_sums, weighted, wanted, temperature, product_precision, needs,
+    teacher_columns=None, student_columns=None, offset=0, column_upstream=None, column_log_sums=None,
+) -> list[Tensor]:  # fmt: skip
+    problem = Problem(students, teachers, wanted, temperature, product_precision)
+    S, T = problem.S, problem.T
+    if len(needs) != S + T:
+        raise ValueError(f"needs must have {S + T} entries, got {len(needs)}")
+    all_teachers = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
+    all_students = problem.column_set("student_columns", student_columns, problem.students)
+    own_teachers = problem.own_rows(teacher_columns, problem.teachers, offset)
+    own_students = problem.own_rows(student_columns, problem.students, offset)
+    upstream, log_sums = upstream.contiguous(), log_sums.contiguous()
+    column_side = (upstream, log_sums)
+    has_columns = teacher_columns is not None or student_columns is not None
+    if is_small(problem.row_count, has_columns, problem.dim):
+        return small.node_contrast_backward(problem, upstream, log_sums, weighted.contiguous(), needs)
+    if has_columns:
+        if column_upstream is not None and (column_log_sums is None or student_columns is None):
+            raise ValueError("column_upstream needs student_columns and column_log_sums")
+        column_side = None if column_upstream is None else (column_upstream.contiguous(), column_log_sums.contiguous())
+    if problem.is_wide:
+        return strips.node_contrast_backward(
+            problem, all_teachers, all_students, own_teachers, own_students, (upstream, log_sums), column_side,
+            weighted, needs,
+        )  # fmt: skip
+    gradients = [
+        torch.empty_like(x) for x, needed in zip((*problem.students, *problem.teachers), needs, strict=True) if needed
+    ]
+    num_students = sum(needs[:S])
+    with on_device(upstream):
+        if num_students and weighted.numel():
+            _differences(problem, own_teachers, weighted.contiguous(), upstream, gradients[:num_students], needs[:S])
+        elif num_students:
+            _gradients(problem, problem.students, all_teachers, own_teachers, (upstream, log_sums), upstream,
+                       gradients[:num_students], needs[:S], False)  # fmt: skip
+        if num_students < len(gradients):
+            _gradients(problem, problem.teachers, all_students, own_students, column_side, upstream,
+                       gradients[num_students:], needs[S:], True)  # fmt: skip
+    return gradients
+
+
+def _bits(flags) -> int:
+    return sum(1 << k for k, flag in enumerate(flags) if flag)
+
+
+def _differences(problem, own, weighted, upstream, gradients, needs):
+    """The students' gradients from the weighted sums that the forward pass kept."""
+    contrast_differences[(triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients))](
+        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, problem.wanted,
+        _bits(needs), 1 / problem.temperature, problem.S, problem.T, **problem.epilogue_constants(),
+    )  # fmt: skip
+
+
+def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs, by_column):
+    """One side's gradients; ``side``: upstream and log-sums of the rows, or by column of the columns (None: zero)."""
+    config = tiles("contrast_gradients", problem.arch, problem.product.name, problem.width)
+    row_blocks = triton.cdiv(problem.row_count, config.rows)
+    count = 0 if side is None else len(columns[0])
+    upstream = shifts = ratios = own_upstream
+    if side is not None:
+        upstream, log_sums = side
+        shifts, ratios = shifts_and_ratios(log_sums, upstream, problem.product.SUM)
+    parts = divide(row_blocks * len(gradients), count, config.columns, multiprocessors(problem.device))
+    partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
+    power = upstream
+    if problem.product.scaled:
+        power = power_of_two(upstream.abs().amax() / problem.temperature)
+    for piece in problem.pieces(columns, config):
+        first, stop = piece.start, piece.start + piece.count
+        by_piece = by_column and side is not None
+        contrast_gradients[(row_blocks, parts * len(gradients))](
+            tuple(rows), piece.matrices, tuple(own), upstream[first:stop] if by_piece else upstream, own_upstream,
+            *(x[:, first:stop].contiguous() if by_piece else x for x in (shifts, ratios)), tuple(partial), power,
+            problem.dim, problem.row_count, min(piece.count, count), problem.wanted, _bits(needs), parts,
+            int(first > 0), 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
+            1 / problem.temperature, STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column,
+            SCALED=problem.product.scaled, ALIGNED=piece.aligned, **problem.constants(config),
+        )  # fmt: skip
+    if parts > 1:
+        for x, pieces in zip(gradients, partial, strict=True):
+            torch.sum(pieces, dim=0, out=x)

@@ -1,0 +1,1 @@
+"""relation_kl on GPUs: ``launches`` is where an op comes in."""

@@ -1,0 +1,234 @@
+"""relation_kl's second order on GPUs: the launches of ``tangent_tiles``, in groups of stages."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from gkd_fast.kernels.common.launch import Piece, on_device
+from gkd_fast.kernels.common.tangents import (
+    Directions,
+    add_weighted,
+    converted,
+    new_strip,
+    pieces,
+    row_blocks,
+    spread,
+    tiling,
+)
+from gkd_fast.kernels.relation_kl.launches import LOG2E, Problem, power_of
+from gkd_fast.kernels.relation_kl.tangent_tiles import relation_double_gradients, relation_tangent_sums
+from torch import Tensor
+
+
+class MovingProblem(Problem):
+    """Rows, columns and their tangents (None where a stage stands still), and the constants of one call."""
+
+    def __init__(self, *arguments, tangents, moving, column_tangents):
+        super().__init__(*arguments)
+        of_rows = of_columns = spread("tangents", tangents, moving, self.rows)
+        if self.has_columns != (column_tangents is not None):
+            raise ValueError("a column set and column_tangents go together")
+        if self.has_columns:
+            of_columns = spread("column_tangents", column_tangents, moving, self.columns)
+        self.directions = Directions(self.product, of_rows, of_columns)
+        self.row_tangents, self.column_tangents = self.directions.sides
+
+    def moving(self, stages: list[int]) -> list[int]:
+        return [q for q in stages if self.row_tangents[q] is not None]
+
+    def blocks(self) -> Iterator[tuple[slice, "MovingProblem"]]:
+        """The rows of one strip after another, in the product's type."""
+        for block in row_blocks(self.row_count, self.widest):
+            part = copy.copy(self)
+            part.rows = [converted(x[block], self.product) for x in self.rows]
+            part.row_tangents = [x if x is None else converted(x[block], self.product) for x in self.row_tangents]
+            part.offset, part.row_count = self.offset + block.start, len(part.rows[0])
+            yield block, part
+
+    def moving_pieces(self, stages: list[int], weights: int) -> Iterator[Piece]:
+        """The columns, and after them the tangents of those that move."""
+        tangents = [self.column_tangents[q] for q in self.moving(stages)]
+        return pieces([*(self.columns[q] for q in stages), *tangents], self.product, self.row_count, weights)
+
+    def launch(self, kernel, students: list[int], teachers: list[int], piece: Piece, *arguments, **constants):
+        stages = self.stages(students, teachers)
+        moving = self.moving(stages)
+        grid, common = tiling(kernel.__name__, self.arch, self.product, self.row_count, piece.count)
+        kernel[grid](
+            tuple(self.rows[q] for q in stages), tuple(self.row_tangents[q] for q in moving),
+            piece.matrices[: len(stages)], piece.matrices[len(stages) :], tuple(self.rows[q].shape[1] for q in stages),
+            *arguments, self.row_count, piece.count, self.offset - piece.start, self.inner, self.outer,
+            S=len(students), T=len(teachers), MOVING=sum(1 << k for k, q in enumerate(stages) if q in moving),
+            OWN_SHIFT=self.own_shift, **common, **constants,
+        )  # fmt: skip
+
+
+def relation_kl_tangent(
+    students, teachers, tangents, moving, losses, student_log_sums, teacher_log_sums, temperature, bandwidth,
+    product_precision, student_columns=None, teacher_columns=None, column_tangents=None, offset=0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = MovingProblem(
+        students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns, offset,
+        tangents=tangents, moving=moving, column_tangents=column_tangents,
+    )  # fmt: skip
+    log_sums = torch.cat([student_log_sums, teacher_log_sums])
+    # h = ℓ + log Z^t/Z^s, [I, S, T]
+    levels = losses + (teacher_log_sums.T[:, None, :] - student_log_sums.T[:, :, None])
+    moved = torch.zeros_like(losses), torch.zeros_like(student_log_sums), torch.zeros_like(teacher_log_sums)
+    with on_device(losses):
+        for group in problem.groups("relation_tangent_sums"):
+            if problem.moving(problem.stages(*group)):
+                for block, part in problem.blocks():
+                    _move_group(part, *group, log_sums[:, block], losses[block], levels[block], [
+                        moved[0][block], moved[1][:, block], moved[2][:, block]
+                    ])  # fmt: skip
+    return tuple(problem.directions.divided(x) for x in moved)
+
+
+def _move_group(problem: MovingProblem, students, teachers, log_sums, losses, levels, out):
+    """Writes the tangents of one group's losses and log-sums."""
+    stages, S, T = problem.stages(students, teachers), len(students), len(teachers)
+    shifts = (log_sums[stages] * LOG2E).to(losses.dtype)
+    of_pairs = levels[:, students][:, :, teachers].permute(2, 1, 0).to(losses.dtype).contiguous()
+    sums = log_sums.new_zeros(2 * (S + T) + S * T, problem.row_count)
+    for piece in problem.moving_pieces(stages, weights=1):
+        blocks = tiling("relation_tangent_sums", problem.arch, problem.product, 1, piece.count)[0][0]
+        partial = losses.new_empty(blocks, *sums.shape)
+        problem.launch(relation_tangent_sums, students, teachers, piece, partial, shifts, of_pairs)
+        sums += partial.sum(dim=0, dtype=torch.float64)
+    moved_losses, student_log_sums, teacher_log_sums = out
+    if problem.has_columns:
+        # Columns that may be part of a larger set: Z of the log-sums, so that tangents add up.
+        shift = shifts.double() if problem.own_shift else problem.outer
+        of_shifts = torch.exp(log_sums[stages] - shift / LOG2E)
+        sums[: 2 * S : 2] = of_shifts[:S]
+        sums[2 * S :: 2 + S] = of_shifts[S:]
+    of_students = [sums[2 * k + 1] / sums[2 * k] for k in range(S)]
+    for s, moved in zip(students, of_students, strict=True):
+        student_log_sums[s] = moved
+    for k, t in enumerate(teachers):
+        total, moved, *of_pairs = sums[2 * S + k * (2 + S) :][: 2 + S]
+        teacher_log_sums[t] = moved / total
+        for s, of_pair, of_student in zip(range(S), of_pairs, of_students, strict=True):
+            place = (slice(None), students[s], t)
+            if not problem.has_columns:
+                # h of these very sums, whose roundings are the tangents', in place of the forward pass's.
+                shift = (shifts[S + k].double() - shifts[s]) / LOG2E if problem.own_shift else 0
+                level = losses[place] + (total / sums[2 * s]).log() + shift
+                of_pair = of_pair + (levels[place] - level) * moved
+            moved_losses[place] = of_pair / total + of_student
+
+
+def relation_kl_double_backward(
+    upstream, students, teachers, tangents, moving, losses, student_log_sums, teacher_log_sums, loss_tangents,
+    student_log_sum_tangents, teacher_log_sum_tangents, temperature, bandwidth, product_precision, needs,
+    student_columns=None, teacher_columns=None, column_tangents=None, offset=0, column_upstream=None,
+    column_losses=None, column_student_log_sums=None, column_teacher_log_sums=None, column_loss_tangents=None,
+    column_student_log_sum_tangents=None, column_teacher_log_sum_tangents=None,
+) -> list[Tensor]:  # fmt: skip
+    problem = MovingProblem(
+        students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns, offset,
+        tangents=tangents, moving=moving, column_tangents=column_tangents,
+    )  # fmt: skip
+    if len(needs) != len(problem.rows):
+        raise ValueError(f"needs must have {len(problem.rows)} entries, got {len(needs)}")
+    own = (upstream, losses, student_log_sums, teacher_log_sums)
+    own_moved = (loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents)
+    other = (column_upstream, column_losses, column_student_log_sums, column_teacher_log_sums)
+    other_moved = (column_loss_tangents, column_student_log_sum_tangents, column_teacher_log_sum_tangents)
+    if not problem.has_columns:
+        other, other_moved = own, own_moved
+    elif column_upstream is None:
+        other = None
+    elif any(x is None for x in (*other, *other_moved)):
+        raise ValueError("column_upstream needs the columns' losses and log-sums and the tangents of these")
+    sides = [
+        None if side is None else ([x.contiguous() for x in side], [problem.directions.multiplied(x) for x in moved])
+        for side, moved in ((own, own_moved), (other, other_moved))
+    ]
+    gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
+    with on_device(upstream):
+        power = 1.0
+        if problem.product.scaled:
+            # Beside M's entries, M˙'s: υ ≤ 2/σ² and ρ ≤ υ/τ along directions of length 1.
+            growth = max(1.0, 2 / bandwidth**2 * (1 + 3 / temperature))
+            power = power_of(problem, own[0], other and other[0], growth)
+        for group in problem.groups("relation_double_gradients"):
+            stages = problem.stages(*group)
+            if not problem.moving(stages):
+                continue
+            # Students and teachers apart: each side alone leaves the other's tiles fewer registers.
+            for side in (group[0], stages[len(group[0]) :]):
+                wanted = [q for q in side if gradients[q] is not None]
+                if wanted:
+                    _add_gradients(problem, *group, wanted, sides, gradients, power)
+    if problem.product.scaled:
+        gradients = [x if x is None else x / power for x in gradients]
+    return [problem.directions.divided(x) for x in gradients if x is not None]
+
+
+def _moving_factors(problem, students, teachers, side, count: int, power: Tensor | float) -> Tensor:
+    """α, β, η and the shifts of one side for one group of pairs, as ``relation_factors`` has them, and the tangents of
+    the first three. Differences of factors times weights nearly cancel where stages are alike: so in float64.
+    """
+    S, T = len(students), len(teachers)
+    dtype = problem.columns[0].dtype
+    if side is None:
+        factors = torch.zeros(2 * (S + T * S + T) + S + T, count, dtype=dtype, device=problem.columns[0].device)
+        # Any shift will do that keeps the weights finite.
+        factors[S + T * S + T :][: S + T] = problem.outer
+        return factors
+    of_pairs, of_losses, loss_tangents = (
+        x[:, students][:, :, teachers].permute(2, 1, 0).double() for x in (side[0][0], side[0][1], side[1][0])
+    )  # [T, S, count]
+    student_log_sums, teacher_log_sums, student_tangents, teacher_tangents = (
+        x[stages].double()
+        for x, stages in zip((*side[0][2:], *side[1][1:]), (students, teachers, students, teachers), strict=True)
+    )
+    log_sums = torch.cat([student_log_sums, teacher_log_sums])
+    shifts = (log_sums * LOG2E).to(dtype) if problem.own_shift else torch.full_like(log_sums, problem.outer)
+    # P over U, also what a shift was rounded by.
+    inverse = torch.exp(shifts.double() / LOG2E - log_sums)
+    of_pairs = of_pairs * (power * problem.slope)
+    alpha, beta = of_pairs.sum(dim=0) * inverse[:S], of_pairs * inverse[S:, None]
+    # α̇ = −α (log Z^s)˙,  β̇ = −β (log Z^t)˙,  η = Σ_s β_s h_s with h = ℓ + log Z^t/Z^s
+    levels = of_losses + teacher_log_sums[:, None] - student_log_sums
+    rates = loss_tangents + teacher_tangents[:, None] * (1 - levels) - student_tangents
+    rows = (
+        alpha, beta.flatten(0, 1), (beta * levels).sum(dim=1), shifts, -alpha * student_tangents,
+        (-beta * teacher_tangents[:, None]).flatten(0, 1), (beta * rates).sum(dim=1),
+    )  # fmt: skip
+    return torch.cat([x.to(dtype) for x in rows])
+
+
+def _add_gradients(problem: MovingProblem, students, teachers, needed, sides, gradients, power):
+    """Adds the tangents of one group's gradients to the stages ``needed``, students or teachers."""
+    stages = problem.stages(students, teachers)
+    wanted = sum(1 << k for k, q in enumerate(stages) if q in needed)
+    row_factors = _moving_factors(problem, students, teachers, sides[0], problem.row_count, power)
+    column_factors = row_factors
+    if problem.has_columns:
+        column_factors = _moving_factors(problem, students, teachers, sides[1], problem.column_count, power)
+    for block, part in problem.blocks():
+        _add_block(part, students, teachers, needed, wanted, row_factors[:, block].contiguous(), column_factors,
+                   [gradients[q][block] for q in needed])  # fmt: skip
+
+
+def _add_block(problem: MovingProblem, students, teachers, needed, wanted, row_factors, column_factors, out):
+    stages = problem.stages(students, teachers)
+    moving = problem.moving(stages)
+    moved = [q for q in needed if q in moving]
+    for piece in problem.moving_pieces(stages, weights=len(needed) + len(moved)):
+        strips, still = (
+            tuple(new_strip(problem.rows[q], problem.row_count, piece.count) for q in of) for of in (needed, moved)
+        )
+        here = slice(piece.start, piece.start + piece.count)
+        problem.launch(
+            relation_double_gradients, students, teachers, piece, strips, still or strips, row_factors,
+            column_factors[:, here].contiguous(), WANTED=wanted,
+        )  # fmt: skip
+        columns = dict(zip(stages, piece.matrices))
+        tangents = dict(zip(moving, piece.matrices[len(stages) :], strict=True))
+        for of, values, weights in ((needed, columns, strips), (moved, tangents, still)):
+            for q, x in zip(of, weights, strict=True):
+                add_weighted(out[needed.index(q)], x, values[q])

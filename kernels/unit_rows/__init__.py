@@ -1,0 +1,1 @@
+"""unit_rows on GPUs: ``launches`` is where an op comes in."""
