@@ -1,9 +1,13 @@
 """Whether a graph says anything."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gkd_fast import functional
+from gkd_fast._terms import DEFAULT_WEIGHT, select_pairs
 from gkd_fast.distributed import Shards
 from gkd_fast.reference import unit_rows
 
@@ -11,6 +15,28 @@ from gkd_fast.reference import unit_rows
 VACUOUS_NEIGHBORS = 0.9
 VACUOUS_COSINE = 0.99
 VACUOUS_MIN_BATCH = 8
+
+
+def graph_report(criterion: Any, last: dict) -> tuple[dict[str, float | list[float]], int]:
+    """What :meth:`gkd_fast.GraphKDLoss.diagnostics` returns, of what its last call left, and the batch size."""
+    shards = last["shards"] and last["shards"].fresh()
+    names = [name for name in ("weights", "node_losses") if last.get(name) is not None]
+    rows = [select_pairs(last[name], criterion.pairs) for name in names]
+    numbers = dict(zip(names, rows if shards is None else shards.gather(rows)))
+    batch = len(last["student_embeddings"][0]) if shards is None else shards.total
+    report: dict[str, float | list[float]] = {"weight_mean": DEFAULT_WEIGHT, "weight_std": 0.0}
+    if "weights" in numbers:
+        report["weight_mean"] = numbers["weights"].mean().item()
+        report["weight_std"] = numbers["weights"].std(correction=0).item()
+    if "node_losses" in numbers:
+        report["node_loss_minus_log_batch"] = numbers["node_losses"].mean().item() - math.log(batch)
+    for side, heads in (("student", criterion.student_heads), ("teacher", criterion.teacher_heads)):
+        report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in last[f"{side}_embeddings"]]
+        if heads is not None and f"{side}_nodes" in last:
+            report[f"{side}_neighbors"] = [
+                mean_neighbors(x, criterion.bandwidth, criterion.backend, shards) for x in last[f"{side}_nodes"]
+            ]
+    return report, batch
 
 
 def mean_neighbors(nodes: Tensor, bandwidth: float | str, backend: str, shards: Shards | None) -> float:

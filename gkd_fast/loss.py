@@ -7,24 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from gkd_fast import functional
-from gkd_fast._arguments import autocast_disabled, check_positive
+from gkd_fast._arguments import check_positive
 from gkd_fast._column_bank import ColumnBank
-from gkd_fast._diagnostics import mean_cosine, mean_neighbors, vacuous_reasons
+from gkd_fast._diagnostics import graph_report, vacuous_reasons
+from gkd_fast._inputs import Features, Weights, check_target, nodes_of, weights_of_pairs
 from gkd_fast._stages import check_dims, check_pairs, frozen_widths, widths_of_stages
-from gkd_fast.distributed import Shards, checking, shards_of
-from gkd_fast.features import Pool, check_pool, pool_features
-from gkd_fast.modules import BatchGCN, PairWeightNetwork
-
-Features = Tensor | Sequence[Tensor]
-Weights = Tensor | PairWeightNetwork | None
-
-# What an untrained PairWeightNetwork gives, so that turning meta-learning on or off does not rescale the losses.
-DEFAULT_WEIGHT = 0.5
+from gkd_fast._terms import node_losses, teacher_graph_loss, weighted_sum
+from gkd_fast.distributed import checking, shards_of
+from gkd_fast.features import Pool, check_pool
+from gkd_fast.modules import BatchGCN
 
 # The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
 # at the last of them.
@@ -76,8 +71,6 @@ class GraphKDLoss(nn.Module):
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type or value.
     """
-
-    wanted_pairs: Tensor
 
     def __init__(
         self,
@@ -145,9 +138,6 @@ class GraphKDLoss(nn.Module):
         else:
             widths = frozen_widths(self.teacher_dims, self.pairs, len(self.student_dims))
         self.student_heads = nn.ModuleList(BatchGCN(d, w, **options) for d, w in zip(self.student_dims, widths))
-        wanted = torch.zeros(len(self.student_dims), len(self.teacher_dims))
-        wanted[tuple(zip(*self.pairs))] = 1
-        self.register_buffer("wanted_pairs", wanted, persistent=False)
         self.bank: ColumnBank | None = None
         if column_bank:
             embedded = self.teacher_dims if self.teacher_heads is None else [embed_dim] * len(self.teacher_dims)
@@ -219,8 +209,8 @@ class GraphKDLoss(nn.Module):
         No gradient reaches the teacher's features; its graph convolutions have theirs.
         """
         with checking(self.process_group, "GraphKDLoss.embed"):
-            students = self._nodes("student_feats", student_feats, self.student_dims)
-            teachers = [x.detach() for x in self._nodes("teacher_feats", teacher_feats, self.teacher_dims)]
+            students = nodes_of("student_feats", student_feats, self.student_dims, self.pool)
+            teachers = [x.detach() for x in nodes_of("teacher_feats", teacher_feats, self.teacher_dims, self.pool)]
             if len(students[0]) != len(teachers[0]):
                 raise ValueError(
                     f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"
@@ -249,15 +239,15 @@ class GraphKDLoss(nn.Module):
                 if len(stages) != len(dims):
                     raise ValueError(f"{side}_embeddings must hold {len(dims)} stages, got {len(stages)}")
             detached = [t.detach() for t in teacher_embeddings]
-            pair_weights = self._pair_weights(weights, student_embeddings, detached)
+            pair_weights = weights_of_pairs(weights, student_embeddings, detached)
             if self.classifier is not None and target is not None:
-                _check_target(target, teacher_embeddings[0], self.classifier.out_features)
+                check_target(target, teacher_embeddings[0], self.classifier.out_features)
         told = "GraphKDLoss.terms", "no target" if target is None else "target"
         shards = shards_of(self.process_group, [*student_embeddings, *teacher_embeddings], told)
         self._last |= {
             "student_embeddings": [s.detach() for s in student_embeddings],
             "teacher_embeddings": detached,
-            "weights": pair_weights.detach(),
+            "weights": None if pair_weights is None else pair_weights.detach(),
             "shards": shards and shards.fresh(),
         }
         # Times a sum over samples: the mean over the batch, or this rank's part in that of all.
@@ -265,9 +255,17 @@ class GraphKDLoss(nn.Module):
         pair_share = share / len(self.student_dims)
         terms = {}
         if self.node_weight:
-            losses = self._node_losses(student_embeddings, detached, shards)
+            losses = node_losses(
+                student_embeddings,
+                detached,
+                self.pairs,
+                temperature=self.node_temperature,
+                backend=self.backend,
+                process_group=shards,
+                bank=None if self.bank is None else self.bank.contents()[1],
+            )
             self._last["node_losses"] = losses.detach()
-            terms["node"] = self.node_weight * pair_share * (losses * pair_weights).sum()
+            terms["node"] = self.node_weight * pair_share * weighted_sum(losses, pair_weights, self.pairs)
         if self.relation_weight:
             losses = functional.relation_kl(
                 student_embeddings,
@@ -277,9 +275,9 @@ class GraphKDLoss(nn.Module):
                 process_group=shards,
                 bank=None if self.bank is None else self.bank.contents(),
             )
-            terms["relation"] = self.relation_weight * pair_share * (losses * pair_weights).sum()
+            terms["relation"] = self.relation_weight * pair_share * weighted_sum(losses, pair_weights, self.pairs)
         if self.classifier is not None and target is not None:
-            terms["teacher_graph"] = share * _teacher_graph_loss(self.classifier, teacher_embeddings, target)
+            terms["teacher_graph"] = share * teacher_graph_loss(self.classifier, teacher_embeddings, target)
         if self.training and not torch.compiler.is_compiling():
             self._training_calls += 1
             if self._training_calls in CHECKED_CALLS:
@@ -316,25 +314,7 @@ class GraphKDLoss(nn.Module):
         """
         if "weights" not in self._last:
             raise RuntimeError("diagnostics needs a call of the loss first")
-        last = self._last
-        shards = last["shards"] and last["shards"].fresh()
-        rows = [last["weights"], *([last["node_losses"]] if "node_losses" in last else [])]
-        weights, *node_losses = rows if shards is None else shards.gather(rows)
-        batch = len(weights)
-        wanted = self.wanted_pairs.bool()
-        weights = weights[:, wanted]
-        report: dict[str, float | list[float]] = {
-            "weight_mean": weights.mean().item(),
-            "weight_std": weights.std(correction=0).item(),
-        }
-        for losses in node_losses:
-            report["node_loss_minus_log_batch"] = losses[:, wanted].mean().item() - math.log(batch)
-        for side, heads in (("student", self.student_heads), ("teacher", self.teacher_heads)):
-            report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in last[f"{side}_embeddings"]]
-            if heads is not None and f"{side}_nodes" in last:
-                report[f"{side}_neighbors"] = [
-                    mean_neighbors(x, self.bandwidth, self.backend, shards) for x in last[f"{side}_nodes"]
-                ]
+        report, batch = graph_report(self, self._last)
         self._warn_if_vacuous(report, batch)
         return report
 
@@ -346,70 +326,6 @@ class GraphKDLoss(nn.Module):
             "classifier": self.classifier,
         }
         return [{"name": name, "params": list(m.parameters())} for name, m in modules.items() if m is not None]
-
-    def _nodes(self, name: str, features: Features, dims: Sequence[int]) -> list[Tensor]:
-        stages = [features] if isinstance(features, Tensor) else list(features)
-        if len(stages) != len(dims):
-            raise ValueError(f"{name} must hold {len(dims)} stages, got {len(stages)}")
-        nodes = []
-        for k, (x, dim) in enumerate(zip(stages, dims)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name}[{k}] must be a Tensor, got {type(x).__name__}")
-            nodes.append(pool_features(x, self.pool))
-            if nodes[k].shape[1] != dim:
-                raise ValueError(f"{name}[{k}] must have width {dim}, got shape {tuple(x.shape)}")
-            if len(nodes[k]) != len(nodes[0]):
-                raise ValueError(
-                    f"{name}[{k}] must have the batch size of {name}[0] ({len(nodes[0])}), got {len(nodes[k])}"
-                )
-        return nodes
-
-    def _pair_weights(self, weights: Weights, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-        """Weights ``[B, S, T]``, 0 where a pair is not wanted."""
-        shape = (len(students[0]), *self.wanted_pairs.shape)
-        dtype = torch.promote_types(students[0].dtype, torch.float32)
-        if weights is None:
-            return (DEFAULT_WEIGHT * self.wanted_pairs).to(dtype).expand(shape)
-        if isinstance(weights, nn.Module):
-            # Not within autocast: its cache would hand the copies made here, without gradient, to a later call with.
-            with torch.no_grad(), autocast_disabled(students[0]):
-                own = next(weights.parameters()).dtype
-                weights = weights([x.to(own) for x in students], [x.to(own) for x in teachers])
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"weights must be a Tensor, a PairWeightNetwork or None, got {type(weights).__name__}")
-        if weights.shape != shape:
-            raise ValueError(f"weights must have shape {shape}, got {tuple(weights.shape)}")
-        if weights.device != students[0].device:
-            raise ValueError(
-                f"weights must be on the device of the features ({students[0].device}), got {weights.device}"
-            )
-        return weights.to(dtype) * self.wanted_pairs.to(dtype)
-
-    def _node_losses(self, students: Sequence[Tensor], teachers: Sequence[Tensor], shards: Shards | None) -> Tensor:
-        """Node losses ``[B, S, T]``, 0 where a pair is not wanted; stages of one width go together."""
-        options: dict[str, Any] = {
-            "temperature": self.node_temperature,
-            "backend": self.backend,
-            "process_group": shards,
-        }
-        bank = None if self.bank is None else self.bank.contents()[1]
-        if len({x.shape[1] for x in (*students, *teachers)}) == 1:
-            return functional.node_contrast(students, teachers, pairs=self.pairs, bank=bank, **options)
-        losses = torch.zeros((), device=students[0].device)
-        for width in sorted({students[s].shape[1] for s, _ in self.pairs}):
-            pairs = [(s, t) for s, t in self.pairs if students[s].shape[1] == width]
-            rows, columns = sorted({s for s, _ in pairs}), sorted({t for _, t in pairs})
-            group = functional.node_contrast(
-                [students[s] for s in rows],
-                [teachers[t] for t in columns],
-                pairs=[(rows.index(s), columns.index(t)) for s, t in pairs],
-                bank=None if bank is None else [bank[t] for t in columns],
-                **options,
-            )
-            placed = group.new_zeros(len(group), len(students), len(teachers))
-            placed[:, torch.tensor(rows)[:, None], torch.tensor(columns)] = group
-            losses = losses + placed
-        return losses
 
     def _warn_if_vacuous(self, report: dict, batch: int) -> None:
         reasons = [] if self._warned else vacuous_reasons(report, batch, self._training_calls >= CHECKED_CALLS[-1])
@@ -429,21 +345,3 @@ class GraphKDLoss(nn.Module):
         memo[id(self.process_group)] = self.process_group  # cannot be copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-def _teacher_graph_loss(classifier: nn.Linear, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Cross-entropy, summed over samples and stages."""
-    logits = [classifier(e) for e in embeddings]
-    logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-    return torch.stack([F.cross_entropy(x, target, reduction="sum") for x in logits]).sum()
-
-
-def _check_target(target: Tensor, embedding: Tensor, classes: int) -> None:
-    batch = len(embedding)
-    if target.shape != ((batch, classes) if target.is_floating_point() else (batch,)):
-        raise ValueError(
-            f"target must be {batch} integer labels or probabilities [{batch}, {classes}], "
-            f"got {target.dtype} of shape {tuple(target.shape)}"
-        )
-    if target.device != embedding.device:
-        raise ValueError(f"target must be on the device of the features ({embedding.device}), got {target.device}")

@@ -1,0 +1,58 @@
+"""The terms of :class:`gkd_fast.GraphKDLoss`, before their factors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkd_fast import functional
+
+# What an untrained PairWeightNetwork gives, so that turning meta-learning on or off does not rescale the losses.
+DEFAULT_WEIGHT = 0.5
+
+Pairs = Sequence[tuple[int, int]]
+
+
+def select_pairs(x: Tensor, pairs: Pairs) -> Tensor:
+    """The wanted pairs ``[B, P]`` of a tensor ``[B, S, T]``; what the others hold, NaN too, has no part in them."""
+    if len(pairs) == x.shape[1] * x.shape[2]:
+        return x.flatten(1)
+    return torch.stack([x[:, s, t] for s, t in pairs], dim=1)
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None, pairs: Pairs) -> Tensor:
+    """The sum of weighted losses ``[B, S, T]`` over samples and wanted pairs."""
+    losses = select_pairs(losses, pairs)
+    return DEFAULT_WEIGHT * losses.sum() if weights is None else (losses * select_pairs(weights, pairs)).sum()
+
+
+def node_losses(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], pairs: Pairs, bank: Sequence[Tensor] | None, **options: Any
+) -> Tensor:
+    """Node losses ``[B, S, T]``, 0 where a pair is not wanted; stages of one width go together."""
+    if len({x.shape[1] for x in (*students, *teachers)}) == 1:
+        return functional.node_contrast(students, teachers, pairs=pairs, bank=bank, **options)
+    losses = torch.zeros((), device=students[0].device)
+    for width in sorted({students[s].shape[1] for s, _ in pairs}):
+        members = [(s, t) for s, t in pairs if students[s].shape[1] == width]
+        rows, columns = sorted({s for s, _ in members}), sorted({t for _, t in members})
+        group = functional.node_contrast(
+            [students[s] for s in rows],
+            [teachers[t] for t in columns],
+            pairs=[(rows.index(s), columns.index(t)) for s, t in members],
+            bank=None if bank is None else [bank[t] for t in columns],
+            **options,
+        )
+        placed = group.new_zeros(len(group), len(students), len(teachers))
+        placed[:, torch.tensor(rows)[:, None], torch.tensor(columns)] = group
+        losses = losses + placed
+    return losses
+
+
+def teacher_graph_loss(classifier: nn.Linear, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Cross-entropy, summed over samples and stages."""
+    logits = [classifier(e) for e in embeddings]
+    logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+    return torch.stack([F.cross_entropy(x, target, reduction="sum") for x in logits]).sum()
