@@ -3,6 +3,7 @@
 import os
 
 import torch
+
 from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
 from gkd_fast.kernels.common.autotune import autotuned
 from gkd_fast.kernels.graph_conv import launches as graph_conv

@@ -10,16 +10,16 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-from gkd_fast.kernels.common import row_maxima
-from gkd_fast.kernels.graph_conv import strips as graph_conv_strips
-from gkd_fast.kernels.node_contrast import strips as node_contrast_strips
-from gkd_fast.kernels.relation_kl import launches as relation_kl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import JITFunction
 
 from gkd_fast import kernels
+from gkd_fast.kernels.common import row_maxima
+from gkd_fast.kernels.graph_conv import strips as graph_conv_strips
+from gkd_fast.kernels.node_contrast import strips as node_contrast_strips
+from gkd_fast.kernels.relation_kl import launches as relation_kl
 
 
 class Counter(TorchDispatchMode):

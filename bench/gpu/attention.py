@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from gkd_fast.kernels import Specialization, compile
 
 from bench.gpu.devices import DEVICES
 from bench.gpu.disassembly import read
 from bench.gpu.model import DoesNotFit, predict
+from gkd_fast.kernels import Specialization, compile
 
 
 @triton.jit

@@ -57,9 +57,8 @@ def predicted_seconds(case: Case, device: Device) -> float | None:
 
 def product_type(case: Case) -> str:
     """How the case's tiles are multiplied."""
-    from gkd_fast.kernels.common.launch import product_of
-
     from gkd_fast._arguments import product_precision
+    from gkd_fast.kernels.common.launch import product_of
 
     torch.set_float32_matmul_precision(case.precision)
     dtype = getattr(torch, case.dtype)

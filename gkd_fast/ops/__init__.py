@@ -9,7 +9,8 @@ brings the columns' statistics and upstream.
 """
 
 from gkd_fast.ops.backends import HOW_TO_BUILD, missing
-from gkd_fast.ops.graph_conv import graph_conv, graph_degrees, node_terms
+from gkd_fast.ops.graph_conv import graph_conv
+from gkd_fast.ops.graph_conv_columns import graph_degrees, node_terms
 from gkd_fast.ops.node_contrast import node_contrast
 from gkd_fast.ops.relation_kl import relation_kl
 from gkd_fast.ops.unit_rows import unit_rows

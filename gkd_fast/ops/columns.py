@@ -1,8 +1,8 @@
 """What the rows of an op meet: themselves, or a global batch and a bank, block by block.
 
-The results of an op over several blocks of columns are put together in ``relation_kl.py``, ``node_contrast.py`` and
-``graph_conv.py``; most of them just add up. Autograd of the ops with a column set lives there too: its derivatives need
-the columns' own statistics and upstream, which other ranks have.
+The results of an op over several blocks of columns are put together in ``<op>_columns.py``; most of them just add up.
+Autograd of the ops with a column set lives there too: its derivatives need the columns' own statistics and upstream,
+which other ranks have.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -23,8 +23,8 @@ K_ij = exp((e_i·e_j − 1)·v) with v = 1/σ², K_ii = 1, degrees = row sums of
         gradients come back, in that order, of the ROW set, complete.
         With a column set: column_upstream [J, K] (None: zero) and column_degrees [J], the columns' own; and for
         the nodes' gradient also node_terms [I] and column_node_terms [J] (None: zero), the functions of the row
-        alone that ``node_terms`` below gives (for "symmetric" it reads the messages' gradient, so that one is
-        asked for first).
+        alone that ``graph_conv_columns.node_terms`` gives (for "symmetric" it reads the messages' gradient, so that
+        one is asked for first).
 
 row: Y_i = Σ_j K_ij H_j/deg_i.  symmetric: r = deg^-1/2, Y = r ⊙ K (r ⊙ H).  With G' = G/deg, H' = H (row) or
 G' = r ⊙ G, H' = r ⊙ H (symmetric):  dE_i = Σ_j≠i v K_ij (G'_i·H'_j + G'_j·H'_i + d_i + d_j) e_j,
@@ -34,7 +34,7 @@ Second order. The derivative of the gradients contracted with cotangents is thei
 because second derivatives are symmetric; so the gradient of the upstream is the tangent of the output. Along ė and ḣ,
 K˙_ij = v K_ij (ė_i·e_j + e_i·ė_j) for i ≠ j, deg˙_i = Σ_j K˙_ij, and with deg^-p, deg^-q the factors of G' and H'
 (row: p, q = 1, 0; symmetric: ½, ½) and λ = deg˙/deg:  Ġ' = −pλ G',  Ḣ' = −qλ H' + deg^-q ḣ.  Three passes over tiles
-remain, each an op of its own; what lies between them is in ``_double_backward`` below.
+remain, each an op of its own; what lies between them is in ``graph_conv_columns.second_order``.
 
     graph_degrees_tangent(nodes, tangent, inverse_variance, product_precision, column_nodes=None,
                column_tangent=None, offset=0) -> degree tangents [I]
@@ -57,13 +57,11 @@ remain, each an op of its own; what lies between them is in ``_double_backward``
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gkd_fast.ops import affinities as kept
 from gkd_fast.ops.autograd import (
     PT2,
     flags,
-    last_derivative,
     needed_like,
     refuse_column_gradient,
     refuse_derivative,
@@ -71,12 +69,10 @@ from gkd_fast.ops.autograd import (
     register_autograd,
     scatter,
 )  # fmt: skip
-from gkd_fast.ops.columns import Columns, add, run
+from gkd_fast.ops.columns import Columns
+from gkd_fast.ops.graph_conv_columns import GraphConv, second_order
 from gkd_fast.ops.joined import Op, on_unit_rows
 from gkd_fast.ops.unit_rows import unit_rows
-
-# With G the upstream and H the messages, G' = deg^-p G and H' = deg^-q H: the powers (p, q).
-POWERS = {"row": (1.0, 0.0), "symmetric": (0.5, 0.5)}
 
 torch.library.define(
     "gkd_fast::graph_degrees",
@@ -195,26 +191,6 @@ def _gradients(upstream, inputs, results, settings, needs):
 register_autograd("gkd_fast::graph_conv", _backward, setup_context=_setup_context)
 
 
-def node_terms(
-    upstream: Tensor,
-    output: Tensor,
-    messages: Tensor,
-    messages_gradient: Tensor | None,
-    degrees: Tensor,
-    normalization: str,
-) -> Tensor:
-    """d_i = −(p G_i·Y_i + q H_i·dH_i)/deg_i, ``[I]``; the messages' gradient dH is needed for "symmetric" alone."""
-    left_power, right_power = POWERS[normalization]
-    total = left_power * _dots(upstream, output)
-    if right_power:
-        total = total + right_power * _dots(messages, messages_gradient)
-    return -total / degrees
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(dim=1)
-
-
 def _setup_double_context(ctx, inputs, output):
     upstream, nodes, messages, y, degrees, inverse_variance, *settings, ctx.needed, column_nodes = inputs[:10]
     refuse_column_gradient(
@@ -228,199 +204,12 @@ def _setup_double_context(ctx, inputs, output):
 
 def _double_backward(ctx, cotangents):
     nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
-    return *_second_order(None, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 14
-
-
-def _second_order(columns: Columns | None, ctx, nodes_tangent, messages_tangent, needs) -> list[Tensor | None]:
-    """The tangents of the output and of both gradients along the cotangents of these: the gradients of upstream, nodes
-    and messages. Columns None: the rows."""
-    # Output, degrees and the messages' gradient are functions of nodes and messages: their part of the derivative is in
-    # the gradients of these.
-    upstream, nodes, messages, output, degrees, inverse_variance, messages_gradient = ctx.saved_tensors
-    needs_upstream, needs_nodes, needs_messages = needs
-    settings = inverse_variance, ctx.product_precision
-    left_power, right_power = POWERS[ctx.normalization]
-    left_scale, right_scale = (degrees.pow(-power)[:, None] for power in (left_power, right_power))
-    left, right = left_scale * upstream, right_scale * messages
-    extra = None if messages_tangent is None else right_scale * messages_tangent
-    growth = torch.zeros_like(degrees)
-    if nodes_tangent is not None:
-        degree_tangents = _over(
-            columns,
-            lambda **block: run(
-                torch.ops.gkd_fast.graph_degrees_tangent, nodes, nodes_tangent, *settings, **block
-            ),
-            column_tangent=nodes_tangent,
-        )  # fmt: skip
-        growth = degree_tangents[0] / degrees
-    left_rates, right_rates = -left_power * growth, -right_power * growth
-
-    moves_messages_gradient = needs_messages or (needs_nodes and right_power > 0)
-    values, rates = [right], [right_rates]
-    if moves_messages_gradient:
-        values, rates = [right, left], [right_rates, left_rates]
-        if messages_gradient is None and right_power:
-            messages_gradient = _messages_gradient(
-                columns and columns.beside(upstream), ctx, upstream, nodes, messages, output, degrees, inverse_variance
-            )
-    sums = _over(
-        columns,
-        lambda values=values, rates=rates, extra=extra, **block: run(
-            torch.ops.gkd_fast.graph_conv_tangent, nodes, nodes_tangent, values, rates, extra, *settings, **block
-        ),
-        column_tangent=nodes_tangent, values=values, rates=rates, extra=extra,
-    )  # fmt: skip
-    output_tangent = left_scale * sums[0] + left_rates[:, None] * output
-    messages_gradient_tangent = nodes_gradient_tangent = None
-    if moves_messages_gradient:
-        messages_gradient_tangent = right_scale * sums[1]
-        if right_power:
-            messages_gradient_tangent = messages_gradient_tangent + right_rates[:, None] * messages_gradient
-    if needs_nodes:
-        terms = node_terms(upstream, output, messages, messages_gradient, degrees, ctx.normalization)
-        # ḋ = −(p G·Ẏ + q (ḣ·dH + H·dḢ))/deg − λ d
-        term_tangents = (
-            node_terms(upstream, output_tangent, messages, messages_gradient_tangent, degrees, ctx.normalization)
-            - growth * terms
-        )
-        if right_power and messages_tangent is not None:
-            term_tangents = term_tangents - right_power * _dots(messages_tangent, messages_gradient) / degrees
-        (nodes_gradient_tangent,) = _over(
-            columns,
-            lambda **block: run(
-                torch.ops.gkd_fast.graph_conv_double_backward, nodes, nodes_tangent, left, right, left_rates,
-                right_rates, extra, terms, term_tangents, *settings, **block,
-            ),
-            column_tangent=nodes_tangent, column_left=left, column_right=right, column_left_rates=left_rates,
-            column_right_rates=right_rates, column_extra=extra, column_terms=terms,
-            column_term_tangents=term_tangents,
-        )  # fmt: skip
-    return [
-        output_tangent if needs_upstream else None,
-        nodes_gradient_tangent,
-        messages_gradient_tangent if needs_messages else None,
-    ]
-
-
-NODES = ("column_nodes",)
-MESSAGES = (*NODES, "column_messages")
-UPSTREAM = (*MESSAGES, "column_upstream")
-
-
-def _over(columns: Columns | None, call, names: tuple[str, ...] = NODES, **own) -> list[Tensor]:
-    """The sums over the blocks of ``columns`` of what ``call(column_nodes=…, offset=…, …)`` gives, a tensor or a list.
-
-    ``names``: of the columns that ``call`` takes.  ``own``: what these bring along, by the name that ``call`` has for
-    it: this rank's rows of it, a tensor, a list of them, or None. Columns None: ``call()``, whose columns are the rows.
-    """
-    if columns is None:
-        result = call()
-        return [result] if isinstance(result, Tensor) else result
-    sent, spec = tree_flatten(own)
-    places = [k for k, x in enumerate(sent) if x is not None]
-    total = None
-    for block in columns.blocks(*(sent[k] for k in places), only=len(names)):
-        arrived: list[Tensor | None] = [None] * len(sent)
-        for k, x in zip(places, block.extra, strict=True):
-            arrived[k] = x
-        part = call(**dict(zip(names, block.columns)), offset=block.offset, **tree_unflatten(arrived, spec))
-        total = add(total, [part] if isinstance(part, Tensor) else part)
-    return total
-
-
-def _messages_gradient(columns, ctx, upstream, nodes, messages, output, degrees, inverse_variance) -> Tensor:
-    """dH of this rank's rows; ``columns``: nodes, messages and upstream."""
-    return _over(
-        columns,
-        lambda **block: run(
-            torch.ops.gkd_fast.graph_conv_backward, upstream, nodes, messages, output, degrees, inverse_variance,
-            ctx.normalization, ctx.product_precision, [False, True], **block,
-        ),
-        UPSTREAM, column_degrees=degrees,
-    )[0]  # fmt: skip
+    return *second_order(None, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 14
 
 
 register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)
 for _op in ("degrees", "conv_keep", "degrees_tangent", "conv_tangent", "conv_double_backward"):
     refuse_derivative(f"gkd_fast::graph_{_op}")
-
-
-class GraphConv(torch.autograd.Function):
-    """Output of one rank's rows against ``columns``, nodes and messages; the other ranks run it at the same time."""
-
-    @staticmethod
-    def forward(ctx, columns, nodes, messages, inverse_variance, normalization, product_precision):
-        settings = inverse_variance, normalization, product_precision
-        if normalization == "symmetric":
-            degrees = graph_degrees(nodes, inverse_variance, product_precision, columns)
-            (output,) = _over(
-                columns,
-                lambda **block: run(
-                    torch.ops.gkd_fast.graph_conv, nodes, messages, *settings, degrees=degrees, **block
-                )[0],
-                MESSAGES, column_degrees=degrees,
-            )  # fmt: skip
-        else:
-            # Σ_j K_ij H_j and Σ_j K_ij add up.
-            def sums(**block):
-                rows, degrees = run(torch.ops.gkd_fast.graph_conv, nodes, messages, *settings, **block)
-                return [rows * degrees[:, None], degrees]
-
-            output, degrees = _over(columns, sums, MESSAGES)
-            output = output / degrees[:, None]
-        ctx.columns, ctx.normalization, ctx.product_precision = columns, normalization, product_precision
-        ctx.save_for_backward(nodes, messages, output.detach(), degrees, inverse_variance)
-        return output
-
-    @staticmethod
-    def backward(ctx, upstream):
-        nodes, messages, output, degrees, inverse_variance = ctx.saved_tensors
-        needs = flags(ctx.needs_input_grad[1:3])
-        gradients = GraphConvBackward.apply(
-            ctx.columns, upstream.contiguous(), nodes, messages, output, degrees, inverse_variance, ctx.normalization,
-            ctx.product_precision, needs,
-        )  # fmt: skip
-        return None, *scatter(gradients, needs), None, None, None
-
-
-class GraphConvBackward(torch.autograd.Function):
-    """The gradients of nodes and messages that ``needs`` asks for."""
-
-    @staticmethod
-    def forward(ctx, columns, upstream, nodes, messages, output, degrees, inverse_variance, normalization,
-                product_precision, needs):  # fmt: skip
-        ctx.columns, ctx.normalization, ctx.product_precision, ctx.needed = (
-            columns, normalization, product_precision, needs,
-        )  # fmt: skip
-        rows = upstream, nodes, messages, output, degrees, inverse_variance
-        needs_nodes, needs_messages = needs
-        columns = columns.beside(upstream)
-        messages_gradient = None
-        if needs_messages or normalization == "symmetric":
-            messages_gradient = _messages_gradient(columns, ctx, *rows)
-        gradients = []
-        if needs_nodes:
-            terms = node_terms(upstream, output, messages, messages_gradient, degrees, normalization)
-            gradients = _over(
-                columns,
-                lambda **block: run(
-                    torch.ops.gkd_fast.graph_conv_backward, *rows, normalization, product_precision, [True, False],
-                    node_terms=terms, **block,
-                ),
-                UPSTREAM, column_degrees=degrees, column_node_terms=terms,
-            )  # fmt: skip
-        if needs_messages:
-            gradients.append(messages_gradient)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*rows, None if messages_gradient is None else messages_gradient.detach())
-        return tuple(gradients)
-
-    @staticmethod
-    @last_derivative
-    def backward(ctx, *cotangents):
-        nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
-        gradients = _second_order(ctx.columns, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[1:4])
-        return None, *gradients, *[None] * 6
 
 
 _OP = Op(_results, _gradients)
@@ -443,14 +232,3 @@ def graph_conv(
     if columns is None:
         return on_unit_rows(_OP, [nodes], [messages], dtype, settings, kept.keeps((nodes, messages)))
     return GraphConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)
-
-
-def graph_degrees(
-    nodes: Tensor, inverse_variance: Tensor, product_precision: str, columns: Columns | None = None
-) -> Tensor:
-    """The row sums of the adjacency ``[B]`` of unit rows, without gradient."""
-    nodes = nodes.detach()
-    return _over(
-        columns,
-        lambda **block: run(torch.ops.gkd_fast.graph_degrees, nodes, inverse_variance, product_precision, **block),
-    )[0]

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
 from gkd_fast.kernels.catalog.small import small_batches
 from gkd_fast.kernels.catalog.tangent import second_order
 from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_width
@@ -29,9 +33,6 @@ from gkd_fast.kernels.relation_kl.tiles import relation_losses, relation_sums
 from gkd_fast.kernels.unit_rows.launches import BLOCK_ROWS as UNIT_ROWS
 from gkd_fast.kernels.unit_rows.launches import BLOCK_WIDTH as UNIT_WIDTH
 from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradient
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import triton
+
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.graph_conv.small import graph_small_gradients, graph_small_sums
 from gkd_fast.kernels.node_contrast.small import contrast_small_gradients, contrast_small_losses

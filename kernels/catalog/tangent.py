@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import triton
+
 from gkd_fast.kernels.common.strips import strip_rows
 from gkd_fast.kernels.common.table import PRODUCTS_APART, block_width, relation_group, tiles
 from gkd_fast.kernels.common.tangents import columns_at_a_time

@@ -6,6 +6,7 @@ from functools import wraps
 
 import torch
 import triton
+
 from gkd_fast.kernels.common import table
 from gkd_fast.kernels.common.table import Tiles
 

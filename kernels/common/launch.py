@@ -8,8 +8,9 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from gkd_fast.kernels.common import table
 from torch import Tensor
+
+from gkd_fast.kernels.common import table
 
 # Columns are copied in the product's type this much at a time, in multiples of so many, and rows so many at a time.
 COLUMN_BYTES = 8 * 2**20

@@ -2,9 +2,10 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.tile import COUNTS, load_vector, store_vector
-from torch import Tensor
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import Product, architecture, column_pieces, on_device, padded_width
 from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import largest_width, tiles
@@ -15,7 +17,6 @@ from gkd_fast.kernels.common.tile import (
     replace_missing,
     store_vector,
 )
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=COUNTS)

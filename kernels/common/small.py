@@ -8,6 +8,7 @@ power of two. So an op is one launch, and its gradients one or two.
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common import table
 from gkd_fast.kernels.common.launch import Product
 from gkd_fast.kernels.common.tile import add_tile_product, load_tile, operand, product, store_tile

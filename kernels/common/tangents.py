@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gkd_fast.kernels.common import strips, table
 from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Piece, Product, column_pieces, matrices, power_of_two
 from gkd_fast.kernels.common.strips import multiply, row_strips
 from gkd_fast.kernels.common.tile import add_product, add_tile_product, convert, load_tile, store_tile
-from torch import Tensor
 
 # Strips of weights of one launch.
 STRIP_BYTES = 32 * 2**20

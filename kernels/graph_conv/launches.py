@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import (
     Piece,
     architecture,
@@ -21,7 +23,6 @@ from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.graph_conv import small, strips
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_gradients, graph_sums, graph_terms
-from torch import Tensor
 
 # Factors of a value's row, as in ``tiles``.
 ONE, INVERSE, INVERSE_ROOT = range(3)

@@ -2,12 +2,13 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.small import store_weighted, tile_product
 from gkd_fast.kernels.common.tile import COUNTS, load_tile, replace_missing, store_vector
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
-from torch import Tensor
 
 DEGREE_ROWS = tl.constexpr(64)
 

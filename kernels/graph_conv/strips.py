@@ -2,11 +2,12 @@
 
 import torch
 import triton
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import Piece, column_pieces, on_device, power_of_two
 from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv.tiles import graph_strip
-from torch import Tensor
 
 
 def _strip(graph, rows: Tensor, start: int, piece: Piece, sums, gradient=None) -> Tensor:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Piece, matrices, on_device, power_of_two
 from gkd_fast.kernels.common.tangents import (
     Directions,
@@ -21,7 +23,6 @@ from gkd_fast.kernels.graph_conv.tangent_tiles import (
     graph_double_gradients,
     graph_tangent_weights,
 )  # fmt: skip
-from torch import Tensor
 
 
 class MovingGraph(Graph):

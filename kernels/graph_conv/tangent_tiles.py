@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common.tangents import similarities, store_strip
 from gkd_fast.kernels.common.tile import COUNTS, add_tile_product, load_vector, number, replace_diagonal, store_vector
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency

@@ -6,6 +6,7 @@ brings hold theirs already.
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     add_product,

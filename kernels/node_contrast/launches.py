@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import torch
 import triton
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import (
     Piece,
     architecture,
@@ -27,7 +29,6 @@ from gkd_fast.kernels.node_contrast.tiles import (
     contrast_losses,
     contrast_sums,
 )  # fmt: skip
-from torch import Tensor
 
 LOG2E = 1.4426950408889634
 # Up to this 2/τ the sums of exp((c − 1)/τ) cannot underflow in float32, nor the weights in float16, scaled by 2^14.

@@ -2,6 +2,8 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
@@ -19,7 +21,6 @@ from gkd_fast.kernels.common.tile import (
     store_vector,
 )  # fmt: skip
 from gkd_fast.kernels.node_contrast.tiles import nth_set_bit, set_bits_below
-from torch import Tensor
 
 
 @triton.jit

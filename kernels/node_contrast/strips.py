@@ -4,13 +4,14 @@ import math
 
 import torch
 import triton
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import column_pieces, on_device, power_of_two
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.node_contrast import launches as host
 from gkd_fast.kernels.node_contrast.tiles import contrast_gradients, contrast_sums
-from torch import Tensor
 
 LOG2E = 1 / math.log(2)
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import Piece, on_device, power_of_two
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.tangents import (
@@ -19,7 +21,6 @@ from gkd_fast.kernels.common.tangents import (
 )  # fmt: skip
 from gkd_fast.kernels.node_contrast.launches import Problem
 from gkd_fast.kernels.node_contrast.tangent_tiles import contrast_double_gradients, contrast_tangent_sums
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common.log_sums import LN2, log_sum
 from gkd_fast.kernels.common.tile import (
     COUNTS,

@@ -5,6 +5,7 @@ The relations and weights R and U are those of ``tiles``.
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common.log_sums import LN2, LOG2E, shift_and_ratio
 from gkd_fast.kernels.common.tile import (
     COUNTS,

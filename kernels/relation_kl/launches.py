@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import torch
 import triton
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import (
     Piece,
     Product,
@@ -27,7 +29,6 @@ from gkd_fast.kernels.common.table import Tiles, largest_width, polynomials, rel
 from gkd_fast.kernels.relation_kl import small
 from gkd_fast.kernels.relation_kl.gradient_tiles import num_factors, relation_factors, relation_gradients
 from gkd_fast.kernels.relation_kl.tiles import num_sums, relation_losses, relation_sums
-from torch import Tensor
 
 LOG2E = 1.4426950408889634
 # Up to this 2·log2(e)/σ², and for similarities that rounding leaves beyond ±1, a polynomial can give 2^((c − 1)·inner).

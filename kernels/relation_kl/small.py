@@ -2,6 +2,8 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
@@ -10,7 +12,6 @@ from gkd_fast.kernels.common.tangents import HARDWARE_ONLY
 from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, number, pick, store_vector
 from gkd_fast.kernels.node_contrast.tiles import nth_set_bit
 from gkd_fast.kernels.relation_kl.tiles import pair_loss, relations
-from torch import Tensor
 
 
 @triton.jit

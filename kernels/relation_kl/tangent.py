@@ -4,6 +4,8 @@ import copy
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import Piece, on_device
 from gkd_fast.kernels.common.tangents import (
     Directions,
@@ -17,7 +19,6 @@ from gkd_fast.kernels.common.tangents import (
 )
 from gkd_fast.kernels.relation_kl.launches import LOG2E, Problem, power_of
 from gkd_fast.kernels.relation_kl.tangent_tiles import relation_double_gradients, relation_tangent_sums
-from torch import Tensor
 
 
 class MovingProblem(Problem):

@@ -5,6 +5,7 @@ becomes is M˙ = υ M + R X˙.
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common.log_sums import LN2
 from gkd_fast.kernels.common.tangents import HARDWARE_ONLY, similarities, store_strip
 from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, load_vector, number, store_vector

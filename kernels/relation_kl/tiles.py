@@ -8,6 +8,7 @@ cancel: so Q has the logits that U has, with their roundings, and V = Z^s − Z^
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common.log_sums import LN2, log_sum
 from gkd_fast.kernels.common.tile import (
     COUNTS,

@@ -3,9 +3,10 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradient
-from torch import Tensor
 
 BLOCK_ROWS, BLOCK_WIDTH = 8, 128
 

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from gkd_fast.kernels.common.tile import convert, number, pick
 
 

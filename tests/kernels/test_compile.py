@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from gkd_fast.kernels import ARCHITECTURES, Specialization, compile, specializations
 
 from bench.gpu import disassembly
 from bench.gpu.devices import LIMITS
+from gkd_fast.kernels import ARCHITECTURES, Specialization, compile, specializations
 
 # Shared memory that one program may take, in bytes.
 SHARED_MEMORY = {arch: limits.shared_memory - limits.reserved_shared for arch, limits in LIMITS.items()}

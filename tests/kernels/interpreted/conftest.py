@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from gkd_fast.kernels.common import launch, small, strips, tangents
 from gkd_fast.kernels.graph_conv import launches as graph_conv
 from gkd_fast.kernels.node_contrast import launches as node_contrast

@@ -5,10 +5,10 @@ from contextlib import nullcontext
 from unittest import mock
 
 import torch
-from gkd_fast.kernels.common import table
 from torch import Tensor
 
 from gkd_fast import functional
+from gkd_fast.kernels.common import table
 
 from .conftest import between_nans
 

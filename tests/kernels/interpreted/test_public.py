@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gkd_fast.kernels.common import autotune, table
-from gkd_fast.kernels.relation_kl.launches import relation_kl
 from torch.autograd import gradcheck
 
 from gkd_fast import GraphKDLoss, functional, ops, reference
+from gkd_fast.kernels.common import autotune, table
+from gkd_fast.kernels.relation_kl.launches import relation_kl
 
 from .judge import features
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from gkd_fast.kernels.common import table
 
 from gkd_fast import functional, ops
+from gkd_fast.kernels.common import table
 
 from .judge import BATCHES, between_nans, features, judge
 

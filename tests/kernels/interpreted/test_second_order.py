@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from gkd_fast.kernels.common import table
 from torch.autograd import gradgradcheck
 
+from gkd_fast.kernels.common import table
 from tests.second_order_cases import (
     FUNCTIONS,
     MOVING,

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from gkd_fast.kernels import OPS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
+
+from gkd_fast.kernels import OPS
 
 from .judge import features, values_and_gradients
 from .test_graph_conv import graph_conv
