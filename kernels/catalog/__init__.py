@@ -14,6 +14,7 @@ from gkd_fast.kernels.catalog.tangent import second_order
 from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_width
 from gkd_fast.kernels.common.log_sums import BLOCK as LOG_SUMS_BLOCK
 from gkd_fast.kernels.common.log_sums import log_sum_shifts
+from gkd_fast.kernels.common.offline import target
 from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.common.strips import MOST_ROWS
 from gkd_fast.kernels.common.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
@@ -97,15 +98,6 @@ class Specialization:
     def trips(self, batch: int) -> int:
         """Steps of the walk over the columns per program."""
         return self.grid(batch)[1]
-
-
-def target(arch: str) -> GPUTarget:
-    """Triton's name of an architecture ("sm_90", "gfx942")."""
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch must be one of {ARCHITECTURES}, got {arch!r}")
-    if arch.startswith("gfx"):
-        return GPUTarget("hip", arch, 64)
-    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
 def compile(spec: Specialization, arch: str | None = None) -> triton.compiler.CompiledKernel:

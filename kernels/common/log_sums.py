@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.tile import COUNTS, load_vector, store_vector
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -40,7 +41,7 @@ def shifts_and_ratios(log_sums: Tensor, rows: Tensor, sum_type) -> tuple[Tensor,
     log_sums = log_sums.contiguous()
     shifts, ratios = (rows.new_empty(log_sums.shape) for _ in range(2))
     with on_device(rows):
-        log_sum_shifts[(triton.cdiv(log_sums.numel(), BLOCK),)](
-            log_sums, shifts, ratios, log_sums.numel(), BLOCK, sum_type
+        launch(log_sum_shifts, BLOCK_ROWS=BLOCK, SUM=sum_type)(
+            (triton.cdiv(log_sums.numel(), BLOCK),), log_sums, shifts, ratios, log_sums.numel()
         )
     return shifts, ratios

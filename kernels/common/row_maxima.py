@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import Product, architecture, column_pieces, on_device, padded_width
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.common.tile import (
@@ -46,12 +47,15 @@ def row_maxima(out: Tensor, rows: Tensor, columns: Tensor, offset: int, except_o
         return _maxima_of_strips(out, rows, columns, offset, except_own, product)
     # The walk of the degrees: one product per step and a reduction.
     config = tiles("graph_degree_sums", architecture(rows.device), product.name, padded_width(rows.shape[1]))
+    constants = {
+        "EXCEPT_OWN": except_own, "WIDTH": padded_width(rows.shape[1]), "BLOCK_ROWS": config.rows,
+        "BLOCK_COLUMNS": config.columns, "num_warps": config.warps, "num_stages": config.stages, **product.constants(),
+    }  # fmt: skip
     with on_device(rows):
         for piece in column_pieces([columns], product.torch_type):
-            row_maxima_kernel[(triton.cdiv(len(rows), config.rows),)](
-                rows, piece.matrices[0], out, rows.shape[1], len(rows), piece.count, offset - piece.start,
-                int(piece.start > 0), except_own, padded_width(rows.shape[1]), config.rows, config.columns,
-                num_warps=config.warps, num_stages=config.stages, **product.constants(),
+            launch(row_maxima_kernel, **constants)(
+                (triton.cdiv(len(rows), config.rows),), rows, piece.matrices[0], out, rows.shape[1], len(rows),
+                piece.count, offset - piece.start, int(piece.start > 0),
             )  # fmt: skip
     return out
 

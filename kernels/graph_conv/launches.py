@@ -19,6 +19,7 @@ from gkd_fast.kernels.common.launch import (
     power_of_two,
     product_of,
 )  # fmt: skip
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.graph_conv import small, strips
@@ -99,10 +100,9 @@ def _degrees(graph: Graph) -> Tensor:
     degrees = graph.nodes.new_empty(parts, graph.row_count)
     with on_device(graph.nodes):
         for piece in graph.pieces([graph.columns], [None], constants):
-            graph_degree_sums[grid](
-                graph.nodes, piece.matrices[0], degrees, graph.inverse_variance, graph.dim, graph.row_count,
-                piece.count, graph.offset - piece.start, parts, int(piece.start > 0), ALIGNED=piece.aligned,
-                **constants,
+            launch(graph_degree_sums, ALIGNED=piece.aligned, **constants)(
+                grid, graph.nodes, piece.matrices[0], degrees, graph.inverse_variance, graph.dim, graph.row_count,
+                piece.count, graph.offset - piece.start, parts, int(piece.start > 0),
             )  # fmt: skip
         return degrees[0] if parts == 1 else degrees.sum(dim=0)
 
@@ -156,11 +156,13 @@ def _kernel_times(graph, values, row_degrees, column_degrees, column_factor, row
     sums = values.new_empty(parts, graph.row_count) if with_degrees else output
     with on_device(values):
         for piece in graph.pieces(columns, factors, constants):
-            graph_sums[grid](
-                graph.nodes, *piece.matrices, values if row_degrees is None else row_degrees, output, sums, power,
+            launch(
+                graph_sums, DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled,
+                ALIGNED=piece.aligned, **constants,
+            )(
+                grid, graph.nodes, *piece.matrices, values if row_degrees is None else row_degrees, output, sums, power,
                 graph.inverse_variance, graph.dim, width, graph.row_count, piece.count, graph.offset - piece.start,
-                parts, int(piece.start > 0), int(piece.is_last), DEGREES=with_degrees, ROW_FACTOR=row_factor,
-                SCALED=graph.product.scaled, ALIGNED=piece.aligned, **constants,
+                parts, int(piece.start > 0), int(piece.is_last),
             )  # fmt: skip
         if parts == 1:
             return output[0], sums[0] if with_degrees else row_degrees
@@ -228,9 +230,9 @@ def _terms(own: Side, output: Tensor, messages_gradient: Tensor | None, is_row: 
     terms = torch.empty_like(own.degrees)
     sum_type = triton.language.float64 if output.dtype == torch.float64 else triton.language.float32
     with on_device(output):
-        graph_terms[(triton.cdiv(rows, TERMS_ROWS),)](
-            terms, own.upstream, output, own.messages, output if is_row else messages_gradient, own.degrees, width,
-            rows, SYMMETRIC=not is_row, BLOCK_ROWS=TERMS_ROWS, BLOCK_WIDTH=TERMS_WIDTH, SUM=sum_type,
+        launch(graph_terms, SYMMETRIC=not is_row, BLOCK_ROWS=TERMS_ROWS, BLOCK_WIDTH=TERMS_WIDTH, SUM=sum_type)(
+            (triton.cdiv(rows, TERMS_ROWS),), terms, own.upstream, output, own.messages,
+            output if is_row else messages_gradient, own.degrees, width, rows,
         )  # fmt: skip
     return terms
 
@@ -264,13 +266,14 @@ def _nodes_gradient(graph, own, other, terms, column_terms, is_row) -> Tensor:
     with on_device(graph.nodes):
         for piece in graph.pieces(columns, factors, constants):
             piece_nodes, piece_messages, *piece_upstream = piece.matrices
-            graph_gradients[grid](
-                graph.nodes, piece_nodes, own.messages, own.upstream, piece_messages,
+            launch(
+                graph_gradients, HAS_UPSTREAM=has_upstream, MESSAGE_FACTOR=message_factor,
+                UPSTREAM_FACTOR=upstream_factor, SCALED=graph.product.scaled, ALIGNED=piece.aligned, **constants,
+            )(
+                grid, graph.nodes, piece_nodes, own.messages, own.upstream, piece_messages,
                 piece_upstream[0] if has_upstream else piece_messages, own.degrees, terms,
                 column_terms[piece.start :], gradient, powers, graph.inverse_variance, graph.dim, width,
                 graph.row_count, piece.count, graph.offset - piece.start, parts, int(piece.start > 0),
-                HAS_UPSTREAM=has_upstream, MESSAGE_FACTOR=message_factor, UPSTREAM_FACTOR=upstream_factor,
-                SCALED=graph.product.scaled, ALIGNED=piece.aligned, **constants,
             )  # fmt: skip
     return gradient[0] if parts == 1 else gradient.sum(dim=0)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.small import store_weighted, tile_product
 from gkd_fast.kernels.common.tile import COUNTS, load_tile, replace_missing, store_vector
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
@@ -127,11 +128,11 @@ def graph_small_gradients(
 def _sums(graph, values: Tensor, degrees: Tensor, is_row: bool, terms_of=None) -> Tensor:
     """``terms_of``: the node terms, to be written, and messages, upstream and output."""
     output = values.new_empty(values.shape)
+    constants = small.constants(graph.arch, graph.product, WEIGHT_COLUMNS=small.weight_columns(graph.product))
     with on_device(values):
-        graph_small_sums[(small.row_blocks(len(values)),)](
-            graph.nodes, values, degrees, output, *(terms_of or (output,) * 4), graph.inverse_variance, graph.dim,
-            values.shape[1], len(values), SYMMETRIC=not is_row, BACKWARD=terms_of is not None,
-            **small.constants(graph.arch, graph.product, WEIGHT_COLUMNS=small.weight_columns(graph.product)),
+        launch(graph_small_sums, SYMMETRIC=not is_row, BACKWARD=terms_of is not None, **constants)(
+            (small.row_blocks(len(values)),), graph.nodes, values, degrees, output, *(terms_of or (output,) * 4),
+            graph.inverse_variance, graph.dim, values.shape[1], len(values),
         )  # fmt: skip
     return output
 
@@ -148,10 +149,10 @@ def graph_conv_backward(graph, upstream, messages, output, degrees, is_row: bool
     if needs[0]:
         gradients.append(graph.nodes.new_empty(graph.nodes.shape))
         with on_device(upstream):
-            graph_small_gradients[(small.row_blocks(graph.row_count),)](
-                graph.nodes, messages, upstream, degrees, terms, gradients[0], graph.inverse_variance, graph.dim,
-                messages.shape[1], graph.row_count, SYMMETRIC=not is_row,
-                **small.gradient_constants(graph.arch, graph.product),
+            constants = small.gradient_constants(graph.arch, graph.product)
+            launch(graph_small_gradients, SYMMETRIC=not is_row, **constants)(
+                (small.row_blocks(graph.row_count),), graph.nodes, messages, upstream, degrees, terms, gradients[0],
+                graph.inverse_variance, graph.dim, messages.shape[1], graph.row_count,
             )  # fmt: skip
     if needs[1]:
         gradients.append(messages_gradient)

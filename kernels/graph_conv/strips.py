@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import Piece, column_pieces, on_device, power_of_two
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv.tiles import graph_strip
@@ -16,11 +17,14 @@ def _strip(graph, rows: Tensor, start: int, piece: Piece, sums, gradient=None) -
     similarities = multiply(rows, piece.matrices[0].T)
     weights = torch.empty_like(similarities, dtype=graph.product.torch_type)
     products, terms, column_terms, powers = gradient or (sums, sums, sums, sums)
-    graph_strip[(triton.cdiv(len(rows), config.rows),)](
-        similarities, products, weights, sums, terms, column_terms, powers, graph.inverse_variance, len(rows),
-        piece.count, graph.offset + start - piece.start, int(piece.start > 0), GRADIENT=gradient is not None,
-        SCALED=graph.product.scaled, BLOCK_ROWS=config.rows, BLOCK_COLUMNS=config.columns, TYPE=graph.product.TYPE,
-        SUM=graph.product.SUM, num_warps=config.warps, num_stages=config.stages,
+    constants = {
+        "GRADIENT": gradient is not None, "SCALED": graph.product.scaled, "BLOCK_ROWS": config.rows,
+        "BLOCK_COLUMNS": config.columns, "TYPE": graph.product.TYPE, "SUM": graph.product.SUM,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+    launch(graph_strip, **constants)(
+        (triton.cdiv(len(rows), config.rows),), similarities, products, weights, sums, terms, column_terms, powers,
+        graph.inverse_variance, len(rows), piece.count, graph.offset + start - piece.start, int(piece.start > 0),
     )  # fmt: skip
     return weights
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Piece, matrices, on_device, power_of_two
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.tangents import (
     Directions,
     add_weighted,
@@ -55,9 +56,9 @@ class MovingGraph(Graph):
         rows = converted(self.nodes[block], self.product)
         tangents = converted(self.tangent[block], self.product) if self.moves else rows
         grid, common = tiling(kernel.__name__, self.arch, self.product, len(rows), piece.count)
-        kernel[grid](
-            rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, len(rows), piece.count,
-            self.offset + block.start - piece.start, **common, **constants,
+        launch(kernel, **common, **constants)(
+            grid, rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, len(rows), piece.count,
+            self.offset + block.start - piece.start,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from gkd_fast.kernels.common.launch import (
     power_of_two,
     product_of,
 )  # fmt: skip
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
@@ -124,15 +125,15 @@ def node_contrast(
         keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
         shifts = losses if shifts is None else shifts
         for piece in problem.pieces(columns, config):
-            contrast_sums[(row_blocks, num_pairs * parts)](
-                tuple(problem.students), piece.matrices, tuple(own), sums, partial, shifts, losses, log_sums,
-                problem.dim, rows, piece.count, problem.wanted, parts, int(piece.start > 0), int(piece.is_last),
-                problem.scale, shift, ALIGNED=piece.aligned, **keep, **problem.constants(config),
+            launch(contrast_sums, ALIGNED=piece.aligned, **keep, **problem.constants(config))(
+                (row_blocks, num_pairs * parts), tuple(problem.students), piece.matrices, tuple(own), sums, partial,
+                shifts, losses, log_sums, problem.dim, rows, piece.count, problem.wanted, parts, int(piece.start > 0),
+                int(piece.is_last), problem.scale, shift,
             )  # fmt: skip
         if parts > 1:
-            contrast_losses[(triton.cdiv(rows, EPILOGUE_ROWS), num_pairs)](
-                tuple(problem.students), tuple(own), sums, partial, weighted, shifts, losses, log_sums, problem.dim,
-                rows, problem.wanted, parts, problem.scale, shift, **keep, **problem.epilogue_constants(),
+            launch(contrast_losses, **keep, **problem.epilogue_constants())(
+                (triton.cdiv(rows, EPILOGUE_ROWS), num_pairs), tuple(problem.students), tuple(own), sums, partial,
+                weighted, shifts, losses, log_sums, problem.dim, rows, problem.wanted, parts, problem.scale, shift,
             )  # fmt: skip
     return losses, log_sums, weighted
 
@@ -198,9 +199,9 @@ def _bits(flags) -> int:
 
 def _differences(problem, own, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
-    contrast_differences[(triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients))](
-        tuple(own), weighted, upstream, tuple(gradients), problem.dim, problem.row_count, problem.wanted,
-        _bits(needs), 1 / problem.temperature, problem.S, problem.T, **problem.epilogue_constants(),
+    launch(contrast_differences, S=problem.S, T=problem.T, **problem.epilogue_constants())(
+        (triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients)), tuple(own), weighted, upstream,
+        tuple(gradients), problem.dim, problem.row_count, problem.wanted, _bits(needs), 1 / problem.temperature,
     )  # fmt: skip
 
 
@@ -221,13 +222,16 @@ def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs
     for piece in problem.pieces(columns, config):
         first, stop = piece.start, piece.start + piece.count
         by_piece = by_column and side is not None
-        contrast_gradients[(row_blocks, parts * len(gradients))](
-            tuple(rows), piece.matrices, tuple(own), upstream[first:stop] if by_piece else upstream, own_upstream,
+        launch(
+            contrast_gradients, STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column,
+            SCALED=problem.product.scaled, ALIGNED=piece.aligned, **problem.constants(config),
+        )(
+            (row_blocks, parts * len(gradients)), tuple(rows), piece.matrices, tuple(own),
+            upstream[first:stop] if by_piece else upstream, own_upstream,
             *(x[:, first:stop].contiguous() if by_piece else x for x in (shifts, ratios)), tuple(partial), power,
             problem.dim, problem.row_count, min(piece.count, count), problem.wanted, _bits(needs), parts,
             int(first > 0), 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
-            1 / problem.temperature, STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column,
-            SCALED=problem.product.scaled, ALIGNED=piece.aligned, **problem.constants(config),
+            1 / problem.temperature,
         )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):

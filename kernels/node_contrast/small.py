@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
 from gkd_fast.kernels.common.small import load_of_pair, store_weighted, tile_product
 from gkd_fast.kernels.common.tile import (
@@ -154,9 +155,9 @@ def node_contrast(problem, losses: Tensor, log_sums: Tensor, weighted: Tensor):
     count, S, T = problem.row_count, problem.S, problem.T
     constants = small.constants(problem.arch, problem.product, WEIGHT_COLUMNS=small.weight_columns(problem.product))
     with on_device(losses):
-        contrast_small_losses[(small.row_blocks(count), S * T)](
-            tuple(problem.students), tuple(problem.teachers), losses, log_sums, weighted, problem.dim, count,
-            problem.wanted, problem.scale, S=S, T=T, KEEP=weighted.numel() > 0, **constants,
+        launch(contrast_small_losses, S=S, T=T, KEEP=weighted.numel() > 0, **constants)(
+            (small.row_blocks(count), S * T), tuple(problem.students), tuple(problem.teachers), losses, log_sums,
+            weighted, problem.dim, count, problem.wanted, problem.scale,
         )  # fmt: skip
 
 
@@ -167,9 +168,9 @@ def node_contrast_backward(problem, upstream, log_sums, weighted, needs: list[bo
         return []
     needed = sum(1 << q for q, is_needed in enumerate(needs) if is_needed)
     with on_device(upstream):
-        contrast_small_gradients[(small.row_blocks(problem.row_count), len(gradients))](
-            tuple(rows), tuple(gradients), upstream, log_sums, weighted, problem.dim, problem.row_count,
-            problem.wanted, needed, problem.scale, 1 / problem.temperature, S=problem.S, T=problem.T,
-            KEPT=weighted.numel() > 0, **small.gradient_constants(problem.arch, problem.product),
+        constants = small.gradient_constants(problem.arch, problem.product)
+        launch(contrast_small_gradients, S=problem.S, T=problem.T, KEPT=weighted.numel() > 0, **constants)(
+            (small.row_blocks(problem.row_count), len(gradients)), tuple(rows), tuple(gradients), upstream, log_sums,
+            weighted, problem.dim, problem.row_count, problem.wanted, needed, problem.scale, 1 / problem.temperature,
         )  # fmt: skip
     return gradients

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import column_pieces, on_device, power_of_two
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
@@ -52,11 +53,13 @@ def _forward(problem, s, t, strip, columns, own, shift, shifts, out):
     for piece in _pieces(problem, columns, rows):
         similarities = multiply(student, piece.matrices[0].T)
         weights = torch.empty_like(similarities, dtype=problem.product.torch_type)
-        contrast_sums[grid](
-            (student,) * problem.S, (similarities,) * problem.T, (own_similarities,) * problem.T, sums, weights,
+        launch(
+            contrast_sums, S=problem.S, T=problem.T, KEEP=weighted is not None, OWN_SHIFT=shifts is not None,
+            **constants,
+        )(
+            grid, (student,) * problem.S, (similarities,) * problem.T, (own_similarities,) * problem.T, sums, weights,
             sums if shifts is None else shifts, losses, log_sums, problem.dim, rows, piece.count, 1 << pair, 1,
-            int(piece.start > 0), int(piece.is_last), problem.scale, shift, S=problem.S, T=problem.T,
-            KEEP=weighted is not None, OWN_SHIFT=shifts is not None, **constants,
+            int(piece.start > 0), int(piece.is_last), problem.scale, shift,
         )  # fmt: skip
         if weighted is not None:
             weighted += multiply(weights, piece.matrices[0])
@@ -108,12 +111,15 @@ def _add_sums(problem, s, t, rows, columns, side, gradient, by_column):
         similarities = multiply(rows, piece.matrices[0].T)
         weights = torch.empty_like(similarities, dtype=problem.product.torch_type)
         here = slice(piece.start, piece.start + piece.count)
-        contrast_gradients[grid](
-            (rows,) * stages, (similarities,) * partners, (rows,) * partners, upstream[here] if by_column else upstream,
-            upstream, *(x[:, here].contiguous() if by_column else x for x in vectors), (weights,), power, problem.dim,
+        launch(
+            contrast_gradients, STAGES=stages, PARTNERS=partners, BY_COLUMN=by_column, SCALED=problem.product.scaled,
+            **constants,
+        )(
+            grid, (rows,) * stages, (similarities,) * partners, (rows,) * partners,
+            upstream[here] if by_column else upstream, upstream,
+            *(x[:, here].contiguous() if by_column else x for x in vectors), (weights,), power, problem.dim,
             len(rows), piece.count, 1 << (s * problem.T + t), 1 << (t if by_column else s), 1, 0,
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
-            STAGES=stages, PARTNERS=partners, BY_COLUMN=by_column, SCALED=problem.product.scaled, **constants,
         )  # fmt: skip
         product = multiply(weights, piece.matrices[0])
         gradient += product / power if problem.product.scaled else product

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import Piece, on_device, power_of_two
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.tangents import (
     Directions,
@@ -54,10 +55,10 @@ class Pair:
         """A kernel gets x or y themselves in the place of tangents that it does not read."""
         grid, common = tiling(kernel.__name__, problem.arch, problem.product, len(self.rows), piece.count)
         tangents = self.rows if self.row_tangents is None else self.row_tangents
-        kernel[grid](
-            self.rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, problem.dim, len(self.rows),
-            piece.count, problem.scale, 1 / problem.temperature, ROWS_MOVE=self.row_tangents is not None,
-            COLUMNS_MOVE=self.column_tangents is not None, **common, **constants,
+        moves = {"ROWS_MOVE": self.row_tangents is not None, "COLUMNS_MOVE": self.column_tangents is not None}
+        launch(kernel, **moves, **common, **constants)(
+            grid, self.rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, problem.dim, len(self.rows),
+            piece.count, problem.scale, 1 / problem.temperature,
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from gkd_fast.kernels.common.launch import (
     row_and_column_pieces,
     row_blocks_at_a_time,
 )  # fmt: skip
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns, strip_rows
@@ -168,15 +169,18 @@ def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_
     out = (losses[:, students[0] :, teachers[0] :], student_log_sums[students[0] :], teacher_log_sums[teachers[0] :])
     strides = losses.stride(0), losses.stride(1)
     for own, piece in problem.pieces(stages, config):
-        relation_sums[(triton.cdiv(own.count, config.rows), parts)](
-            own.matrices, problem.similarities(own, piece) or piece.matrices, dims, sums, shifts, *out, own.start, rows,
-            piece.count, problem.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last), *strides,
-            problem.inner, problem.outer, **problem.constants(students, teachers, config, piece),
+        launch(relation_sums, **problem.constants(students, teachers, config, piece))(
+            (triton.cdiv(own.count, config.rows), parts), own.matrices,
+            problem.similarities(own, piece) or piece.matrices, dims, sums, shifts, *out, own.start, rows, piece.count,
+            problem.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last), *strides,
+            problem.inner, problem.outer,
         )  # fmt: skip
     if parts > 1:
-        relation_losses[(triton.cdiv(rows, STATISTICS_BLOCK),)](
-            sums, shifts, *out, rows, parts, *strides, problem.outer, len(students), len(teachers), problem.own_shift,
-            STATISTICS_BLOCK, problem.product.SUM,
+        launch(
+            relation_losses, S=len(students), T=len(teachers), OWN_SHIFT=problem.own_shift,
+            BLOCK_ROWS=STATISTICS_BLOCK, SUM=problem.product.SUM,
+        )(
+            (triton.cdiv(rows, STATISTICS_BLOCK),), sums, shifts, *out, rows, parts, *strides, problem.outer,
         )  # fmt: skip
 
 
@@ -259,11 +263,13 @@ def _factors(problem, students, teachers, side, count: int, wanted: int, scale: 
     upstream, losses, student_log_sums, teacher_log_sums = side
     factors = x.new_empty(shape)
     s, t = students[0], teachers[0]
-    relation_factors[(triton.cdiv(count, STATISTICS_BLOCK),)](
-        upstream[:, s:, t:], upstream if losses is None else losses[:, s:, t:], student_log_sums[s:],
-        teacher_log_sums[t:], factors, scale, count, upstream.stride(0), upstream.stride(1), problem.outer,
-        problem.slope, len(students), len(teachers), wanted, problem.own_shift, problem.product.scaled,
-        STATISTICS_BLOCK, problem.product.SUM,
+    launch(
+        relation_factors, S=len(students), T=len(teachers), WANTED=wanted, OWN_SHIFT=problem.own_shift,
+        SCALED=problem.product.scaled, BLOCK_ROWS=STATISTICS_BLOCK, SUM=problem.product.SUM,
+    )(
+        (triton.cdiv(count, STATISTICS_BLOCK),), upstream[:, s:, t:],
+        upstream if losses is None else losses[:, s:, t:], student_log_sums[s:], teacher_log_sums[t:], factors, scale,
+        count, upstream.stride(0), upstream.stride(1), problem.outer, problem.slope,
     )  # fmt: skip
     return factors
 
@@ -289,11 +295,12 @@ def _backward(problem, students, teachers, own, other, gradients, scale, adds: b
         strips = problem.similarities(block, piece)
         if strips:
             partial = [x.new_empty(rows, piece.count, dtype=problem.product.torch_type) for x in out]
-        relation_gradients[(triton.cdiv(block.count, config.rows), parts)](
-            block.matrices, strips or piece.matrices, dims, tuple(partial), row_factors,
-            _piece_of(column_factors, piece), scale, block.start, rows, piece.count, problem.offset - piece.start,
-            parts, int(piece.start > 0 or (adds and not divided)), problem.inner, problem.outer, WANTED=wanted,
-            SCALED=problem.product.scaled, **problem.constants(students, teachers, config, piece),
+        constants = problem.constants(students, teachers, config, piece)
+        launch(relation_gradients, WANTED=wanted, SCALED=problem.product.scaled, **constants)(
+            (triton.cdiv(block.count, config.rows), parts), block.matrices, strips or piece.matrices, dims,
+            tuple(partial), row_factors, _piece_of(column_factors, piece), scale, block.start, rows, piece.count,
+            problem.offset - piece.start,
+            parts, int(piece.start > 0 or (adds and not divided)), problem.inner, problem.outer,
         )  # fmt: skip
         if strips:
             needed = [c for c, q in zip(piece.matrices, stages, strict=True) if gradients[q] is not None]

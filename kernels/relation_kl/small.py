@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
 from gkd_fast.kernels.common.small import load_of_pair, store_weighted, tile_product
 from gkd_fast.kernels.common.tangents import HARDWARE_ONLY
@@ -125,9 +126,9 @@ def relation_kl(problem, losses: Tensor, student_log_sums: Tensor, teacher_log_s
     """Writes the results to the given memory."""
     S, T, count = problem.num_students, problem.num_teachers, problem.row_count
     with on_device(losses):
-        relation_small_losses[(small.row_blocks(count), S * T)](
-            tuple(problem.rows), problem.dims, losses, student_log_sums, teacher_log_sums, count, problem.inner,
-            problem.outer, S=S, T=T, **small.constants(problem.arch, problem.product),
+        launch(relation_small_losses, S=S, T=T, **small.constants(problem.arch, problem.product))(
+            (small.row_blocks(count), S * T), tuple(problem.rows), problem.dims, losses, student_log_sums,
+            teacher_log_sums, count, problem.inner, problem.outer,
         )  # fmt: skip
 
 
@@ -137,9 +138,10 @@ def relation_kl_backward(problem, upstream, losses, student_log_sums, teacher_lo
         return []
     wanted = sum(1 << q for q, needed in enumerate(needs) if needed)
     with on_device(upstream):
-        relation_small_gradients[(small.row_blocks(problem.row_count), len(gradients))](
-            tuple(problem.rows), problem.dims, tuple(gradients), upstream, losses, student_log_sums, teacher_log_sums,
-            problem.row_count, wanted, problem.inner, problem.outer, problem.slope, S=problem.num_students,
-            T=problem.num_teachers, **small.gradient_constants(problem.arch, problem.product),
+        constants = small.gradient_constants(problem.arch, problem.product)
+        launch(relation_small_gradients, S=problem.num_students, T=problem.num_teachers, **constants)(
+            (small.row_blocks(problem.row_count), len(gradients)), tuple(problem.rows), problem.dims, tuple(gradients),
+            upstream, losses, student_log_sums, teacher_log_sums, problem.row_count, wanted, problem.inner,
+            problem.outer, problem.slope,
         )  # fmt: skip
     return gradients

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import Piece, on_device
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.tangents import (
     Directions,
     add_weighted,
@@ -55,12 +56,13 @@ class MovingProblem(Problem):
         stages = self.stages(students, teachers)
         moving = self.moving(stages)
         grid, common = tiling(kernel.__name__, self.arch, self.product, self.row_count, piece.count)
-        kernel[grid](
-            tuple(self.rows[q] for q in stages), tuple(self.row_tangents[q] for q in moving),
+        moves = sum(1 << k for k, q in enumerate(stages) if q in moving)
+        launch(
+            kernel, S=len(students), T=len(teachers), MOVING=moves, OWN_SHIFT=self.own_shift, **common, **constants
+        )(
+            grid, tuple(self.rows[q] for q in stages), tuple(self.row_tangents[q] for q in moving),
             piece.matrices[: len(stages)], piece.matrices[len(stages) :], tuple(self.rows[q].shape[1] for q in stages),
             *arguments, self.row_count, piece.count, self.offset - piece.start, self.inner, self.outer,
-            S=len(students), T=len(teachers), MOVING=sum(1 << k for k, q in enumerate(stages) if q in moving),
-            OWN_SHIFT=self.own_shift, **common, **constants,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradient
 
 BLOCK_ROWS, BLOCK_WIDTH = 8, 128
@@ -18,9 +19,9 @@ def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], lis
         x, e, n = ([values[k] for k in group] for values in (rows, units, norms))
         grid = (triton.cdiv(len(x[0]), BLOCK_ROWS), len(x))
         with on_device(x[0]):
-            unit_rows_forward[grid](
-                tuple(x), *_strides(x), tuple(v.shape[1] for v in x), tuple(e), tuple(n), len(x[0]),
-                torch.finfo(dtype).tiny ** 0.5, _triton_type(dtype), BLOCK_ROWS, BLOCK_WIDTH,
+            launch(unit_rows_forward, TYPE=_triton_type(dtype), ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
+                grid, tuple(x), *_strides(x), tuple(v.shape[1] for v in x), tuple(e), tuple(n), len(x[0]),
+                torch.finfo(dtype).tiny ** 0.5,
             )  # fmt: skip
     return units, norms
 
@@ -33,10 +34,9 @@ def unit_rows_backward(
         g, e, n, out = ([values[k] for k in group] for values in (upstream, unit, inverse_norms, gradients))
         grid = (triton.cdiv(len(g[0]), BLOCK_ROWS), len(g))
         with on_device(g[0]):
-            unit_rows_gradient[grid](
-                tuple(g), *_strides(g), tuple(v.shape[1] for v in g), tuple(e), tuple(n), tuple(out), len(g[0]),
-                _triton_type(e[0].dtype), BLOCK_ROWS, BLOCK_WIDTH,
-            )  # fmt: skip
+            launch(unit_rows_gradient, TYPE=_triton_type(e[0].dtype), ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
+                grid, tuple(g), *_strides(g), tuple(v.shape[1] for v in g), tuple(e), tuple(n), tuple(out), len(g[0])
+            )
     return gradients
 
 
