@@ -6,25 +6,32 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast._arguments import autocast_disabled
-from gkd_fast.features import Pool, pool_features
+from gkd_fast._pooling import StagePool, pool_features
 from gkd_fast.modules import PairWeightNetwork
 
 Features = Tensor | Sequence[Tensor]
 Weights = Tensor | PairWeightNetwork | None
 
 
-def nodes_of(name: str, features: Features, dims: Sequence[int], pool: Pool) -> list[Tensor]:
+def nodes_of(name: str, features: Features, dims: Sequence[int], pools: Sequence[StagePool]) -> list[Tensor]:
     """The pooled features ``[B, dim]`` of one network's stages."""
     stages = [features] if isinstance(features, Tensor) else list(features)
     if len(stages) != len(dims):
         raise ValueError(f"{name} must hold {len(dims)} stages, got {len(stages)}")
     nodes: list[Tensor] = []
-    for k, (x, dim) in enumerate(zip(stages, dims)):
+    for k, (x, dim, pool) in enumerate(zip(stages, dims, pools)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}[{k}] must be a Tensor, got {type(x).__name__}")
-        nodes.append(pool_features(x, pool))
+        try:
+            # Rows of that width are what a pooling leads to.
+            nodes.append(x if x.dim() == 2 and x.shape[1] == dim else pool_features(x, pool))
+        except ValueError as error:
+            raise ValueError(f"{name}[{k}]: {error}") from None
         if nodes[k].shape[1] != dim:
-            raise ValueError(f"{name}[{k}] must have width {dim}, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}[{k}] must have width {dim}, got shape {tuple(x.shape)} with pool={pool!r}"
+                + ("" if x.dim() == 2 else "; pool= names other layouts, as 'mean_nhwc' and 'mean_ncl'")
+            )
         if len(nodes[k]) != len(nodes[0]):
             raise ValueError(
                 f"{name}[{k}] must have the batch size of {name}[0] ({len(nodes[0])}), got {len(nodes[k])}"

@@ -2,12 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-
-from gkd_fast._snapshot import Snapshot
-from gkd_fast.features import Pool, StageFeatures
-
 
 def check_dims(name: str, dims: int | Sequence[int]) -> list[int]:
     """The widths as a list; ValueError unless they are positive ints."""
@@ -48,16 +42,3 @@ def frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]],
             )
         widths.append(paired.pop() if paired else teacher_dims[0])
     return widths
-
-
-def widths_of_stages(model: nn.Module, stages: Sequence[str], sample: Tensor, pool: Pool) -> list[int]:
-    """The widths of a model's stage features, read off a forward pass that leaves no trace in the model."""
-    snapshot = Snapshot([model])
-    collector = StageFeatures(model, stages, pool)
-    try:
-        model.eval()
-        with torch.no_grad():
-            return [x.shape[1] for x in collector(sample)[1]]
-    finally:
-        collector.remove()
-        snapshot.restore()

@@ -15,10 +15,11 @@ from gkd_fast._arguments import check_positive
 from gkd_fast._column_bank import ColumnBank
 from gkd_fast._diagnostics import graph_report, vacuous_reasons
 from gkd_fast._inputs import Features, Weights, check_target, nodes_of, weights_of_pairs
-from gkd_fast._stages import check_dims, check_pairs, frozen_widths, widths_of_stages
+from gkd_fast._pooling import Pool, StagePool, of_side, stage_pools
+from gkd_fast._probe import Sample, pools_and_widths
+from gkd_fast._stages import check_dims, check_pairs, frozen_widths
 from gkd_fast._terms import node_losses, teacher_graph_loss, weighted_sum
 from gkd_fast.distributed import checking, shards_of
-from gkd_fast.features import Pool, check_pool
 from gkd_fast.modules import BatchGCN
 
 # The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
@@ -55,7 +56,9 @@ class GraphKDLoss(nn.Module):
             training-mode call; ``"frozen"``: the teacher's features as they are, to whose width the student's graph
             convolutions then lead.
         pairs: ``"all"``, ``"matched"`` (k ↔ k, S = T) or a list of (student stage, teacher stage).
-        pool: how features become one row per sample, see :func:`gkd_fast.features.pool_features`.
+        pool: how features become one row per sample, see :func:`gkd_fast.features.pool_features`; one for all stages, a
+            list with one for each, or a dict of these for ``"student"`` and ``"teacher"``. Features ``[B, dim]`` are
+            such rows already.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are one batch, see :mod:`gkd_fast.distributed`. Each rank's terms
             are (ranks/global batch) times the sum over its own samples, so that their mean over the ranks, and the mean
@@ -64,7 +67,8 @@ class GraphKDLoss(nn.Module):
         column_bank: so many past embeddings of either side are further columns of both losses, without gradient: what a
             sample is told from, and has relations with. :meth:`remember` adds to them.
 
-    Shapes: features are a tensor or a list of them, ``[B, C]``, ``[B, C, H, W]`` or tokens ``[B, N, C]``; ``target`` is
+    Shapes: features are a tensor or a list of them, ``[B, C]``, ``[B, C, H, W]``, tokens ``[B, N, C]`` or what else
+    ``pool`` says; ``target`` is
     ``[B]`` labels or ``[B, num_classes]`` probabilities; ``weights`` is ``[B, S, T]``, a
     :class:`gkd_fast.PairWeightNetwork` (evaluated wholly without gradient), or None: 0.5 throughout.
 
@@ -106,7 +110,8 @@ class GraphKDLoss(nn.Module):
             raise ValueError(f"teacher_graph must be 'labels' or 'frozen', got {teacher_graph!r}")
         if node_weight == 0 and relation_weight == 0:
             raise ValueError("node_weight and relation_weight must not both be 0")
-        check_pool(pool)
+        self.student_pool = stage_pools(pool, len(self.student_dims), "student")
+        self.teacher_pool = stage_pools(pool, len(self.teacher_dims), "teacher")
         if isinstance(column_bank, bool) or not isinstance(column_bank, int) or column_bank < 0:
             raise ValueError(f"column_bank must be a number of embeddings, 0 or more, got {column_bank!r}")
         if process_group is not None and not isinstance(process_group, ProcessGroup):
@@ -151,32 +156,47 @@ class GraphKDLoss(nn.Module):
         cls,
         student: nn.Module,
         teacher: nn.Module,
-        sample: Tensor,
+        sample: Sample,
         *,
         student_stages: Sequence[str],
         teacher_stages: Sequence[str],
+        pool: Pool | None = None,
+        select: Any = None,
         **options: Any,
     ) -> "GraphKDLoss":
-        """The loss for two models, with the stages' widths read off a forward pass of each on ``sample``.
+        """The loss for two models, with the stages' widths and layouts read off forward passes on ``sample``.
 
-        The models' modes, buffers and hooks and the random state are left as they were. The features that the loss is
-        then called with are those of :class:`gkd_fast.StageFeatures` with the same stages.
+        Each model runs on the sample, on another number of samples, and on smaller images (shorter sequences) where it
+        takes them. What changes with these tells which dimensions of a stage are samples, positions and channels. The
+        models' modes, buffers and hooks and the random state are left as they were. The loss is on the student's device
+        and in its type; the features that it is then called with are those of :class:`gkd_fast.StageFeatures`::
+
+            criterion = GraphKDLoss.from_models(student, teacher, images, student_stages=names, ...)
+            stages = StageFeatures(student, names, pool=criterion.student_pool)
 
         Args:
             student: any module.
             teacher: any module.
-            sample: an input batch that both take.
+            sample: an input batch that both take: a tensor, a sequence of arguments, or a dict of keyword arguments.
             student_stages: module names, as in ``student.named_modules()``.
             teacher_stages: the same of the teacher.
+            pool: as in the constructor; checked. None: found out.
+            select: as in :class:`gkd_fast.StageFeatures`, or a dict of that for ``"student"`` and ``"teacher"``.
             **options: as in the constructor.
 
         Raises:
-            ValueError: a stage is no module of its model, or its output is not features.
+            ValueError: a stage is no module of its model, its output is not features, or its layout cannot be told; the
+                message names the stage, both shapes and what to pass.
         """
-        pool = options.get("pool", "mean")
-        student_dims = widths_of_stages(student, student_stages, sample, pool)
-        teacher_dims = widths_of_stages(teacher, teacher_stages, sample, pool)
-        return cls(student_dims, teacher_dims, **options)
+        pools: dict[str, list[StagePool]] = {}
+        widths = {}
+        for side, model, stages in (("student", student, student_stages), ("teacher", teacher, teacher_stages)):
+            given = None if pool is None else stage_pools(pool, len(stages), side)
+            chosen = of_side("select", select, side)
+            pools[side], widths[side] = pools_and_widths(side, model, stages, sample, given, chosen)
+        criterion = cls(widths["student"], widths["teacher"], pool=pools, **options)
+        own = next((p for p in student.parameters() if p.is_floating_point()), None)
+        return criterion if own is None else criterion.to(own.device, own.dtype)
 
     def forward(
         self, student_feats: Features, teacher_feats: Features, target: Tensor | None = None, *, weights: Weights = None
@@ -209,8 +229,10 @@ class GraphKDLoss(nn.Module):
         No gradient reaches the teacher's features; its graph convolutions have theirs.
         """
         with checking(self.process_group, "GraphKDLoss.embed"):
-            students = nodes_of("student_feats", student_feats, self.student_dims, self.pool)
-            teachers = [x.detach() for x in nodes_of("teacher_feats", teacher_feats, self.teacher_dims, self.pool)]
+            students = nodes_of("student_feats", student_feats, self.student_dims, self.student_pool)
+            teachers = [
+                x.detach() for x in nodes_of("teacher_feats", teacher_feats, self.teacher_dims, self.teacher_pool)
+            ]
             if len(students[0]) != len(teachers[0]):
                 raise ValueError(
                     f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"

@@ -46,7 +46,7 @@ class TorchvisionNetwork(StagedNetwork):
         if stages is None:
             stages = _default_stages(name, self.model)
         channels_last = isinstance(self.model, models.SwinTransformer)
-        self._collect = StageFeatures(self.model, stages, pool=_mean_channels_last if channels_last else "mean")
+        self._collect = StageFeatures(self.model, stages, pool="mean_nhwc" if channels_last else "mean")
         self.feature_dims = self._measure(name, sample_shape)
 
     def forward(self, x: Tensor) -> StageOutputs:
@@ -91,8 +91,3 @@ def _default_stages(name: str, model: nn.Module) -> list[str]:
         return [f"encoder.layers.encoder_layer_{layers * quarter // 4 - 1}" for quarter in (1, 2, 3, 4)]
     modules = ", ".join(module for module, _ in model.named_modules() if module and module.count(".") <= 1)
     raise ValueError(f"torchvision/{name} has no default stages: name some of its modules, among them {modules}")
-
-
-def _mean_channels_last(x: Tensor) -> Tensor:
-    # Swin's stages are [B, H, W, C].
-    return x.mean(dim=(1, 2))
