@@ -12,6 +12,8 @@ from gkd_fast import ops
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 NORMALIZATIONS = ("symmetric", "row")
+# Device types without autocast: torch.compile of PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
+_WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")
 
 
 def check_graph_options(bandwidth: float | Tensor | str, normalization: str, backend: str) -> None:
@@ -163,7 +165,7 @@ def compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; never on a device that has none ("meta")."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def autocast_disabled(tensor: Tensor) -> AbstractContextManager[None]:

@@ -164,7 +164,10 @@ def product(a, b, PRECISION: tl.constexpr):
     """a·b with float32 (float64) sums."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    if a.dtype == tl.float64:  # Triton 3.6 has float32 sums unless told
+        return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float64)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -172,7 +175,10 @@ def add_product(a, b, total, PRECISION: tl.constexpr):
     """total + a·b."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    if a.dtype == tl.float64:
+        return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float64)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
