@@ -32,6 +32,9 @@ from gkd_fast.ops.columns import Columns
 # beyond it the ranks pass them around in a ring, at a ring pass for every pass over tiles.
 GATHER_BUDGET = 2**30
 
+# The gathering of one tensor per rank into one, whose older name PyTorch 2.11 has alone.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 # Tensors of several types travel as bytes, each starting at a multiple of this.
 ALIGNMENT = 16
 # How long a rank that saw a collective fail waits for the others to say that they saw it too.
@@ -349,7 +352,7 @@ def _all_reduce(group: dist.ProcessGroup | None, what: str, x: Tensor) -> None:
 def _all_gather(group: dist.ProcessGroup | None, what: str, x: Tensor) -> Tensor:
     """Every rank's ``x``, of one length on all of them: ``[ranks, length]``."""
     everything = x.new_empty(dist.get_world_size(group) * len(x))
-    _collective(group, what, lambda: dist.all_gather_single(everything, x, group=group))
+    _collective(group, what, lambda: getattr(dist, GATHER)(everything, x, group=group))
     return everything.view(-1, len(x))
 
 

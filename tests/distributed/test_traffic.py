@@ -30,7 +30,7 @@ class Received:
     def __enter__(self):
         self.total = 0
         self.patches = pytest.MonkeyPatch()
-        gather, start = dist.all_gather_single, dist.batch_isend_irecv
+        gather, start = getattr(dist, distributed.GATHER), dist.batch_isend_irecv
 
         def counting_gather(output, x, **options):
             self.total += output.nbytes - x.nbytes
@@ -40,7 +40,7 @@ class Received:
             self.total += sum(o.tensor.nbytes for o in operations if o.op is dist.irecv)
             return start(operations)
 
-        self.patches.setattr(dist, "all_gather_single", counting_gather)
+        self.patches.setattr(dist, distributed.GATHER, counting_gather)
         self.patches.setattr(dist, "batch_isend_irecv", counting_start)
         return self
 
