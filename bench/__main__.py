@@ -5,12 +5,17 @@ import importlib
 import importlib.util
 import sys
 
+from bench.files import UnusableFile
+
 SUBCOMMANDS = {
-    "ops": ("bench.ops", "the ops at chosen sizes, every backend side by side"),
-    "step": ("bench.step", "a whole GraphKDLoss step, fused against the reference backend"),
-    "targets": ("bench.targets", "the standard table, and which of its targets hold"),
-    "scaling": ("bench.scaling", "memory, traffic and arithmetic of a global batch over many GPUs, by formula"),
-    "gpu-static": ("bench.gpu_static", "the Triton kernels' resources and predicted times, without a GPU"),
+    "ops": ("bench.commands.ops", "the ops at chosen sizes, every backend side by side"),
+    "step": ("bench.commands.step", "a whole GraphKDLoss step, fused against the reference backend"),
+    "targets": ("bench.commands.targets", "the standard table, and which of its targets hold"),
+    "scaling": (
+        "bench.commands.scaling",
+        "memory, traffic and arithmetic of a global batch over many GPUs, by formula",
+    ),
+    "gpu-static": ("bench.commands.gpu_static", "the Triton kernels' resources and predicted times, without a GPU"),
 }
 
 
@@ -25,7 +30,10 @@ def main() -> int:
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     arguments = parser.parse_args()
-    return arguments.run(arguments) or 0
+    try:
+        return arguments.run(arguments) or 0
+    except UnusableFile as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 TEMPERATURE = 0.1
 RELATION_BANDWIDTH = 1.0
 CLASSES = 100
+STEP_WIDTHS = (64, 128, 256)  # of a whole step's features, repeated where there are more stages
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,7 @@ def features(batch: int, dim: int, generator: torch.Generator) -> Tensor:
 def problem(case: Case) -> Problem:
     """The case's inputs and random upstream (and cotangents at order 2), the same at every call."""
     if case.op == STEP:
-        from bench import step
-
-        return step.problem(case)
+        return _whole_loss(case)
     generator = torch.Generator().manual_seed(case.batch + case.dim)
 
     def tensor(x: Tensor, requires_grad: bool = False) -> Tensor:
@@ -129,6 +128,34 @@ def problem(case: Case) -> Problem:
         upstream.requires_grad_(True)
         cotangents = [tensor(torch.randn(x.shape, generator=generator)) for x in wanted.values()]
     return Problem(arguments, options, wanted, upstream, cotangents)
+
+
+def criterion(widths: list[int], embed_dim: int, backend: str) -> torch.nn.Module:
+    """The loss of a whole step."""
+    from gkd_fast import GraphKDLoss
+
+    return GraphKDLoss(widths, widths, num_classes=CLASSES, embed_dim=embed_dim, backend=backend)
+
+
+def _whole_loss(case: Case) -> Problem:
+    """Its parameters and the student's features are the inputs with gradient."""
+    generator = torch.Generator().manual_seed(case.batch + case.dim)
+    dtype = getattr(torch, case.dtype)
+    widths = [STEP_WIDTHS[k % len(STEP_WIDTHS)] for k in range(case.stages)]
+
+    def stages(requires_grad: bool) -> list[Tensor]:
+        made = [features(case.batch, width, generator).to(case.device, dtype) for width in widths]
+        return [x.requires_grad_(requires_grad) for x in made]
+
+    torch.manual_seed(0)
+    loss = criterion(widths, case.dim, "reference").to(case.device, dtype)
+    parameters = {name: p.detach().clone().requires_grad_(True) for name, p in loss.named_parameters()}
+    students, teachers = stages(True), stages(False)
+    target = (torch.arange(case.batch) % CLASSES).to(case.device)
+    weights = torch.rand(case.batch, case.stages, case.stages, generator=generator).to(case.device, dtype)
+    wanted = {f"students[{k}]": x for k, x in enumerate(students)} | parameters
+    upstream = torch.rand((), generator=generator).to(case.device, dtype)
+    return Problem((parameters, students, teachers, target, weights), {"embed_dim": case.dim}, wanted, upstream)
 
 
 def _bandwidth(nodes: Tensor) -> float:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cases import Case
+from bench.files import UnusableFile
 from bench.measure import Row
 
 HEADERS = ("backend", "forward", "fwd + bwd", "median", "spread", "× eager", "/ floor", "extra MB", "error")
@@ -77,7 +78,7 @@ def write_section(path: Path, section: str, content: str) -> None:
     text = path.read_text()
     begin, end = marks(section)
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{path} must hold {begin} and {end} once each")
+        raise UnusableFile(f"{path} must hold {begin} and {end} once each")
     before, rest = text.split(begin)
     path.write_text(f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}")
 

@@ -1,10 +1,9 @@
 """Rows kept in a JSON file, so that a long table can be measured in pieces on one machine."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import machine
+from bench import files, machine
 from bench.cases import Case
 from bench.measure import Row
 
@@ -35,20 +34,12 @@ class Results:
         return [row for (key, _), row in self.rows.items() if key == case]
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "schema": SCHEMA,
-            "machine": self.machine,
-            "repeats": self.repeats,
-            "rows": [asdict(row) for row in self.rows.values()],
-        }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        rows = [asdict(row) for row in self.rows.values()]
+        files.write(path, SCHEMA, {"machine": self.machine, "repeats": self.repeats, "rows": rows})
 
 
 def load(path: Path) -> Results:
-    content = json.loads(path.read_text())
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} must have schema {SCHEMA}, got {content.get('schema')!r}")
+    content = files.read(path, SCHEMA)
     results = Results(content["machine"], content["repeats"])
     for row in content["rows"]:
         case = Case(**row.pop("case"))
@@ -64,7 +55,7 @@ def load_or_new(path: Path | None, described: dict, repeats: int) -> Results:
     for key in SAME_MACHINE:
         if results.machine.get(key) != described.get(key):
             there, here = results.machine.get(key), described.get(key)
-            raise ValueError(f"{path} was measured with {key} {there!r}, here it is {here!r}")
+            raise files.UnusableFile(f"{path} was measured with {key} {there!r}, here it is {here!r}")
     results.machine = described
     results.repeats = min(repeats, results.repeats)
     return results

@@ -1,22 +1,14 @@
-"""``python -m bench scaling``: memory, traffic and arithmetic per rank of the graph terms, by formula, at any size.
+"""Memory, traffic and arithmetic per rank of the graph terms, by formula, at any size.
 
 The formulas count what ``gkd_fast.distributed`` and the ops send and keep; tests compare them with the bytes that
 processes really send. A step is that of ``GraphKDLoss``, forward + backward, gradients to the students and to both
 sides' graph convolutions (the teacher's learn from labels), with B samples in equal shards of b = B/W rows.
 """
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
-from bench.report import console, markdown_table, write_section
 from gkd_fast import distributed
 
-RANKS = (1, 8, 64, 1024)
-BATCHES = (2**14, 2**16, 2**18, 2**20, 2**22)
-# Published link and matrix rates per GPU: 8 × 400 Gb/s network cards per 8-GPU node; bfloat16 matrix units of an H100.
-LINK_BYTES_PER_SECOND = 50e9
-MATRIX_FLOPS = 600e12
 LOG_SUM_BYTES = 8
 
 
@@ -149,57 +141,3 @@ def products(step: Step) -> float:
 def ring_from(step: Step) -> int:
     """The global batch from which the embeddings of both losses go around in a ring."""
     return int(step.budget // (step.feature_bytes * step.embed * step.stages)) + 1
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--markdown", type=Path, help="rewrites the table of this file")
-    parser.add_argument("--plot", type=Path, help="PNG of the three against the global batch")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    rows = [table_row(Step(batch, ranks)) for batch in BATCHES for ranks in RANKS]
-    headers = ["global batch", "GPUs", "columns", "memory MB", "traffic MB", "link ms", "product TFLOP", "matrix ms"]
-    content = markdown_table(headers, rows)
-    console().print(content)
-    if arguments.markdown:
-        write_section(arguments.markdown, "scaling", content)
-    if arguments.plot:
-        draw(arguments.plot)
-    return 0
-
-
-def table_row(step: Step) -> list[str]:
-    columns = "own" if step.ranks == 1 else "ring" if step.batch >= ring_from(step) else "gathered"
-    sent, flops = traffic(step), products(step)
-    return [
-        f"{step.batch:,}", f"{step.ranks:,}", columns, f"{memory(step) / 1e6:,.0f}", f"{sent / 1e6:,.0f}",
-        f"{sent / LINK_BYTES_PER_SECOND * 1e3:,.2f}", f"{flops / 1e12:,.2f}", f"{flops / MATRIX_FLOPS * 1e3:,.2f}",
-    ]  # fmt: skip
-
-
-def draw(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {"memory [MB]": (memory, 1e6), "traffic [MB]": (traffic, 1e6), "products [TFLOP]": (products, 1e12)}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.8), layout="constrained")
-    batches = [2**k for k in range(14, 23)]
-    for axis, (label, (quantity, scale)) in zip(axes, panels.items()):
-        for color, ranks in enumerate(RANKS):
-            values = [quantity(Step(batch, ranks)) / scale for batch in batches]
-            if any(values):
-                axis.plot(batches, values, marker=".", color=f"C{color}", label=f"{ranks:,} GPUs")
-        axis.axvline(ring_from(Step(1, 2)), color="grey", linestyle=":", label="losses: ring from here")
-        axis.set(xlabel="global batch", title=f"{label} per GPU and step")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.grid(True, alpha=0.3)
-        axis.legend(fontsize="x-small")
-    figure.suptitle(
-        "GraphKDLoss, S = T = 3, width 128, float32, from the formulas of bench/scaling.py", fontsize="small"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

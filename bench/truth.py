@@ -1,9 +1,12 @@
 """The float64 truth at any size: plain autograd on strips of rows, so that no B×B matrix is held."""
 
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import peers
 from bench.cases import STEP, Case, Problem
 
 STRIP_ELEMENTS = 2**24  # entries of a float64 strip [rows, B]: 128 MB
@@ -38,9 +41,7 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
 def truth(case: Case, problem: Problem) -> dict[str, Tensor]:
     """What :meth:`Problem.results` should be, in float64."""
     if case.op == STEP:
-        from bench import step
-
-        return step.truth(problem)
+        return _whole_loss(case, problem)
     wanted = [x.detach().double() for x in problem.wanted.values()]
     fixed = [] if case.op == "graph_conv" else [x.double() for x in problem.arguments[1]]
     upstream = problem.upstream.detach().double()
@@ -144,3 +145,55 @@ def _graph_conv(
     for rows in strips(len(e)):
         d_e += torch.autograd.grad(adjacency(rows).sum(dim=1), e, d_degrees[rows])[0]
     return output, [torch.autograd.grad(unit, nodes, d_e)[0], d_h]
+
+
+def _whole_loss(case: Case, problem: Problem) -> dict[str, Tensor]:
+    """The loss itself with its three functions computed on strips."""
+    from gkd_fast import functional
+
+    parameters, students, teachers, target, weights = problem.arguments
+    double = {x: x.detach().double().requires_grad_(True) for x in problem.wanted.values()}
+    arguments = (
+        {name: double[p] for name, p in parameters.items()},
+        [double[x] for x in students],
+        [x.double() for x in teachers],
+        target,
+        weights.double(),
+    )
+    wanted = {name: double[x] for name, x in problem.wanted.items()}
+    exact = Problem(arguments, problem.options, wanted, problem.upstream.double())
+    with mock.patch.multiple(
+        functional, graph_conv=_strip_graph_conv, node_contrast=_strip_node_contrast, relation_kl=_strip_relation_kl
+    ):
+        return exact.results(peers.build("reference", case))
+
+
+class _Strips(torch.autograd.Function):
+    """One of the three functions and its gradient, both computed on strips of rows."""
+
+    @staticmethod
+    def forward(ctx, op: str, options: dict, fixed: list[Tensor], shape: tuple[int, ...], *wanted: Tensor) -> Tensor:
+        ctx.op, ctx.options, ctx.fixed = op, options, fixed
+        ctx.save_for_backward(*wanted)
+        return first_order(op, options, list(wanted), fixed, wanted[0].new_zeros(shape))[0]
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        gradients = first_order(ctx.op, ctx.options, list(ctx.saved_tensors), ctx.fixed, upstream)[1]
+        return None, None, None, None, *gradients
+
+
+def _strip_graph_conv(nodes, messages, *, bandwidth, normalization, backend, process_group=None):
+    options = {"bandwidth": float(bandwidth), "normalization": normalization}
+    return _Strips.apply("graph_conv", options, [], messages.shape, nodes, messages)
+
+
+def _strip_node_contrast(students, teachers, *, temperature, backend, pairs=None, process_group=None, bank=None):
+    shape = (len(students[0]), len(students), len(teachers))
+    return _Strips.apply("node_contrast", {"temperature": temperature}, teachers, shape, *students)
+
+
+def _strip_relation_kl(students, teachers, *, temperature, backend, process_group=None, bank=None):
+    options = {"temperature": temperature, "bandwidth": 1.0}
+    shape = (len(students[0]), len(students), len(teachers))
+    return _Strips.apply("relation_kl", options, teachers, shape, *students)

@@ -8,9 +8,10 @@ import torch
 
 import gkd_fast
 from bench import __main__ as command
-from bench import floor, machine, measure, memory, peers, report, results, standard, targets, timing
+from bench import floor, machine, measure, memory, peers, report, results, standard, timing
 from bench import truth as oracle
 from bench.cases import STEP, Case, problem
+from bench.commands import targets
 
 CASES = [
     Case("relation_kl", 37, 16, stages=2, dtype="float64"),
@@ -233,6 +234,22 @@ def test_figures_of_two_machines_are_not_mixed(tmp_path):
     results.Results(here | {"cpu": "another"}, 5).save(tmp_path / "rows.json")
     with pytest.raises(ValueError, match="cpu 'another'"):
         results.load_or_new(tmp_path / "rows.json", here, 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "must hold JSON that this command wrote, got 0 bytes"), ("[1]", "must have schema 1, got None"),
+     ('{"schema": 7}', "must have schema 1, got 7")],
+)  # fmt: skip
+@pytest.mark.parametrize("command", [["ops", "--no-memory"], ["targets", "--no-memory", "--no-times"], ["gpu-static"]])
+def test_a_file_that_is_no_result_gives_one_clear_line(monkeypatch, tmp_path, capsys, command, content, message):
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *command, "--json", file)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.count("\n") == 1 and f"{file} {message}" in printed
+    assert file.read_text() == content
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

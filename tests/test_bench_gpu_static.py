@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, gpu_static, measure, report
-from bench.gpu import measured, model, units
+from bench import cases, measure, report
+from bench.commands import gpu_static
+from bench.gpu import measured, model, plans, predicted, tables, units
 from bench.gpu.devices import DEVICES, LIMITS
 from bench.gpu.disassembly import Binary, Instruction, _amd_flow, _nvidia_flow, inner_loop, parse_amd, parse_nvidia
 
@@ -220,7 +221,7 @@ def test_a_step_holds_all_the_products(arch):
         specs = kernels.specializations(arch, "bfloat16", 128)
     for spec in [attention.attention(arch, 128, 128, 128, 8, 2), *specs]:
         if spec.products and not spec.exemption and not spec.small and spec.direction != "double backward":
-            kernel = gpu_static.compiled(spec)
+            kernel = predicted.compiled(spec)
             expected = spec.products * spec.block_rows * spec.block_columns * spec.dim / device.products["16-bit"]
             assert model.work(kernel, device)[0]["matrix"] == pytest.approx(expected), spec.kernel
 
@@ -232,9 +233,9 @@ def test_the_plans_name_kernels_of_the_catalogue(stages):
     assert {spec.op for spec in specs} == {*cases.OPS, "unit_rows"}
     for op in {spec.op for spec in specs}:
         names = {spec.kernel for spec in specs if spec.op == op}
-        for direction in gpu_static.DIRECTIONS:
+        for direction in plans.DIRECTIONS:
             for batch in (64, 1024, 2**20):
-                plan = gpu_static.plan(gpu_static.Work("H100", op, direction, "bfloat16", 128, stages, batch))
+                plan = plans.plan(plans.Work("H100", op, direction, "bfloat16", 128, stages, batch))
                 assert set(plan.kernels) <= names
                 assert plan.kernels or (op, direction) == ("unit_rows", "double backward")
 
@@ -288,8 +289,8 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     page.write_text(f"{begin}\n{end}\n")
     command = ["bench", "gpu-static", "--arch", "sm_90", "--batch", "1024", "16384", "--mix", "--measure"]
     monkeypatch.setattr(sys, "argv", [*command, "--json", str(file), "--markdown", str(page)])
-    monkeypatch.setattr(gpu_static, "check_table", lambda: (["device"], [["H100"]]))
-    monkeypatch.setattr(gpu_static, "memory_table", lambda batch, dim: (["op"], [["relation_kl"]]))
+    monkeypatch.setattr(tables, "check_table", lambda: (["device"], [["H100"]]))
+    monkeypatch.setattr(tables, "memory_table", lambda batch, dim: (["op"], [["relation_kl"]]))
     from bench.__main__ import main
 
     assert main() == 0
@@ -309,7 +310,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
 
 def test_measured_times_fill_their_column_and_excess_is_told():
-    work = gpu_static.Work("H100", "relation_kl", "backward", "bfloat16", 128, 1, 1024)
+    work = plans.Work("H100", "relation_kl", "backward", "bfloat16", 128, 1, 1024)
     predicted = {work: (1e-3, "matrix")}
     time = {**vars(work), "name": "NVIDIA H100 80GB HBM3", "seconds": 1.4e-3}
     assert measured.cell(work, [time]) == "1.4 (NVIDIA H100 80GB HBM3)"
@@ -317,7 +318,7 @@ def test_measured_times_fill_their_column_and_excess_is_told():
     (line,) = measured.exceeded(predicted, [time, time | {"seconds": 1.6e-3}])
     assert "measured 1.6 ms, 1.6 × predicted" in line and "NVIDIA H100" in line
     other = SimpleNamespace(**(vars(work) | {"batch": 2048}))
-    assert measured.seconds_of(gpu_static.Work(**vars(other)), [time]) is None
+    assert measured.seconds_of(plans.Work(**vars(other)), [time]) is None
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(1e-9, False), (1.0, True)])

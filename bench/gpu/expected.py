@@ -4,9 +4,9 @@ from dataclasses import asdict
 
 import torch
 
-from bench import gpu_static, report
+from bench import report
 from bench.cases import Case
-from bench.gpu import measured
+from bench.gpu import measured, predicted
 from bench.gpu.devices import DEVICES, Device
 from bench.gpu.plans import Work, plan
 from bench.measure import Row
@@ -37,7 +37,7 @@ def remarks(rows: list[Row], name: str) -> list[str]:
 def predicted_seconds(case: Case, device: Device) -> float | None:
     """Forward and backward of the op and of its unit rows; None for what has no plan: wide rows, graph_conv by rows."""
     dtype = product_type(case)
-    specs = gpu_static.chosen(device.arch, dtype, case.dim, case.stages, [case.op, "unit_rows"], None)
+    specs = predicted.chosen(device.arch, dtype, case.dim, case.stages, [case.op, "unit_rows"], None)
     works = [
         Work(device.name, op, "backward", dtype, case.dim, case.stages, case.batch) for op in (case.op, "unit_rows")
     ]
@@ -50,9 +50,9 @@ def predicted_seconds(case: Case, device: Device) -> float | None:
     specs = [spec for spec in specs if spec.kernel in needed]
     if case.normalization == "row" or {spec.kernel for spec in specs} != needed:
         return None
-    kernels = [gpu_static.read_kernel(spec, case.stages, [case.batch]) for spec in specs]
-    predicted = gpu_static.time_rows(kernels, directions=("forward", "backward"))
-    return sum(predicted[work][0] for work in works)
+    kernels = [predicted.read_kernel(spec, case.stages, [case.batch]) for spec in specs]
+    times = predicted.time_rows(kernels, directions=("forward", "backward"))
+    return sum(times[work][0] for work in works)
 
 
 def product_type(case: Case) -> str:

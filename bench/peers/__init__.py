@@ -3,9 +3,10 @@
 import importlib
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from bench.cases import STEP, Case
+from bench.cases import STEP, Case, criterion
 
 LIBRARY = ("cpp", "triton", "reference")
 MODULES = {
@@ -25,12 +26,8 @@ class Unavailable(Exception):
 
 def build(backend: str, case: Case) -> Callable[..., Tensor]:
     """The backend's function for the case's op, called as ``function(*problem.arguments, **problem.options)``."""
-    if case.op == STEP:
-        from bench import step
-
-        return step.build(backend)
     if backend in LIBRARY:
-        return _library(backend, case)
+        return _whole_loss(backend) if case.op == STEP else _library(backend, case)
     if backend not in MODULES:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     try:
@@ -53,5 +50,17 @@ def _library(backend: str, case: Case) -> Callable[..., Tensor]:
 
     def function(*arguments, **options) -> Tensor:
         return op(*arguments, **options, backend=backend)
+
+    return function
+
+
+def _whole_loss(backend: str) -> Callable[..., Tensor]:
+    made = {}
+
+    def function(parameters, students, teachers, target, weights, *, embed_dim: int) -> Tensor:
+        if not made:
+            made["criterion"] = criterion([x.shape[1] for x in students], embed_dim, backend).to(students[0])
+        arguments = (students, teachers, target)
+        return torch.func.functional_call(made["criterion"], parameters, arguments, {"weights": weights})
 
     return function
