@@ -119,17 +119,16 @@ def check_stages(
     return sides["students"], sides["teachers"], compute_dtype(named)
 
 
-def wanted_pairs(
+def check_pairs(
     pairs: Sequence[tuple[int, int]] | None, num_students: int, num_teachers: int
-) -> list[list[bool]] | None:
+) -> list[tuple[int, int]] | None:
+    """The wanted pairs, sorted and each once; None for all."""
     if pairs is None:
         return None
-    wanted = [[False] * num_teachers for _ in range(num_students)]
     for s, t in pairs:
         if not (0 <= s < num_students and 0 <= t < num_teachers):
             raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
-        wanted[s][t] = True
-    return wanted
+    return sorted({(int(s), int(t)) for s, t in pairs})
 
 
 def check_bank(name: str, bank: Sequence[Tensor] | None, stages: Sequence[Tensor]) -> list[Tensor] | None:

@@ -20,13 +20,14 @@ from gkd_fast._arguments import (
     check_bank,
     check_features,
     check_graph_options,
+    check_pairs,
     check_positive,
     check_stages,
     compute_dtype,
     product_precision,
     select_backend,
-    wanted_pairs,
 )
+from gkd_fast._pairs import all_of, blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
 
 __all__ = [
@@ -108,7 +109,7 @@ def node_contrast(
         students: ``[B, D]``, or a sequence of S such tensors, all of one width.
         teachers: ``[B, D]``, or a sequence of T such tensors, of the students' width.
         temperature: τ > 0.
-        pairs: the (student, teacher) stage pairs that are wanted, all by default; the loss of the others is 0.
+        pairs: as in :func:`relation_kl`.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the nodes, see :mod:`gkd_fast.distributed`.
         bank: further teacher nodes to tell the own one from, T tensors ``[N, D]``, without gradient; the same on all
@@ -127,7 +128,7 @@ def node_contrast(
         if len(widths) > 1:
             raise ValueError(f"students and teachers must share one width in node_contrast, got {sorted(widths)}")
         check_positive("temperature", temperature)
-        wanted = wanted_pairs(pairs, len(students), len(teachers))
+        wanted = check_pairs(pairs, len(students), len(teachers))
         more = check_bank("bank", bank, teachers)
         fused = select_backend(backend, students[0]) != "reference"
     shards = shards_of(
@@ -137,23 +138,30 @@ def node_contrast(
         more,
     )
     precision = product_precision(students[0])
-    with autocast_disabled(students[0]):
+
+    def losses_of(student_stages: list[int], teacher_stages: list[int]) -> Tensor:
+        chosen_students, chosen_teachers = [students[s] for s in student_stages], [teachers[t] for t in teacher_stages]
+        bank = None if more is None else [more[t] for t in teacher_stages]
         if fused:
-            flat = [True] * (len(students) * len(teachers)) if wanted is None else sum(wanted, [])
+            flat = [wanted is None or (s, t) in wanted for s in student_stages for t in teacher_stages]
             columns = None
             if shards is not None:
                 # The students' columns are for the teachers' gradients alone.
-                met = [*teachers, *students] if any(x.requires_grad for x in teachers) else teachers
-                columns = unit_columns(shards, met, dtype, more)
-            return ops.node_contrast(students, teachers, dtype, flat, temperature, precision, columns)
+                trained = any(x.requires_grad for x in chosen_teachers)
+                met = [*chosen_teachers, *chosen_students] if trained else chosen_teachers
+                columns = unit_columns(shards, met, dtype, bank)
+            return ops.node_contrast(chosen_students, chosen_teachers, dtype, flat, temperature, precision, columns)
 
-        def losses_of(*stages):
-            return reference.node_contrast(stages[: len(students)], stages[len(students) :], temperature)
+        def of_all(*stages):
+            return reference.node_contrast(stages[: len(student_stages)], stages[len(student_stages) :], temperature)
 
         # The bank's samples are rows too, of students that do not matter.
-        beside = None if more is None else [more[0].new_zeros(more[0].shape) for _ in students] + more
-        losses = of_union(losses_of, [x.to(dtype) for x in (*students, *teachers)], shards, beside)
-        return losses if wanted is None else losses * torch.tensor(wanted, dtype=dtype, device=losses.device)
+        beside = None if bank is None else [bank[0].new_zeros(bank[0].shape) for _ in student_stages] + bank
+        return of_union(of_all, [x.to(dtype) for x in (*chosen_students, *chosen_teachers)], shards, beside)
+
+    blocks = all_of(students, teachers) if wanted is None else used_of(wanted) if fused else blocks_of(wanted)
+    with autocast_disabled(students[0]):
+        return losses_of_blocks(losses_of, blocks, students, teachers, dtype)
 
 
 def relation_kl(
@@ -162,6 +170,7 @@ def relation_kl(
     *,
     temperature: float = 0.1,
     bandwidth: float = 1.0,
+    pairs: Sequence[tuple[int, int]] | None = None,
     backend: str = "auto",
     process_group: Group = None,
     bank: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
@@ -176,6 +185,8 @@ def relation_kl(
         teachers: ``[B, D]``, or a sequence of T tensors ``[B, D_t]``.
         temperature: τ > 0.
         bandwidth: σ > 0.
+        pairs: the (student, teacher) stage pairs that are wanted, all by default; the loss of the others is 0, and they
+            are not computed: what a stage without a wanted pair holds has no part in anything.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the nodes, see :mod:`gkd_fast.distributed`.
         bank: further nodes to have relations with, S students and T teachers ``[N, width]``, without gradient; the
@@ -192,22 +203,31 @@ def relation_kl(
         students, teachers, dtype = check_stages(students, teachers, process_group is not None)
         check_positive("temperature", temperature)
         check_positive("bandwidth", bandwidth)
+        wanted = check_pairs(pairs, len(students), len(teachers))
         more = None if bank is None else check_bank("bank", [*bank[0], *bank[1]], [*students, *teachers])
         fused = select_backend(backend, students[0]) != "reference"
     stages = [*students, *teachers]
-    told = "relation_kl", temperature, bandwidth, len(students), bank_size(more), fused
+    told = "relation_kl", temperature, bandwidth, len(students), wanted, bank_size(more), fused
     shards = shards_of(process_group, stages, told, more)
     precision = product_precision(students[0])
-    with autocast_disabled(students[0]):
+
+    def losses_of(student_stages: list[int], teacher_stages: list[int]) -> Tensor:
+        places = [*student_stages, *(len(students) + t for t in teacher_stages)]
+        chosen = [stages[q] for q in places]
+        bank = None if more is None else [more[q] for q in places]
+        count = len(student_stages)
         if fused:
-            columns = None if shards is None else unit_columns(shards, stages, dtype, more)
-            return ops.relation_kl(students, teachers, dtype, temperature, bandwidth, precision, columns)
+            columns = None if shards is None else unit_columns(shards, chosen, dtype, bank)
+            return ops.relation_kl(chosen[:count], chosen[count:], dtype, temperature, bandwidth, precision, columns)
 
-        def losses_of(*stages):
-            halves = stages[: len(students)], stages[len(students) :]
-            return reference.relation_kl(*halves, temperature, bandwidth)
+        def of_all(*stages):
+            return reference.relation_kl(stages[:count], stages[count:], temperature, bandwidth)
 
-        return of_union(losses_of, [x.to(dtype) for x in stages], shards, more)
+        return of_union(of_all, [x.to(dtype) for x in chosen], shards, bank)
+
+    blocks = all_of(students, teachers) if wanted is None else blocks_of(wanted)
+    with autocast_disabled(students[0]):
+        return losses_of_blocks(losses_of, blocks, students, teachers, dtype)
 
 
 def adaptive_bandwidth(nodes: Tensor, *, process_group: Group = None) -> Tensor:

@@ -293,6 +293,7 @@ class GraphKDLoss(nn.Module):
                 student_embeddings,
                 detached,
                 temperature=self.relation_temperature,
+                pairs=self.pairs,
                 backend=self.backend,
                 process_group=shards,
                 bank=None if self.bank is None else self.bank.contents(),

@@ -19,6 +19,10 @@ FUNCTIONS = {
         (3, 3, 3, 3),
     ),
     "relation_kl": (lambda x, **o: functional.relation_kl(x[:2], x[2:], temperature=0.4, **o), (3, 2, 4, 5)),
+    "relation_kl of some pairs": (
+        lambda x, **o: functional.relation_kl(x[:2], x[2:], pairs=[(0, 1), (1, 0)], **o),
+        (3, 2, 4, 5),
+    ),
     "relation_kl, own shifts": (lambda x, **o: functional.relation_kl(*x, temperature=0.01, **o), (5, 4)),
 }
 SHARDS = {
