@@ -23,9 +23,10 @@ def select_pairs(x: Tensor, pairs: Pairs) -> Tensor:
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None, pairs: Pairs) -> Tensor:
-    """The sum of weighted losses ``[B, S, T]`` over samples and wanted pairs."""
-    losses = select_pairs(losses, pairs)
-    return DEFAULT_WEIGHT * losses.sum() if weights is None else (losses * select_pairs(weights, pairs)).sum()
+    """The sum of weighted losses ``[B, S, T]``, 0 where a pair is not wanted, over samples and pairs."""
+    if weights is None:
+        return DEFAULT_WEIGHT * losses.sum()
+    return (select_pairs(losses, pairs) * select_pairs(weights, pairs)).sum()
 
 
 def node_losses(

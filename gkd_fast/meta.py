@@ -23,7 +23,8 @@ class UnrolledSGD:
     θ' = θ − η m' (Nesterov: θ' = θ − η (g + μ m')). The way back is the adjoint of the steps: each is replayed from its
     saved state, so the memory for activations is that of one step; parameters and momenta are kept for every step. An
     objective must be a function of the parameters, buffers and PyTorch's random state alone, so that the replay sees
-    what the step saw. A parameter without gradient in a step is left alone in it.
+    what the step saw: one that gives another value is an error. In a loop, ``lambda x=x: …`` holds on to the x of its
+    own turn, where ``lambda: …`` would see the last one. A parameter without gradient in a step is left alone in it.
 
     What a replay is for is the product of the step's second derivatives with a vector v: ``"exact"`` differentiates the
     gradient a second time; ``"differences"`` takes [∇L(θ + εv) − ∇L(θ − εv)]/(2ε), two gradients and no second
@@ -84,8 +85,9 @@ class UnrolledSGD:
         if len({id(p) for p in self._params}) < len(self._params):
             raise ValueError("params must not hold the same parameter twice")
         self._modules = [modules] if isinstance(modules, nn.Module) else list(modules)
-        # For each step its objective, the state before it, and which parameters had a gradient in it.
-        self._trajectory: list[tuple[Objective, _State, list[bool]]] = []
+        # For each step its objective, the state before it, which parameters had a gradient in it, and its value here.
+        self._trajectory: list[tuple[Objective, _State, list[bool], Tensor]] = []
+        self._replayed: dict[int, Tensor] = {}
         self._start: _State | None = None
         self._momenta = [torch.zeros_like(p) for p in self._params]
 
@@ -107,7 +109,7 @@ class UnrolledSGD:
         """
         self._begin()
         state = _State(self._params, self._momenta, self._modules)
-        value, gradients = self._differentiate(objective, self._params, create_graph=False)
+        own, value, gradients = self._differentiate(objective, self._params, create_graph=False)
         self._momenta = list(self._momenta)
         with torch.no_grad():
             for i, (p, g, s) in enumerate(zip(self._params, gradients, self._settings)):
@@ -117,7 +119,7 @@ class UnrolledSGD:
                 m = self._momenta[i] = s["momentum"] * self._momenta[i] + g
                 p.sub_(s["lr"] * (g + s["momentum"] * m if s["nesterov"] else m))
         torch.clear_autocast_cache()
-        self._trajectory.append((objective, state, [g is not None for g in gradients]))
+        self._trajectory.append((objective, state, [g is not None for g in gradients], own))
         return value
 
     def hypergradient(self, outer_objective: Objective, wrt: Iterable[Tensor]) -> list[Tensor]:
@@ -132,22 +134,25 @@ class UnrolledSGD:
 
         Raises:
             TypeError, ValueError: the objective does not return a scalar that depends on a parameter.
+            RuntimeError: a step's objective gave another value when it was replayed. Replays of ``"differences"`` are
+                at other parameters: there the first step's objective alone is checked, by evaluating it once more.
         """
         wrt = list(wrt)
         self._begin()
         try:
-            _, gradients = self._differentiate(outer_objective, [*self._params, *wrt], create_graph=False)
+            _, _, gradients = self._differentiate(outer_objective, [*self._params, *wrt], create_graph=False)
             gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, [*self._params, *wrt])]
             # a = ∂J/∂θ and b = ∂J/∂m after the step that is undone next.
             a, meta = gradients[: len(self._params)], gradients[len(self._params) :]
             b = [torch.zeros_like(p) for p in self._params]
             products = self._exact if self._second_derivatives == "exact" else self._differences
-            for step, (objective, state, touched) in reversed(list(enumerate(self._trajectory))):
-                a, b, v = self._undo(touched, a, b)
+            for step in reversed(range(len(self._trajectory))):
+                a, b, v = self._undo(self._trajectory[step][2], a, b)
                 # (∂²L/∂φ∂θ)ᵀ v and h = (∂²L/∂θ²) v, which only earlier steps ask for.
-                second = products(objective, state, v, [*wrt, *self._params] if step > 0 else wrt)
+                second = products(step, v, [*wrt, *self._params] if step > 0 else wrt)
                 meta = [_add(x, h) for x, h in zip(meta, second)]
                 a = [_add(x, h) for x, h in zip(a, second[len(wrt) :])]
+            self._check_replays()
         finally:
             self.rollback()
         return meta
@@ -160,6 +165,7 @@ class UnrolledSGD:
         self._momenta = self._start.momenta
         self._start = None
         self._trajectory = []
+        self._replayed = {}
 
     def _begin(self) -> None:
         if self._start is None:
@@ -179,20 +185,24 @@ class UnrolledSGD:
             b[i] = s["momentum"] * n
         return a, b, v
 
-    def _exact(self, objective: Objective, state: "_State", v, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Σ ⟨∂²L/∂θ∂input, v⟩ for every input, by a double backward."""
+    def _exact(self, step: int, v, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Σ ⟨∂²L/∂θ∂input, v⟩ of a step's objective for every input, by a double backward."""
+        objective, state, *_ = self._trajectory[step]
         state.restore(self._params)
-        _, gradients = self._differentiate(objective, self._params, create_graph=True)
+        self._replayed[step], _, gradients = self._differentiate(objective, self._params, create_graph=True)
         pairs = [(g, x) for g, x in zip(gradients, v) if g is not None and g.requires_grad]
         if not pairs:
             return [None] * len(inputs)
         outputs, cotangents = zip(*pairs)
         return self._average(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
 
-    def _differences(
-        self, objective: Objective, state: "_State", v, inputs: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
+    def _differences(self, step: int, v, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The same from gradients at θ ± εv."""
+        objective, state, *_ = self._trajectory[step]
+        if step == 0:
+            state.restore(self._params)
+            with torch.no_grad():
+                self._replayed[step] = objective().detach()
         moved = [(p, x) for p, x in zip(self._params, v) if x is not None]
         if not moved:
             return [None] * len(inputs)
@@ -206,8 +216,27 @@ class UnrolledSGD:
                 for p, x in moved:
                     p.add_(sign * epsilon * x)
             torch.clear_autocast_cache()
-            sides.append(self._differentiate(objective, inputs, create_graph=False)[1])
+            sides.append(self._differentiate(objective, inputs, create_graph=False)[2])
         return [None if p is None else (p - m) / (2 * epsilon) for p, m in zip(*sides)]
+
+    def _check_replays(self) -> None:
+        """RuntimeError where a replay's value is not the step's but for rounding; waits for the device once."""
+        if not self._replayed:
+            return
+        steps = sorted(self._replayed)
+        found = torch.stack([self._replayed[k].reshape(()) for k in steps])
+        expected = torch.stack([self._trajectory[k][3].reshape(()) for k in steps])
+        # Operations that add up in no fixed order may differ a little; another batch differs more.
+        eps = torch.finfo(found.dtype).eps
+        same = torch.isclose(found, expected, rtol=eps**0.5, atol=eps, equal_nan=True)
+        if not same.all():
+            place = int(same.logical_not().nonzero()[0])
+            step, was, now = steps[place], expected[place].item(), found[place].item()
+            raise RuntimeError(
+                f"objective of step {step} gave {was} in the step and {now} when it was replayed: it must depend on "
+                "parameters, buffers and PyTorch's random state alone; in a loop over x, a lambda sees its last x unless "
+                "it holds its own: lambda x=x: ..."
+            )
 
     def _average(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The mean over the ranks, where there are several."""
@@ -220,6 +249,7 @@ class UnrolledSGD:
         return result
 
     def _differentiate(self, objective: Objective, inputs: Sequence[Tensor], create_graph: bool):
+        """This rank's value, the mean over the ranks and the gradients."""
         with torch.enable_grad():
             value = objective()
             if not isinstance(value, Tensor):
@@ -229,10 +259,11 @@ class UnrolledSGD:
             if not value.requires_grad:
                 raise ValueError("objective must return a value that depends on a parameter, got one without gradient")
             gradients = torch.autograd.grad(value.sum(), inputs, create_graph=create_graph, allow_unused=True)
+        own = value.detach()
         if create_graph:  # of this rank's part: what is averaged is its second derivative
-            return value.detach(), gradients
-        mean, *means = self._average([value.detach(), *gradients])
-        return mean, means
+            return own, own, gradients
+        mean, *means = self._average([own, *gradients])
+        return own, mean, means
 
 
 class _State:
