@@ -11,7 +11,8 @@ from rich.console import Console
 from gkd_fast.train import commands
 from gkd_fast.train.config import Config, TrainError
 from gkd_fast.train.data import DataError
-from gkd_fast.train.run import CONFIG_FILE, Interrupted
+from gkd_fast.train.files import CONFIG_FILE
+from gkd_fast.train.run import Interrupted
 
 COMMANDS = {
     "teacher": "Trains a teacher: teacher_network with teacher_training, by cross-entropy on all its branches.",

@@ -5,9 +5,10 @@ from pathlib import Path
 from rich.console import Console
 
 from gkd_fast.train.config import Config
+from gkd_fast.train.evaluation import evaluate_weights
 from gkd_fast.train.progress import Display
 from gkd_fast.train.report import print_result
-from gkd_fast.train.run import evaluate_weights, train
+from gkd_fast.train.run import train
 
 
 def teacher(config: Config, console: Console) -> None:

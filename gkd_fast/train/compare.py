@@ -16,9 +16,11 @@ from rich.console import Console
 from gkd_fast.train import pictures, report
 from gkd_fast.train.config import Config, TrainError
 from gkd_fast.train.cost import measure_costs
+from gkd_fast.train.evaluation import evaluate_weights
+from gkd_fast.train.files import write_json
 from gkd_fast.train.metrics import read_metrics
 from gkd_fast.train.progress import Display
-from gkd_fast.train.run import evaluate_weights, train, write_json
+from gkd_fast.train.run import train
 
 CONFIDENCE = 0.95
 
@@ -37,7 +39,7 @@ def compare_methods(config: Config, console: Console) -> dict:
         TrainError, DataError, ValueError: something the user can put right.
     """
     folder = Path(config.output)
-    if config.compare.workers > 1 and config.device == "auto" and torch.cuda.is_available():
+    if config.compare.workers > 1 and config.device != "cpu" and torch.cuda.is_available():
         raise TrainError("compare.workers above 1 is for CPUs: choose --compare.workers 1 or --device cpu")
     teacher = _teacher(config, folder / "teacher", console)
     jobs = {

@@ -1,6 +1,7 @@
 """What a run can be told, with the published recipe as default; every field is an option of the command line."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 
 from gkd_fast.meta import SECOND_DERIVATIVES
@@ -195,7 +196,7 @@ class Config:
         teacher: the teacher's weights for student and compare; compare trains one where there is none.
         resume: go on from the last good checkpoint in output.
         precision: fp32, bf16 or fp16 (autocast; with fp16 the meta-step is in fp32).
-        device: auto or cpu.
+        device: auto, cpu, cuda, or cuda:N for one of several; of several processes with cuda each takes its own.
         threads: of PyTorch, where not its own choice.
         micro_batch: images of a process's share of a batch that the networks take at a time, with the activations of
             these alone, as in gkd_fast.micro_batched; by default all.
@@ -238,8 +239,8 @@ class Config:
     def __post_init__(self) -> None:
         check_method(self.method)
         _one_of(self, PRECISIONS, "precision")
-        if self.device not in ("auto", "cpu"):
-            raise ValueError(f"device must be auto or cpu, got {self.device!r}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         _at_least(self, 0, "seed")
         _at_least(self, 1, "save_every", "diagnostics_every")
         if self.micro_batch is not None:
@@ -274,6 +275,7 @@ def relevant_options(config: Config, role: str) -> dict:
     options = {"role": role}
     for name, value in dataclasses.asdict(config).items():
         options |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    options["device"] = config.device.split(":")[0]  # any of several alike
     return {name: v for name, v in options.items() if name not in free and name.split(".")[0] not in free}
 
 

@@ -15,8 +15,8 @@ from gkd_fast import functional
 from gkd_fast.train.build import build_distiller, build_network_for
 from gkd_fast.train.config import Config
 from gkd_fast.train.data import load_splits
+from gkd_fast.train.devices import Clock, make_accelerator
 from gkd_fast.train.engine import Distiller
-from gkd_fast.train.run import Clock, make_accelerator
 
 
 def available_backends(device: torch.device) -> list[str]:

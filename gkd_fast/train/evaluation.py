@@ -1,13 +1,20 @@
 """How well a network classifies."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gkd_fast.train.data import Images
+from gkd_fast.train.build import load_network, weights_file
+from gkd_fast.train.config import Config, TrainingConfig
+from gkd_fast.train.data import Images, load_splits
+from gkd_fast.train.devices import make_accelerator
+from gkd_fast.train.files import RESULT_FILE
 from gkd_fast.train.models import StagedNetwork
+from gkd_fast.train.progress import Display
 
 
 def load_batches(
@@ -31,3 +38,31 @@ def accuracy(network: StagedNetwork, images: Images, batch_size: int, accelerato
         with accelerator.autocast():
             correct += (network(x).logits[-1].argmax(dim=1) == labels).sum()
     return 100 * accelerator.reduce(correct, "sum").item() / len(images)
+
+
+def evaluate_weights(config: Config, path: Path, display: Display) -> dict:
+    """Accuracy of weights on the validation and test images, in percent.
+
+    Args:
+        config: of the run that made them; for other weights, ``student_network`` says what they belong to.
+        path: the folder of a run, or a file.
+        display: where notes are shown.
+    """
+    accelerator = make_accelerator(config)
+    splits = load_splits(config.data, config.seed)
+    file = weights_file(path)
+    result_file = file.parent / RESULT_FILE
+    of_teacher = result_file.is_file() and json.loads(result_file.read_text())["role"] == "teacher"
+    network_config = config.teacher_network if of_teacher else config.student_network
+    network = load_network(network_config, splits, file, display.note).to(accelerator.device)
+    batch_size = evaluation_batch_size(config, config.student_training)
+    return {
+        "network": network_config.name,
+        "validation_accuracy": accuracy(network, splits.validation, batch_size, accelerator),
+        "test_accuracy": accuracy(network, splits.test, batch_size, accelerator),
+    }
+
+
+def evaluation_batch_size(config: Config, training: TrainingConfig) -> int:
+    """The training's batch size, but no more than the networks take at a time."""
+    return min(training.batch_size, config.micro_batch or training.batch_size)

@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import json
-import os
 import signal
 import statistics
 import time
@@ -20,20 +18,18 @@ from gkd_fast.train import checkpoint
 from gkd_fast.train.build import build_distiller, load_network, weights_file
 from gkd_fast.train.config import Config, TrainError, TrainingConfig, relevant_options
 from gkd_fast.train.data import Images, Splits, epoch_order, load_splits
+from gkd_fast.train.devices import Clock, make_accelerator
 from gkd_fast.train.engine import Distiller
-from gkd_fast.train.evaluation import accuracy, load_batches
+from gkd_fast.train.evaluation import accuracy, evaluation_batch_size, load_batches
+from gkd_fast.train.files import CONFIG_FILE, RESULT_FILE, write_json, write_weights
 from gkd_fast.train.methods import held_out, stream_seed
 from gkd_fast.train.metrics import MetricsLog
 from gkd_fast.train.progress import Display
 
-CONFIG_FILE = "config.yaml"
-RESULT_FILE = "result.json"
 # Losses are read back, which waits for the device, once in so many steps.
 STEPS_BETWEEN_CHECKS = 10
 # Images whose embeddings show what meta-learning did to the pair weights.
 WEIGHT_IMAGES = 256
-# Step times kept for the medians.
-KEPT_TIMES = 500
 
 
 class Interrupted(Exception):
@@ -83,46 +79,6 @@ def train(config: Config, role: str, display: Display) -> dict:
     distiller = build_distiller(config, splits, method, network, training, teacher, accelerator)
     run = Run(config, role, training, splits, distiller, accelerator, display)
     return run.fit(method, network.name)
-
-
-def evaluate_weights(config: Config, path: Path, display: Display) -> dict:
-    """Accuracy of weights on the validation and test images, in percent.
-
-    Args:
-        config: of the run that made them; for other weights, ``student_network`` says what they belong to.
-        path: the folder of a run, or a file.
-        display: where notes are shown.
-    """
-    accelerator = make_accelerator(config)
-    splits = load_splits(config.data, config.seed)
-    file = weights_file(path)
-    result_file = file.parent / RESULT_FILE
-    of_teacher = result_file.is_file() and json.loads(result_file.read_text())["role"] == "teacher"
-    network_config = config.teacher_network if of_teacher else config.student_network
-    network = load_network(network_config, splits, file, display.note).to(accelerator.device)
-    batch_size = evaluation_batch_size(config, config.student_training)
-    return {
-        "network": network_config.name,
-        "validation_accuracy": accuracy(network, splits.validation, batch_size, accelerator),
-        "test_accuracy": accuracy(network, splits.test, batch_size, accelerator),
-    }
-
-
-def evaluation_batch_size(config: Config, training: TrainingConfig) -> int:
-    """The training's batch size, but no more than the networks take at a time."""
-    return min(training.batch_size, config.micro_batch or training.batch_size)
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """Hugging Face accelerate's view of the devices and processes of this run."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    try:
-        return Accelerator(
-            cpu=config.device == "cpu", mixed_precision={"fp32": "no"}.get(config.precision, config.precision)
-        )
-    except ValueError as error:
-        raise TrainError(f"precision {config.precision} cannot be had here: {error}") from None
 
 
 class Run:
@@ -401,38 +357,3 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Clock:
-    """Times laps of work on a device, where it is asked to; waiting for the device is part of a lap."""
-
-    def __init__(self, device: torch.device, running: bool):
-        self.device = device
-        self.running = running
-        self.started = self._now()
-
-    def lap(self, seconds: list[float]) -> None:
-        """Appends the time since the last lap, and forgets old laps."""
-        if self.running:
-            now = self._now()
-            seconds.append(now - self.started)
-            del seconds[:-KEPT_TIMES]
-            self.started = now
-
-    def _now(self) -> float:
-        if self.running and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def write_weights(network: torch.nn.Module, path: Path, name: str) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save({"network": name, "model": {k: v.cpu() for k, v in network.state_dict().items()}}, partial)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
