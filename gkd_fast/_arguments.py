@@ -70,7 +70,6 @@ def product_precision(x: Tensor) -> str:
     return _float32_products() if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
-@torch.compiler.assume_constant_result
 def _float32_products() -> str:
     """PyTorch's setting for float32 products; a compiled function keeps the one that it was compiled under."""
     try:
@@ -79,6 +78,10 @@ def _float32_products() -> str:
         # The newer per-backend settings are in use, which this one cannot express.
         setting = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
     return {"highest": "float32", "high": "tf32", "medium": "bfloat16"}[setting]
+
+
+# What torch.compiler.assume_constant_result does once it has imported torch._dynamo, which takes two seconds.
+_float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_features(name: str, x: Tensor, may_be_empty: bool = False) -> None:

@@ -1,44 +1,55 @@
-"""The Triton kernels of the ops, one folder per op, and their registration with PyTorch's dispatcher."""
+"""The Triton kernels of the ops, one folder per op, and their registration with PyTorch's dispatcher.
+
+Triton takes long to import: whatever needs it is imported when it is first used.
+"""
 
 import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 
-from gkd_fast.kernels.catalog import ARCHITECTURES, Specialization, compile, specializations
-from gkd_fast.kernels.common.autotune import autotuned
-from gkd_fast.kernels.graph_conv import launches as graph_conv
-from gkd_fast.kernels.graph_conv import tangent as graph_conv_tangent
-from gkd_fast.kernels.node_contrast import launches as node_contrast
-from gkd_fast.kernels.node_contrast import tangent as node_contrast_tangent
-from gkd_fast.kernels.relation_kl import launches as relation_kl
-from gkd_fast.kernels.relation_kl import tangent as relation_kl_tangent
-from gkd_fast.kernels.unit_rows import launches as unit_rows
+CATALOG = ("ARCHITECTURES", "Specialization", "compile", "specializations")
+__all__ = [*CATALOG, "OPS", "register"]  # noqa: F822
 
-__all__ = ["ARCHITECTURES", "Specialization", "compile", "register", "specializations"]
+
+def __getattr__(name: str) -> Any:
+    if name in CATALOG:
+        return getattr(import_module("gkd_fast.kernels.catalog"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    """``name`` of ``module``, which is imported with the first call."""
+
+    @cache
+    def found() -> Callable[..., Any]:
+        launcher = getattr(import_module(f"gkd_fast.kernels.{module}"), name)
+        if os.environ.get("GKD_FAST_AUTOTUNE") != "1":
+            return launcher
+        return import_module("gkd_fast.kernels.common.autotune").autotuned(launcher)
+
+    return lambda *arguments: found()(*arguments)
+
 
 OPS = {
-    "unit_rows": unit_rows.unit_rows,
-    "unit_rows_backward": unit_rows.unit_rows_backward,
-    "graph_degrees": graph_conv.graph_degrees,
-    "graph_conv": graph_conv.graph_conv,
-    "graph_conv_backward": graph_conv.graph_conv_backward,
-    "graph_degrees_tangent": graph_conv_tangent.graph_degrees_tangent,
-    "graph_conv_tangent": graph_conv_tangent.graph_conv_tangent,
-    "graph_conv_double_backward": graph_conv_tangent.graph_conv_double_backward,
-    "node_contrast": node_contrast.node_contrast,
-    "node_contrast_backward": node_contrast.node_contrast_backward,
-    "node_contrast_tangent": node_contrast_tangent.node_contrast_tangent,
-    "node_contrast_double_backward": node_contrast_tangent.node_contrast_double_backward,
-    "relation_kl": relation_kl.relation_kl,
-    "relation_kl_backward": relation_kl.relation_kl_backward,
-    "relation_kl_tangent": relation_kl_tangent.relation_kl_tangent,
-    "relation_kl_double_backward": relation_kl_tangent.relation_kl_double_backward,
+    name: _launcher(module, name)
+    for module, names in {
+        "unit_rows.launches": ("unit_rows", "unit_rows_backward"),
+        "graph_conv.launches": ("graph_degrees", "graph_conv", "graph_conv_backward"),
+        "graph_conv.tangent": ("graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"),
+        "node_contrast.launches": ("node_contrast", "node_contrast_backward"),
+        "node_contrast.tangent": ("node_contrast_tangent", "node_contrast_double_backward"),
+        "relation_kl.launches": ("relation_kl", "relation_kl_backward"),
+        "relation_kl.tangent": ("relation_kl_tangent", "relation_kl_double_backward"),
+    }.items()
+    for name in names
 }
 
 
-def register(key: str) -> str | None:
-    """Make the launchers the ops' implementation for a dispatch key, "CUDA" or "CPU"; the reason if that cannot be."""
-    explore = os.environ.get("GKD_FAST_AUTOTUNE") == "1"
+def register(key: str) -> None:
+    """Make the launchers the ops' implementation for a dispatch key, "CUDA" or "CPU"."""
     for name, launcher in OPS.items():
-        torch.library.impl(f"gkd_fast::{name}", key, autotuned(launcher) if explore else launcher)
-    return None
+        torch.library.impl(f"gkd_fast::{name}", key, launcher)

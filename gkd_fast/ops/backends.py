@@ -7,6 +7,7 @@ forward and backward never come from two libraries.
 
 import os
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -42,14 +43,14 @@ def _load_extension() -> str | None:
 
 
 def _load_triton(key: str) -> str | None:
-    """Give the Triton launchers the dispatch key ``key``; the reason if they cannot be used."""
-    try:
-        kernels = import_module("gkd_fast.kernels")
-    except ImportError as error:
-        return f"Triton is missing ({error}): install the triton package"
-    if not hasattr(kernels, "register"):
-        return "this version has no Triton kernels"
-    return kernels.register(key)
+    """Give the Triton launchers the dispatch key ``key``; the reason if they cannot be used.
+
+    Triton itself is imported with the first call that goes there.
+    """
+    if find_spec("triton") is None:
+        return "Triton is missing: install the triton package"
+    import_module("gkd_fast.kernels").register(key)
+    return None
 
 
 # The reason why a backend cannot run in this process, or None where it can.
