@@ -227,6 +227,10 @@ def add_nodes(
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ M_ij e_j with that of the tile at (i, j) added."""
+    # Loaded first, although used last: of nodes narrower than values, loaded after these, ptxas 12.8 (in the wheels of
+    # Triton 3.6 and 3.7) sets the second product's descriptors at the end of a step only, so that the first step reads
+    # elsewhere.
+    columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
     other = load_columns(column_messages, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
     m = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     if HAS_UPSTREAM:
@@ -237,7 +241,6 @@ def add_nodes(
     m += d[:, None]
     if HAS_UPSTREAM:
         m += load_vector(column_terms, j, column_count, BLOCK_COLUMNS)[None, :]
-    columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
     c = product(rows, tl.trans(columns), PRECISION)
     k = adjacency(c, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
     return add_product(convert(k * m * v, TYPE), columns, total, PRECISION)

@@ -35,6 +35,11 @@ def test_types(normalization, dtype, division, name):
     judge(graph_conv(normalization), features(37, 16, 16, dtype=dtype), division(name))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_messages_wider_than_nodes(normalization, dtype, division):
+    judge(graph_conv(normalization), features(19, 5, 40, dtype=dtype), division("whole"))
+
+
 @pytest.mark.parametrize("dtype", [D64, torch.float16])
 @pytest.mark.parametrize("name", ["pieces", "strips"])
 def test_divisions_of_the_columns(normalization, dtype, division, name):
