@@ -98,8 +98,9 @@ def traffic(step: Step) -> float:
 def memory(step: Step) -> float:
     """Bytes of the columns that a rank holds at once, beyond its own rows.
 
-    Gathered ones stay until the backward pass is over, and one graph convolution's upstreams, degrees and node terms
-    are there with them. Of a ring there are three messages (at work, done, arriving) and two blocks of unit rows.
+    Gathered ones stay until the backward pass of what they were gathered for is over. The losses' comes first, with
+    their upstreams and statistics; then, a graph convolution's upstreams, degrees and node terms are there. Of a ring
+    there are three messages (at work, done, arriving) and two blocks of unit rows.
     """
     if step.ranks == 1:
         return 0
@@ -113,12 +114,13 @@ def memory(step: Step) -> float:
                 passing = max(passing, messages * message + 2 * (step.sum_bytes * width + copied * step.embed))
             else:
                 kept += step.batch * step.sum_bytes * (width + step.embed)
-    if kept:
-        kept += step.batch * step.sum_bytes * (step.embed + 2)
+    beside = step.batch * step.sum_bytes * (step.embed + 2) if kept else 0
     if step.rings(step.feature_bytes * step.embed * step.stages):
         passing = max(passing, messages * loss_messages(step)[-1] + 2 * step.sum_bytes * step.embed * step.stages)
     else:
-        kept += step.batch * step.sum_bytes * step.embed * step.stages
+        gathered = step.batch * (step.sum_bytes * step.embed * step.stages + loss_messages(step)[-1])
+        beside = max(beside, gathered)
+    kept += beside
     return kept + step.rows * passing
 
 

@@ -195,7 +195,7 @@ class Shards:
 
 def union(shards: Shards, tensors: Sequence[Tensor]) -> list[Tensor]:
     """All ranks' rows of each tensor, differentiable any number of times: what the reference computes on."""
-    return [_Gather.apply(shards, x) for x in tensors]
+    return list(tensors) if shards.size == 1 else [_Gather.apply(shards, x) for x in tensors]
 
 
 class _Gather(torch.autograd.Function):
@@ -215,7 +215,7 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shards, x):
         ctx.shards = shards
-        return shards.own(shards.sum(x))
+        return shards.own(shards.sum(x)).clone()  # A view could not be changed in place.
 
     @staticmethod
     def backward(ctx, upstream):

@@ -29,6 +29,7 @@ from gkd_fast._arguments import (
 )
 from gkd_fast._pairs import all_of, blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
+from gkd_fast.ops.autograd import saveable
 
 __all__ = [
     "BACKENDS", "NORMALIZATIONS", "adaptive_bandwidth", "effective_neighbors", "graph_conv", "node_contrast",
@@ -82,6 +83,7 @@ def graph_conv(
     shards = shards_of(process_group, [nodes, messages], ("graph_conv", told, normalization, fused))
     sigma = _bandwidth(bandwidth, nodes, dtype, shards)
     precision = product_precision(nodes)
+    messages = saveable(messages)
     with autocast_disabled(nodes):
         if not fused:
             inputs = nodes.to(dtype), messages.to(dtype)

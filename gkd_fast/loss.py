@@ -21,6 +21,7 @@ from gkd_fast._stages import check_dims, check_pairs, frozen_widths
 from gkd_fast._terms import node_losses, teacher_graph_loss, weighted_sum
 from gkd_fast.distributed import checking, shards_of
 from gkd_fast.modules import BatchGCN
+from gkd_fast.ops.autograd import saveable
 
 # The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
 # at the last of them.
@@ -231,7 +232,8 @@ class GraphKDLoss(nn.Module):
         with checking(self.process_group, "GraphKDLoss.embed"):
             students = nodes_of("student_feats", student_feats, self.student_dims, self.student_pool)
             teachers = [
-                x.detach() for x in nodes_of("teacher_feats", teacher_feats, self.teacher_dims, self.teacher_pool)
+                saveable(x.detach())
+                for x in nodes_of("teacher_feats", teacher_feats, self.teacher_dims, self.teacher_pool)
             ]
             if len(students[0]) != len(teachers[0]):
                 raise ValueError(

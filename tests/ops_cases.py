@@ -158,6 +158,38 @@ FUNCTIONS = {
     "relation_kl, own shifts": (lambda backend: relation_kl(1, backend, temperature=0.01), (5, 4)),
 }
 
+# The fused backend that computes on this CPU.
+FUSED = next((name for name in ("cpp", "triton") if ops.missing(name, torch.device("cpu")) is None), None)
+requires_fused = pytest.mark.skipif(FUSED is None, reason="no fused backend computes on this CPU")
+
+
+def _with_bank(function: Callable[..., Tensor], num_students: int, **options):
+    """``function`` with a bank of seven rows of every stage, without gradient."""
+
+    def call(*x: Tensor) -> Tensor:
+        students, teachers = x[:num_students], x[num_students:]
+        bank = [y.detach().roll(1, 1)[-7:] + 1 for y in teachers]
+        if function is functional.relation_kl:
+            bank = [y.detach().roll(1, 1)[-7:] + 1 for y in students], bank
+        return function(students, teachers, bank=bank, **options)
+
+    return call
+
+
+# The same of functions whose rows meet a column set.
+BANKED = {
+    "node_contrast with a bank": (
+        lambda backend: _with_bank(functional.node_contrast, 2, temperature=0.4, backend=backend), (3, 3, 3)
+    ),
+    "relation_kl with a bank": (
+        lambda backend: _with_bank(functional.relation_kl, 1, temperature=0.4, backend=backend), (3, 2, 4)
+    ),
+}  # fmt: skip
+
+
+def leaves(widths: Sequence[int], batch: int = 11, dtype: torch.dtype = D64) -> list[Tensor]:
+    return [x.to(dtype).requires_grad_() for x in rows(batch, *widths)]
+
 
 class Calls(TorchDispatchMode):
     """Records the arguments, by name, of every call of ``torch.ops.gkd_fast`` inside."""

@@ -176,6 +176,13 @@ def refuse_column_gradient(op: str, derivative: str, has_columns: bool) -> None:
         )
 
 
+def saveable(x: Tensor) -> Tensor:
+    """``x``, or a copy where it was made in inference mode: autograd refuses to save such tensors."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 def flags(needs) -> list[bool]:
     """``ctx.needs_input_grad`` of a tensor-list argument as a list of bools."""
     return [bool(x) for x in needs]

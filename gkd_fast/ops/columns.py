@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from gkd_fast.ops.autograd import saveable
+
 # An offset at which no row has its own column.
 OUTSIDE = -(2**40)
 
@@ -26,6 +28,8 @@ class Exchange(Protocol):
     rank: int
     start: int
     total: int
+
+    def fresh(self) -> "Exchange": ...
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
 
@@ -62,6 +66,8 @@ class Columns:
         bank: prepared columns without gradient.
         gather_budget: bytes that the gathered rows may take.
         gathered: the prepared columns of tensors by their id, shared by the ops that have tensors in common.
+        own: of each of ``rows`` its prepared columns once they are gathered, else None.
+        is_gathered: whether rows are gathered; by their size where it is not given.
     """
 
     shards: Exchange
@@ -70,10 +76,14 @@ class Columns:
     bank: list[Tensor] | None = None
     gather_budget: float = float("inf")
     gathered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    own: list[Tensor | None] = field(default_factory=list)
+    is_gathered: bool | None = None
 
     def __post_init__(self) -> None:
-        row_bytes = sum(x.shape[1] * x.element_size() for x in self.rows)
-        self.is_gathered = self.shards.total * row_bytes <= self.gather_budget
+        self.own += [None] * (len(self.rows) - len(self.own))
+        if self.is_gathered is None:
+            row_bytes = sum(x.shape[1] * x.element_size() for x in self.rows)
+            self.is_gathered = self.shards.total * row_bytes <= self.gather_budget
 
     @property
     def whole(self) -> bool:
@@ -82,9 +92,26 @@ class Columns:
 
     def beside(self, *rows: Tensor) -> "Columns":
         """The same columns with more tensors, gathered or passed around as these are."""
-        more = replace(self, rows=[*self.rows, *rows], gathered=dict(self.gathered))
-        more.is_gathered = self.is_gathered
-        return more
+        return replace(self, rows=[*self.rows, *rows], own=[*self.own])
+
+    def save(self, ctx, *tensors: Tensor | None) -> None:
+        """``ctx.save_for_backward(*tensors)`` together with the columns, which are so released as these are."""
+        held = [saveable(x.detach()) if columns is None else columns for x, columns in zip(self.rows, self.own)]
+        here = [columns is not None for columns in self.own]
+        ctx.save_for_backward(*held, *(self.bank or []), *tensors)
+        bare = replace(self, shards=self.shards.fresh(), rows=[], own=[], bank=None, gathered={})
+        ctx.columns = bare, here, None if self.bank is None else len(self.bank)
+
+    @staticmethod
+    def saved(ctx) -> "tuple[Columns, list[Tensor]]":
+        """The columns and the tensors of ``save``."""
+        columns, here, banked = ctx.columns
+        # Read once: checkpointing computes them once.
+        saved = list(ctx.saved_tensors)
+        rows, rest = saved[: len(here)], saved[len(here) :]
+        own = [x if is_here else None for x, is_here in zip(rows, here)]
+        bank = None if banked is None else rest[:banked]
+        return replace(columns, rows=rows, own=own, bank=bank, gathered={}), rest[banked or 0 :]
 
     def blocks(self, *extra: Tensor, only: int | None = None) -> Iterator[Block]:
         """The blocks, each with what belongs to its columns of ``extra``, tensors ``[count, …]`` of the ranks' own.
@@ -96,10 +123,14 @@ class Columns:
         shards = self.shards
         if self.is_gathered:
             rows = self.rows[:only]
-            missing = [k for k, x in enumerate(rows) if id(x) not in self.gathered]
+            for k, x in enumerate(rows):
+                if self.own[k] is None and id(x) in self.gathered:
+                    self.own[k] = self.gathered[id(x)][1]
+            missing = [k for k in range(len(rows)) if self.own[k] is None]
             for k, x in zip(missing, shards.gather([rows[k] for k in missing]), strict=True):
-                self.gathered[id(rows[k])] = rows[k], self.prepare(x, k)
-            yield Block([self.gathered[id(x)][1] for x in rows], shards.gather(extra), shards.start)
+                self.own[k] = self.prepare(x, k)
+                self.gathered[id(rows[k])] = rows[k], self.own[k]
+            yield Block(self.own[: len(rows)], shards.gather(extra), shards.start)
         else:
             rows = self.rows[:only]
             for rank, tensors in shards.ring([*rows, *extra]):

@@ -169,7 +169,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, _):
-    nodes, messages, inverse_variance, *results = ctx.saved_tensors
+    nodes, messages, inverse_variance, output, degrees = ctx.saved_tensors
+    results = output.detach(), degrees
     needs = flags(ctx.needs_input_grad[:2])
     settings = inverse_variance, ctx.normalization, ctx.product_precision
     return *_gradients(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 8
@@ -183,7 +184,7 @@ def _results(inputs, settings, keep):
 def _gradients(upstream, inputs, results, settings, needs):
     output, degrees, *affinities = results
     gradients = torch.ops.gkd_fast.graph_conv_backward(
-        upstream, *inputs, output.detach(), degrees, *settings, needs, affinities=affinities[0] if affinities else None
+        upstream, *inputs, output, degrees, *settings, needs, affinities=affinities[0] if affinities else None
     )
     return scatter(gradients, needs)
 
@@ -199,12 +200,15 @@ def _setup_double_context(ctx, inputs, output):
     ctx.normalization, ctx.product_precision = settings
     ctx.set_materialize_grads(False)
     messages_gradient = scatter(output, ctx.needed)[1]
+    if messages_gradient is not None:
+        messages_gradient = messages_gradient.clone()  # The caller holds it.
     ctx.save_for_backward(upstream, nodes, messages, y, degrees, inverse_variance, messages_gradient)
 
 
 def _double_backward(ctx, cotangents):
     nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
-    return *second_order(None, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 14
+    saved = ctx.saved_tensors
+    return *second_order(None, saved, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 14
 
 
 register_autograd("gkd_fast::graph_conv_backward", _double_backward, setup_context=_setup_double_context)

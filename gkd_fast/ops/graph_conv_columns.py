@@ -103,16 +103,16 @@ class GraphConv(torch.autograd.Function):
 
             output, degrees = _over(columns, sums, MESSAGES)
             output = output / degrees[:, None]
-        ctx.columns, ctx.normalization, ctx.product_precision = columns, normalization, product_precision
-        ctx.save_for_backward(nodes, messages, output.detach(), degrees, inverse_variance)
+        ctx.normalization, ctx.product_precision = normalization, product_precision
+        columns.save(ctx, nodes, messages, output.clone(), degrees, inverse_variance)  # The caller holds the output.
         return output
 
     @staticmethod
     def backward(ctx, upstream):
-        nodes, messages, output, degrees, inverse_variance = ctx.saved_tensors
+        columns, (nodes, messages, output, degrees, inverse_variance) = Columns.saved(ctx)
         needs = flags(ctx.needs_input_grad[1:3])
         gradients = GraphConvBackward.apply(
-            ctx.columns, upstream.contiguous(), nodes, messages, output, degrees, inverse_variance, ctx.normalization,
+            columns, upstream.contiguous(), nodes, messages, output, degrees, inverse_variance, ctx.normalization,
             ctx.product_precision, needs,
         )  # fmt: skip
         return None, *scatter(gradients, needs), None, None, None
@@ -124,20 +124,18 @@ class GraphConvBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, columns, upstream, nodes, messages, output, degrees, inverse_variance, normalization,
                 product_precision, needs):  # fmt: skip
-        ctx.columns, ctx.normalization, ctx.product_precision, ctx.needed = (
-            columns, normalization, product_precision, needs,
-        )  # fmt: skip
+        ctx.normalization, ctx.product_precision, ctx.needed = normalization, product_precision, needs
         rows = upstream, nodes, messages, output, degrees, inverse_variance
         needs_nodes, needs_messages = needs
-        columns = columns.beside(upstream)
+        with_upstream = columns.beside(upstream)
         messages_gradient = None
         if needs_messages or normalization == "symmetric":
-            messages_gradient = _messages_gradient(columns, ctx, *rows)
+            messages_gradient = _messages_gradient(with_upstream, ctx, *rows)
         gradients = []
         if needs_nodes:
             terms = node_terms(upstream, output, messages, messages_gradient, degrees, normalization)
             gradients = _over(
-                columns,
+                with_upstream,
                 lambda **block: run(
                     torch.ops.gkd_fast.graph_conv_backward, *rows, normalization, product_precision, [True, False],
                     node_terms=terms, **block,
@@ -147,23 +145,25 @@ class GraphConvBackward(torch.autograd.Function):
         if needs_messages:
             gradients.append(messages_gradient)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*rows, None if messages_gradient is None else messages_gradient.detach())
+        # The caller holds the messages' gradient.
+        columns.save(ctx, *rows, None if messages_gradient is None else messages_gradient.clone())
         return tuple(gradients)
 
     @staticmethod
     @last_derivative
     def backward(ctx, *cotangents):
         nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
-        gradients = second_order(ctx.columns, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[1:4])
+        columns, saved = Columns.saved(ctx)
+        gradients = second_order(columns, saved, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[1:4])
         return None, *gradients, *[None] * 6
 
 
-def second_order(columns: Columns | None, ctx, nodes_tangent, messages_tangent, needs) -> list[Tensor | None]:
+def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_tangent, needs) -> list[Tensor | None]:
     """The tangents of the output and of both gradients along the cotangents of these: the gradients of upstream, nodes
     and messages. Columns None: the rows."""
     # Output, degrees and the messages' gradient are functions of nodes and messages: their part of the derivative is in
     # the gradients of these.
-    upstream, nodes, messages, output, degrees, inverse_variance, messages_gradient = ctx.saved_tensors
+    upstream, nodes, messages, output, degrees, inverse_variance, messages_gradient = saved
     needs_upstream, needs_nodes, needs_messages = needs
     settings = inverse_variance, ctx.product_precision
     left_power, right_power = POWERS[ctx.normalization]

@@ -22,10 +22,16 @@ class Op:
         results: (inputs, settings, keep) → the op's results, the differentiable one first; with ``keep`` also those
             that spare the gradients work.
         gradients: (upstream, inputs, results, settings, needs) → a gradient for each input, None where not needed.
+        reads_output: whether the gradients read the first result; else they may be given None for it.
     """
 
     results: Callable[..., Sequence[Tensor]]
     gradients: Callable[..., list[Tensor | None]]
+    reads_output: bool = True
+
+    def output(self, first: Tensor) -> Tensor:
+        """The first result as the caller gets it, who may change it in place: never what the gradients read."""
+        return first.clone() if self.reads_output else first
 
 
 class Joined(torch.autograd.Function):
@@ -36,21 +42,31 @@ class Joined(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             unit, inverse_norms = torch.ops.gkd_fast.unit_rows(tensors[:count], dtype)
             results = op.results([*unit, *tensors[count:]], settings, keep)
+        if not any(ctx.needs_input_grad):
+            return results[0]
         ctx.op, ctx.count, ctx.dtype, ctx.settings = op, count, dtype, settings
-        ctx.save_for_backward(*tensors, *unit, *inverse_norms, *results)
-        return results[0]
+        ctx.dtypes = [x.dtype for x in tensors[:count]]
+        # Of frozen rows the unit rows are enough; they can be saved even where the rows come from inference mode.
+        raw = [x if needed else None for x, needed in zip(tensors[:count], ctx.needs_input_grad[5:])]
+        output, *statistics = results
+        kept = output if op.reads_output else None
+        ctx.save_for_backward(*raw, *unit, *inverse_norms, *tensors[count:], kept, *statistics)
+        return op.output(output)
 
     @staticmethod
     def backward(ctx, upstream):
         needs, count = asked_for(ctx, 5), ctx.count
-        saved = ctx.saved_tensors
-        tensors, saved = saved[: len(needs)], saved[len(needs) :]
-        unit, inverse_norms, results = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        rows = tensors[:count]
+        saved = list(ctx.saved_tensors)
+        rows, unit, inverse_norms = (saved[k * count : (k + 1) * count] for k in range(3))
+        rest = saved[3 * count :]
+        others, results = rest[: len(needs) - count], rest[len(needs) - count :]
         if torch.is_grad_enabled():
-            unit, inverse_norms = unit_rows_and_norms(rows, ctx.dtype)
-        gradients = ctx.op.gradients(upstream.contiguous(), [*unit, *tensors[count:]], results, ctx.settings, needs)
-        of_rows = row_gradients(gradients[:count], unit, inverse_norms, [x.dtype for x in rows])
+            live = [k for k, x in enumerate(rows) if x is not None]
+            again = unit_rows_and_norms([rows[k] for k in live], ctx.dtype) if live else ([], [])
+            for k, e, inverse in zip(live, *again, strict=True):
+                unit[k], inverse_norms[k] = e, inverse
+        gradients = ctx.op.gradients(upstream.contiguous(), [*unit, *others], results, ctx.settings, needs)
+        of_rows = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
         return *[None] * 5, *of_rows, *gradients[count:]
 
 
@@ -59,5 +75,5 @@ def on_unit_rows(
 ) -> Tensor:
     """The first result of ``op`` on the L2-normalised ``rows``, in ``dtype``, and on ``others``."""
     if torch.compiler.is_compiling():  # which takes the nodes apart itself
-        return op.results([*unit_rows(list(rows), dtype), *others], settings, keep)[0]
+        return op.output(op.results([*unit_rows(list(rows), dtype), *others], settings, keep)[0])
     return Joined.apply(op, len(rows), dtype, settings, keep, *rows, *others)

@@ -194,7 +194,7 @@ refuse_derivative("gkd_fast::node_contrast_tangent")
 refuse_derivative("gkd_fast::node_contrast_double_backward")
 
 
-_OP = Op(_results, _gradients)
+_OP = Op(_results, _gradients, reads_output=False)
 
 
 def node_contrast(

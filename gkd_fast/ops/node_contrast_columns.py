@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import flags, last_derivative, scatter, tangents_of
-from gkd_fast.ops.columns import add, run
+from gkd_fast.ops.columns import Columns, add, run
 
 
 def _merge(one: Sequence[Tensor], other: Sequence[Tensor], places) -> list[Tensor]:
@@ -37,16 +37,16 @@ class NodeContrast(torch.autograd.Function):
             )  # fmt: skip
             merged = part if merged is None else _merge(merged, part, places)
         losses, log_sums, weighted = merged
-        ctx.columns, ctx.num_students, ctx.settings, ctx.keeps = columns, num_students, settings, keep_weighted
-        ctx.save_for_backward(log_sums, weighted, *stages)
+        ctx.num_students, ctx.settings, ctx.keeps = num_students, settings, keep_weighted
+        columns.save(ctx, log_sums, weighted, *stages)
         return losses
 
     @staticmethod
     def backward(ctx, upstream):
-        log_sums, weighted, *stages = ctx.saved_tensors
+        columns, (log_sums, weighted, *stages) = Columns.saved(ctx)
         needs = flags(ctx.needs_input_grad[4:])
         gradients = NodeContrastBackward.apply(
-            ctx.columns, ctx.num_students, ctx.settings, ctx.keeps, needs, log_sums, weighted, upstream.contiguous(),
+            columns, ctx.num_students, ctx.settings, ctx.keeps, needs, log_sums, weighted, upstream.contiguous(),
             *stages,
         )  # fmt: skip
         return *[None] * 4, *scatter(gradients, needs)
@@ -83,9 +83,9 @@ class NodeContrastBackward(torch.autograd.Function):
                     )  # fmt: skip
                     total = add(total, part)
             gradients += total
-        ctx.columns, ctx.num_students, ctx.settings, ctx.needed = columns, num_students, settings, needs
+        ctx.num_students, ctx.settings, ctx.needed = num_students, settings, needs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(log_sums, weighted, upstream, *stages)
+        columns.save(ctx, log_sums, weighted, upstream, *stages)
         return tuple(gradients)
 
     @staticmethod
@@ -93,8 +93,8 @@ class NodeContrastBackward(torch.autograd.Function):
     def backward(ctx, *cotangents):
         # Log-sums and weighted sums are functions of the stages: their part of the derivative is in the stages'
         # gradients.
-        log_sums, weighted, upstream, *stages = ctx.saved_tensors
-        columns, num_students = ctx.columns, ctx.num_students
+        columns, (log_sums, weighted, upstream, *stages) = Columns.saved(ctx)
+        num_students = ctx.num_students
         sides = stages[:num_students], stages[num_students:]
         num_teachers = len(sides[1])
         tangents, moving = tangents_of(cotangents, ctx.needed)

@@ -158,7 +158,7 @@ def _backward(ctx, upstream, *_):
     *stages, losses, student_log_sums, teacher_log_sums = ctx.saved_tensors
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
     settings = ctx.num_students, ctx.temperature, ctx.bandwidth, ctx.product_precision
-    results = losses, student_log_sums, teacher_log_sums
+    results = losses.detach(), student_log_sums, teacher_log_sums
     gradients = _gradients(upstream.contiguous(), stages, results, settings, needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
@@ -173,7 +173,7 @@ def _gradients(upstream, stages, results, settings, needs):
     num_students, *settings = settings
     losses, student_log_sums, teacher_log_sums, *affinities = results
     gradients = torch.ops.gkd_fast.relation_kl_backward(
-        upstream, stages[:num_students], stages[num_students:], losses.detach(), student_log_sums, teacher_log_sums,
+        upstream, stages[:num_students], stages[num_students:], losses, student_log_sums, teacher_log_sums,
         *settings, needs, affinities=affinities[0] if affinities else None,
     )  # fmt: skip
     return scatter(gradients, needs)

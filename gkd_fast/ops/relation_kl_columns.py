@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import flags, last_derivative, scatter, tangents_of
-from gkd_fast.ops.columns import Block, add, run
+from gkd_fast.ops.columns import Block, Columns, add, run
 
 
 def _sides(block: Block, num_students: int, extra: tuple[str, ...] = ()) -> dict:
@@ -42,16 +42,17 @@ class RelationKl(torch.autograd.Function):
             )  # fmt: skip
             merged = part if merged is None else _merge(merged, part)
         losses, student_log_sums, teacher_log_sums = merged
-        ctx.columns, ctx.num_students, ctx.settings = columns, num_students, settings
-        ctx.save_for_backward(losses.detach(), student_log_sums, teacher_log_sums, *stages)
+        ctx.num_students, ctx.settings = num_students, settings
+        columns.save(ctx, losses.clone(), student_log_sums, teacher_log_sums, *stages)  # The caller holds the losses.
         return losses
 
     @staticmethod
     def backward(ctx, upstream):
+        columns, (losses, student_log_sums, teacher_log_sums, *stages) = Columns.saved(ctx)
         needs = flags(ctx.needs_input_grad[3:])
         gradients = RelationKlBackward.apply(
-            ctx.columns, ctx.num_students, ctx.settings, needs, *ctx.saved_tensors[:3], upstream.contiguous(),
-            *ctx.saved_tensors[3:],
+            columns, ctx.num_students, ctx.settings, needs, losses, student_log_sums, teacher_log_sums,
+            upstream.contiguous(), *stages,
         )  # fmt: skip
         return None, None, None, *scatter(gradients, needs)
 
@@ -74,17 +75,17 @@ class RelationKlBackward(torch.autograd.Function):
                 **_sides(block, num_students, ("column_upstream", *RelationKlBackward.STATISTICS)),
             )  # fmt: skip
             total = add(total, part)
-        ctx.columns, ctx.num_students, ctx.settings, ctx.needed = columns, num_students, settings, needs
+        ctx.num_students, ctx.settings, ctx.needed = num_students, settings, needs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*statistics, upstream, *stages)
+        columns.save(ctx, *statistics, upstream, *stages)
         return tuple(total)
 
     @staticmethod
     @last_derivative
     def backward(ctx, *cotangents):
         # Losses and log-sums are functions of the stages: their part of the derivative is in the stages' gradients.
-        *statistics, upstream = ctx.saved_tensors[:4]
-        stages, columns, num_students = ctx.saved_tensors[4:], ctx.columns, ctx.num_students
+        columns, saved = Columns.saved(ctx)
+        statistics, upstream, stages, num_students = saved[:3], saved[3], saved[4:], ctx.num_students
         tangents, moving = tangents_of(cotangents, ctx.needed)
         along = stages[:num_students], stages[num_students:], tangents, moving
 

@@ -48,8 +48,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, unit_upstream, norm_upstream):
-    stages = len(ctx.dtypes)
-    unit, inverse_norms = ctx.saved_tensors[:stages], ctx.saved_tensors[stages:]
+    stages, saved = len(ctx.dtypes), ctx.saved_tensors
+    unit, inverse_norms = saved[:stages], saved[stages:]
     needs = ctx.needs_input_grad[0]
     unit_upstream, norm_upstream = (
         [g if needed else None for g, needed in zip(upstream, needs)] for upstream in (unit_upstream, norm_upstream)
