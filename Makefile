@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test test-installed test-kernels sanitize bench lint format clean
+.PHONY: install demo test test-installed test-kernels test-machine-code sanitize bench lint format clean
 
 install: $(VENV)/installed
 
@@ -26,6 +26,10 @@ test: install
 # Every kernel's default configuration, compiled for every architecture; needs no GPU.
 test-kernels: install
 	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py
+
+# Hopper's machine code of every kernel, at all tile configurations and pairs of widths; about an hour.
+test-machine-code: install
+	GKD_FAST_MACHINE_CODE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_machine_code.py
 
 OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py \
 	test_graph_conv.py test_affinities.py test_bfloat16.py test_second_order.py)
