@@ -103,6 +103,22 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_graph_stages(
+    nodes: Sequence[Tensor], messages: Tensor | Sequence[Tensor], may_be_empty: bool
+) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
+    if isinstance(messages, Tensor):
+        raise TypeError("messages must be a sequence of tensors where nodes are one, got a Tensor")
+    nodes, messages = list(nodes), list(messages)
+    if not nodes or len(messages) != len(nodes):
+        raise ValueError(f"messages must hold as many stages as nodes ({len(nodes)}, at least 1), got {len(messages)}")
+    named = {f"nodes[{k}]": x for k, x in enumerate(nodes)} | {f"messages[{k}]": x for k, x in enumerate(messages)}
+    for name, x in named.items():
+        check_features(name, x, may_be_empty)
+        if len(x) != len(nodes[0]):
+            raise ValueError(f"{name} must have as many rows as nodes[0] ({len(nodes[0])}), got {len(x)}")
+    return nodes, messages, compute_dtype(named)
+
+
 def check_stages(
     students: Tensor | Sequence[Tensor], teachers: Tensor | Sequence[Tensor], may_be_empty: bool
 ) -> tuple[list[Tensor], list[Tensor], torch.dtype]:

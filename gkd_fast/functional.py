@@ -7,6 +7,7 @@ error there, never a silent zero).
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gkd_fast._arguments import (
     check_bank,
     check_features,
     check_graph_options,
+    check_graph_stages,
     check_pairs,
     check_positive,
     check_stages,
@@ -36,41 +38,74 @@ __all__ = [
     "relation_kl",
 ]  # fmt: skip
 
+Bandwidth: TypeAlias = float | Tensor | str
+
 # Adaptive bandwidth: σ² = BANDWIDTH_SHARE · mean over i ≠ j of (1 − c_ij), at least MIN_BANDWIDTH².
 BANDWIDTH_SHARE = 0.5
 MIN_BANDWIDTH = 0.01
 
 
+@overload
 def graph_conv(
     nodes: Tensor,
     messages: Tensor,
     *,
-    bandwidth: float | Tensor | str = "auto",
+    bandwidth: Bandwidth = ...,
+    normalization: str = ...,
+    backend: str = ...,
+    process_group: Group = ...,
+) -> Tensor: ...
+
+
+@overload
+def graph_conv(
+    nodes: Sequence[Tensor],
+    messages: Sequence[Tensor],
+    *,
+    bandwidth: Bandwidth | Sequence[Bandwidth] = ...,
+    normalization: str = ...,
+    backend: str = ...,
+    process_group: Group = ...,
+) -> list[Tensor]: ...
+
+
+def graph_conv(
+    nodes: Tensor | Sequence[Tensor],
+    messages: Tensor | Sequence[Tensor],
+    *,
+    bandwidth: Bandwidth | Sequence[Bandwidth] = "auto",
     normalization: str = "symmetric",
     backend: str = "auto",
     process_group: Group = None,
-) -> Tensor:
+) -> Any:
     """One graph convolution over the batch: the normalised adjacency of ``nodes`` times ``messages``.
 
     A_ij = exp((e_i·e_j − 1)/σ²) with e the L2-normalised rows of ``nodes`` and A_ii = 1, normalised as
-    D^-1/2 A D^-1/2 (``"symmetric"``) or D^-1 A (``"row"``).
+    D^-1/2 A D^-1/2 (``"symmetric"``) or D^-1 A (``"row"``). With sequences, the convolutions of several stages of one
+    batch, each with a graph of its own; on GPUs they share their launches.
 
     Args:
-        nodes: ``[B, D]``, floating point.
-        messages: ``[B, K]``, of the nodes' type and device.
+        nodes: ``[B, D]``, floating point, or a sequence of such tensors, of any widths.
+        messages: ``[B, K]``, of the nodes' type and device, or as many of them as nodes.
         bandwidth: σ > 0, a number or a 0-dim tensor (taken without gradient), or ``"auto"``:
-            :func:`adaptive_bandwidth` of the nodes.
+            :func:`adaptive_bandwidth` of the nodes. A sequence has one for each stage.
         normalization: ``"symmetric"`` or ``"row"``.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the nodes, see :mod:`gkd_fast.distributed`.
 
     Returns:
-        ``[B, K]``, of the messages' type.
+        ``[B, K]``, of the messages' type; with sequences a list of them.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
         RuntimeError: the chosen backend is not available here.
     """
+    if not isinstance(nodes, Tensor):
+        return _convolve_stages(nodes, messages, bandwidth, normalization, backend, process_group)
+    return _convolve(nodes, messages, bandwidth, normalization, backend, process_group)
+
+
+def _convolve(nodes: Tensor, messages: Any, bandwidth: Any, normalization: str, backend: str, process_group) -> Tensor:
     with checking(process_group, "graph_conv"):
         check_features("nodes", nodes, process_group is not None)
         check_features("messages", messages, process_group is not None)
@@ -93,6 +128,28 @@ def graph_conv(
         columns = None if shards is None else graph_columns(shards, [nodes, messages], dtype)
         output = ops.graph_conv(nodes, messages, dtype, inverse_variance, normalization, precision, columns)
         return output.to(messages.dtype)
+
+
+def _convolve_stages(nodes, messages, bandwidth, normalization: str, backend: str, process_group) -> list[Tensor]:
+    with checking(process_group, "graph_conv"):
+        nodes, messages, dtype = check_graph_stages(nodes, messages, process_group is not None)
+        several = isinstance(bandwidth, Sequence) and not isinstance(bandwidth, str)
+        bandwidths = list(bandwidth) if several else [bandwidth] * len(nodes)
+        if len(bandwidths) != len(nodes):
+            raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(bandwidths)}")
+        for each in bandwidths[: len(nodes) if several else 1]:
+            check_graph_options(each, normalization, backend)
+        shares = select_backend(backend, nodes[0]) == "triton" and process_group is None
+    if not shares or torch.compiler.is_compiling():
+        options = normalization, backend, process_group
+        return [_convolve(x, h, b, *options) for x, h, b in zip(nodes, messages, bandwidths)]
+    precision = product_precision(nodes[0])
+    with autocast_disabled(nodes[0]):
+        variances: Tensor | tuple[float, float] = (BANDWIDTH_SHARE, MIN_BANDWIDTH)
+        if not isinstance(bandwidth, str):
+            sigmas = [_bandwidth(each, x, dtype, None) for each, x in zip(bandwidths, nodes)]
+            variances = torch.stack([_inverse_variance(sigma, dtype, nodes[0].device) for sigma in sigmas])
+        return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision)
 
 
 def node_contrast(

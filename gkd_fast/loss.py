@@ -20,7 +20,7 @@ from gkd_fast._probe import Sample, pools_and_widths
 from gkd_fast._stages import check_dims, check_pairs, frozen_widths
 from gkd_fast._terms import node_losses, teacher_graph_loss, weighted_sum
 from gkd_fast.distributed import checking, shards_of
-from gkd_fast.modules import BatchGCN
+from gkd_fast.modules import BatchGCN, graph_embeddings
 from gkd_fast.ops.autograd import saveable
 
 # The training calls at which this is looked at; an untrained network's embeddings are alike anyway, so these are judged
@@ -241,10 +241,11 @@ class GraphKDLoss(nn.Module):
                 )
         shards = shards_of(self.process_group, [*students, *teachers], ("GraphKDLoss.embed",))
         self._last = {"student_nodes": [x.detach() for x in students], "teacher_nodes": teachers}
-        student_embeddings = [head(x, shards) for head, x in zip(self.student_heads, students)]
         if self.teacher_heads is None:
-            return student_embeddings, [x.to(student_embeddings[0].dtype) for x in teachers]
-        return student_embeddings, [head(x, shards) for head, x in zip(self.teacher_heads, teachers)]
+            embeddings = graph_embeddings(self.student_heads, students, shards)
+            return embeddings, [x.to(embeddings[0].dtype) for x in teachers]
+        embeddings = graph_embeddings([*self.student_heads, *self.teacher_heads], [*students, *teachers], shards)
+        return embeddings[: len(students)], embeddings[len(students) :]
 
     def terms_from_embeddings(
         self,

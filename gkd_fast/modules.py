@@ -1,6 +1,7 @@
 """The trainable parts: a graph convolution head and the network that weighs the stage pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,27 +57,55 @@ class BatchGCN(nn.Module):
         Raises:
             ValueError: the nodes are not a matrix of that width.
         """
+        return _in_step([self], [nodes], process_group)[0]
+
+    def _rows(self, nodes: Tensor) -> Tensor:
+        """The nodes, checked, in the type that the layers take."""
         first = self.linears[0]
         if nodes.dim() != 2 or nodes.shape[1] != first.in_features:
             raise ValueError(f"nodes must have shape [batch, {first.in_features}], got {tuple(nodes.shape)}")
-        if not autocast_enabled(nodes):
-            nodes = nodes.to(next(first.parameters()).dtype)
-        automatic = self.bandwidth == "auto"
-        bandwidth = functional.adaptive_bandwidth(nodes, process_group=process_group) if automatic else self.bandwidth
-        hidden = nodes
-        for depth, linear in enumerate(self.linears):
-            hidden = functional.graph_conv(
-                nodes,
-                linear(hidden.relu() if depth else hidden),
-                bandwidth=bandwidth,
-                normalization=self.normalization,
-                backend=self.backend,
-                process_group=process_group,
-            )
-        return hidden
+        return nodes if autocast_enabled(nodes) else nodes.to(next(first.parameters()).dtype)
+
+    def _kind(self) -> tuple:
+        """What heads have in common that go in step."""
+        return len(self.linears), self.bandwidth, self.normalization, self.backend
 
     def extra_repr(self) -> str:
         return f"bandwidth={self.bandwidth!r}, normalization={self.normalization!r}"
+
+
+def graph_embeddings(heads: Iterable[nn.Module], nodes: Sequence[Tensor], process_group: Group = None) -> list[Tensor]:
+    """``head(nodes)`` of every stage; heads of one kind, without hooks, go in step, a layer of all after the other."""
+    heads = list(heads)
+    plain = [head for head in heads if type(head) is BatchGCN and not _has_hooks(head)]
+    if len(plain) == len(heads) and len({head._kind() for head in plain}) == 1:
+        return _in_step(plain, nodes, process_group)
+    return [head(x, process_group) for head, x in zip(heads, nodes, strict=True)]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _in_step(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process_group: Group) -> list[Tensor]:
+    nodes = [head._rows(x) for head, x in zip(heads, nodes, strict=True)]
+    layers, bandwidth, normalization, backend = heads[0]._kind()
+    bandwidths: Any = bandwidth
+    if layers > 1 and bandwidth == "auto":
+        bandwidths = [functional.adaptive_bandwidth(x, process_group=process_group) for x in nodes]
+    hidden = nodes
+    for depth in range(layers):
+        hidden = functional.graph_conv(
+            nodes,
+            [head.linears[depth](x.relu() if depth else x) for head, x in zip(heads, hidden)],
+            bandwidth=bandwidths,
+            normalization=normalization,
+            backend=backend,
+            process_group=process_group,
+        )
+    return hidden
 
 
 class PairWeightNetwork(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 CATALOG = ("ARCHITECTURES", "Specialization", "compile", "specializations")
-__all__ = [*CATALOG, "OPS", "register"]  # noqa: F822
+__all__ = [*CATALOG, "OPS", "REGISTERED", "register"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
@@ -39,6 +39,7 @@ OPS = {
     for module, names in {
         "unit_rows.launches": ("unit_rows", "unit_rows_backward"),
         "graph_conv.launches": ("graph_degrees", "graph_conv", "graph_conv_backward"),
+        "graph_conv.stages": ("graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward"),
         "graph_conv.tangent": ("graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"),
         "node_contrast.launches": ("node_contrast", "node_contrast_backward"),
         "node_contrast.tangent": ("node_contrast_tangent", "node_contrast_double_backward"),
@@ -49,7 +50,12 @@ OPS = {
 }
 
 
+# The devices whose ops they are.
+REGISTERED: set[str] = set()
+
+
 def register(key: str) -> None:
     """Make the launchers the ops' implementation for a dispatch key, "CUDA" or "CPU"."""
+    REGISTERED.add(key.lower())
     for name, launcher in OPS.items():
         torch.library.impl(f"gkd_fast::{name}", key, launcher)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd_fast import ops, reference
+from gkd_fast import functional, ops, reference
 from gkd_fast.functional import effective_neighbors
 from tests.ops_cases import D64, DTYPES, KINDS, TILES, check, graph_conv, requires_cpp, rows
 
@@ -158,3 +158,43 @@ def test_effective_neighbors(tile_rows):
     x = rows(67, 6)[0]
     expected = effective_neighbors(x, 0.6, backend="reference")
     torch.testing.assert_close(effective_neighbors(x, 0.6, backend="cpp"), expected, rtol=1e-11, atol=0)
+
+
+STAGE_WIDTHS = ((5, 9), (12, 9), (7, 3))
+
+
+def of_stages(dtype=torch.float64) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    made = [
+        [torch.randn(11, width, dtype=dtype, generator=generator, requires_grad=True) for width in widths]
+        for widths in zip(*STAGE_WIDTHS)
+    ]
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("bandwidth", ["auto", 0.7, [0.5, "auto", torch.tensor(1.2, dtype=torch.float64)]], ids=str)
+def test_stages_are_their_own_convolutions(backend, bandwidth):
+    nodes, messages = of_stages()
+    each = bandwidth if isinstance(bandwidth, list) else [bandwidth] * len(nodes)
+    options = {"normalization": "row", "backend": backend}
+    found = functional.graph_conv(nodes, tuple(messages), bandwidth=bandwidth, **options)
+    assert isinstance(found, list)
+    for output, x, h, sigma in zip(found, nodes, messages, each, strict=True):
+        torch.testing.assert_close(output, functional.graph_conv(x, h, bandwidth=sigma, **options), rtol=0, atol=0)
+
+
+def test_stages_that_do_not_fit_are_refused():
+    nodes, messages = of_stages()
+    with pytest.raises(ValueError, match=r"messages must hold as many stages as nodes \(3, at least 1\), got 2"):
+        functional.graph_conv(nodes, messages[:2])
+    with pytest.raises(ValueError, match=r"nodes\[1\] must have as many rows as nodes\[0\] \(11\), got 4"):
+        functional.graph_conv([nodes[0], nodes[1][:4], nodes[2]], messages)
+    with pytest.raises(ValueError, match="bandwidth must hold one for each of 3 stages, got 2"):
+        functional.graph_conv(nodes, messages, bandwidth=[1.0, 2.0])
+    with pytest.raises(ValueError, match="bandwidth must be a positive number or 'auto', got 'wide'"):
+        functional.graph_conv(nodes, messages, bandwidth=[1.0, "wide", 2.0])
+    with pytest.raises(TypeError, match="messages must be a sequence of tensors where nodes are one, got a Tensor"):
+        functional.graph_conv(nodes, messages[0])
+    with pytest.raises(TypeError, match=r"messages\[2\] must have the type of nodes\[0\]"):
+        functional.graph_conv(nodes, [*messages[:2], messages[2].float()])

@@ -11,11 +11,12 @@ brings the columns' statistics and upstream.
 from gkd_fast.ops.backends import HOW_TO_BUILD, missing
 from gkd_fast.ops.graph_conv import graph_conv
 from gkd_fast.ops.graph_conv_columns import graph_degrees, node_terms
+from gkd_fast.ops.graph_conv_stages import graph_conv_stages
 from gkd_fast.ops.node_contrast import node_contrast
 from gkd_fast.ops.relation_kl import relation_kl
 from gkd_fast.ops.unit_rows import unit_rows
 
 __all__ = [
-    "HOW_TO_BUILD", "graph_conv", "graph_degrees", "missing", "node_contrast", "node_terms", "relation_kl",
-    "unit_rows",
+    "HOW_TO_BUILD", "graph_conv", "graph_conv_stages", "graph_degrees", "missing", "node_contrast", "node_terms",
+    "relation_kl", "unit_rows",
 ]  # fmt: skip

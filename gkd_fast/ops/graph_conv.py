@@ -173,7 +173,7 @@ def _backward(ctx, upstream, _):
     results = output.detach(), degrees
     needs = flags(ctx.needs_input_grad[:2])
     settings = inverse_variance, ctx.normalization, ctx.product_precision
-    return *_gradients(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 8
+    return *gradients_of(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 8
 
 
 def _results(inputs, settings, keep):
@@ -181,7 +181,7 @@ def _results(inputs, settings, keep):
     return op(*inputs, *settings)
 
 
-def _gradients(upstream, inputs, results, settings, needs):
+def gradients_of(upstream, inputs, results, settings, needs):
     output, degrees, *affinities = results
     gradients = torch.ops.gkd_fast.graph_conv_backward(
         upstream, *inputs, output, degrees, *settings, needs, affinities=affinities[0] if affinities else None
@@ -216,7 +216,7 @@ for _op in ("degrees", "conv_keep", "degrees_tangent", "conv_tangent", "conv_dou
     refuse_derivative(f"gkd_fast::graph_{_op}")
 
 
-_OP = Op(_results, _gradients)
+_OP = Op(_results, gradients_of)
 
 
 def graph_conv(

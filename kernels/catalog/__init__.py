@@ -37,7 +37,7 @@ from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradie
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 # Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
-SIZES = ("dim", "dims", "width", "strides", "row_strides")
+SIZES = ("dim", "dims", "width", "widths", "strides", "row_strides")
 FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero")
 
 # Rows that are multiplied by the kernel itself, in copies of whole tiles.

@@ -13,7 +13,8 @@ from gkd_fast.kernels.relation_kl.small import relation_small_gradients, relatio
 def small_batches(build, students: int, teachers: int) -> Iterator:
     """``build``: the builder of ``catalog``. Gradients are those of the students."""
     kernels = [
-        *_relation_kl(students, teachers), *_node_contrast(students, teachers), *_graph_conv(),
+        *_relation_kl(students, teachers), *_node_contrast(students, teachers),
+        *_graph_conv(students + teachers),
     ]  # fmt: skip
     columns = small.weight_columns(build.product)
     for op, fn, direction, name, constants, lists, programs, loops, exponentials in kernels:
@@ -67,7 +68,12 @@ def _node_contrast(S: int, T: int) -> Iterator[tuple]:
         )  # fmt: skip
 
 
-def _graph_conv() -> Iterator[tuple]:
+def _graph_conv(stages: int) -> Iterator[tuple]:
+    names = (
+        "nodes", "values", "degrees", "outputs", "terms", "messages", "upstream", "convolved", "inverse_variances",
+        "dims", "widths", "gradients",
+    )  # fmt: skip
+    lists = dict.fromkeys(names, stages)
     for symmetric in (True, False):
         for backward in (False, True):
             name = f"graph_small_sums, {'symmetric' if symmetric else 'row'}{', backward' if backward else ''}"
@@ -78,6 +84,6 @@ def _graph_conv() -> Iterator[tuple]:
             else:
                 loops = lambda blocks, tiles, backward=backward: (not backward) + 2 * tiles  # noqa: E731
             direction = "backward" if backward else "forward"
-            yield "graph_conv", graph_small_sums, direction, name, constants, {}, 1, loops, 2
+            yield "graph_conv", graph_small_sums, direction, name, constants, lists, stages, loops, 2
     loops = lambda blocks, tiles: 4 * tiles  # noqa: E731
-    yield "graph_conv", graph_small_gradients, "backward", None, {"SYMMETRIC": True}, {}, 1, loops, 1
+    yield "graph_conv", graph_small_gradients, "backward", None, {"SYMMETRIC": True}, lists, stages, loops, 1

@@ -55,6 +55,10 @@ class Graph:
         """Whether values of ``width`` go to the kernels of small batches."""
         return is_small(self.row_count, self.has_columns, self.dim, width)
 
+    def stages(self) -> small.Stages:
+        """What the kernels of small batches take."""
+        return small.Stages([self.nodes], [self.inverse_variance], self.arch, self.product)
+
     def launch(self, kernel: str, *widths: int):
         """Tile sizes, grid and compile-time arguments of a kernel that walks tiles."""
         config = tiles(kernel, self.arch, self.product.name, padded_width(self.dim, *widths))
@@ -135,7 +139,8 @@ def graph_conv(
         raise ValueError("column_nodes and column_messages go together")
     (messages,) = matrices("messages", [messages], graph.row_count)
     if graph.is_small(messages.shape[1]):
-        return small.graph_conv(graph, messages, _is_row(normalization))
+        (output,), (degrees,) = small.graph_conv(graph.stages(), [messages], _is_row(normalization))
+        return output, degrees
     columns = messages
     if graph.has_columns:
         (columns,) = matrices("column_messages", [column_messages], graph.column_count)
@@ -197,7 +202,7 @@ def graph_conv_backward(
     upstream, messages, output = matrices("upstream, messages, output", [upstream, messages, output], graph.row_count)
     degrees = degrees.contiguous()
     if graph.is_small(messages.shape[1]):
-        return small.graph_conv_backward(graph, upstream, messages, output, degrees, is_row, needs)
+        return small.graph_conv_backward(graph.stages(), [upstream], [messages], [output], [degrees], is_row, needs)
     own = other = Side(messages, upstream, degrees)
     if graph.has_columns:
         other = _column_side(graph, is_row, column_messages, column_upstream, column_degrees)

@@ -1,14 +1,19 @@
-"""graph_conv of small batches: a program per block of rows; its output and its gradients are a launch each."""
+"""graph_conv of small batches, of all stages at once: a program per block of rows and stage; their outputs and their
+gradients are a launch each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launch import Product, on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.small import store_weighted, tile_product
-from gkd_fast.kernels.common.tile import COUNTS, load_tile, replace_missing, store_vector
+from gkd_fast.kernels.common.tile import COUNTS, load_tile, pick, replace_missing, store_vector
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
 
 DEGREE_ROWS = tl.constexpr(64)
@@ -42,7 +47,7 @@ def small_degrees(
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_small_sums(
-    nodes, values, degrees, output, terms, messages, upstream, convolved, inverse_variance, dim, width, count,
+    nodes, values, degrees, outputs, terms, messages, upstream, convolved, inverse_variances, dims, widths, count,
     SYMMETRIC: tl.constexpr, BACKWARD: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, WEIGHT_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,8 +56,12 @@ def graph_small_sums(
 
     BACKWARD: dH_i = Σ_j w_ji G_j from known degrees, and the node terms.
     """
-    i = tl.program_id(0) * BLOCK_ROWS
-    slope = tl.load(inverse_variance).to(SUM) * LOG2E
+    i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    nodes, values, output, degrees = (
+        pick(nodes, stage), pick(values, stage), pick(outputs, stage), pick(degrees, stage)
+    )  # fmt: skip
+    dim, width = pick(dims, stage), pick(widths, stage)
+    slope = tl.load(pick(inverse_variances, stage)).to(SUM) * LOG2E
     row = i + tl.arange(0, BLOCK_ROWS)
     if BACKWARD:
         row_degrees = tl.load(degrees + row, mask=row < count, other=1)
@@ -81,6 +90,7 @@ def graph_small_sums(
         store_weighted(output, weights, values, i, j, count, width, tl.minimum(j, 1), SCALED, BLOCK_ROWS,
                        WEIGHT_COLUMNS, BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
     if BACKWARD:
+        upstream, convolved, messages = pick(upstream, stage), pick(convolved, stage), pick(messages, stage)
         tl.debug_barrier()
         along = tl.zeros([BLOCK_ROWS], SUM)
         for k in range(0, width, BLOCK_WIDTH):
@@ -91,18 +101,22 @@ def graph_small_sums(
                 along += tl.sum(h * load_tile(output, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH), 1)
         if SYMMETRIC:
             along = along * 0.5
-        store_vector(terms, -along / row_degrees, i, count, BLOCK_ROWS)
+        store_vector(pick(terms, stage), -along / row_degrees, i, count, BLOCK_ROWS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_small_gradients(
-    nodes, messages, upstream, degrees, terms, gradient, inverse_variance, dim, width, count, SYMMETRIC: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    nodes, messages, upstream, degrees, terms, gradients, inverse_variances, dims, widths, count,
+    SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j, M_ij = v K_ij (G'_i·H'_j + H'_i·G'_j + d_i + d_j) off the diagonal."""
-    i = tl.program_id(0) * BLOCK_ROWS
-    v = tl.load(inverse_variance).to(SUM)
+    i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    nodes, messages, upstream, gradient = (
+        pick(nodes, stage), pick(messages, stage), pick(upstream, stage), pick(gradients, stage)
+    )  # fmt: skip
+    degrees, terms, dim, width = pick(degrees, stage), pick(terms, stage), pick(dims, stage), pick(widths, stage)
+    v = tl.load(pick(inverse_variances, stage)).to(SUM)
     row = i + tl.arange(0, BLOCK_ROWS)
     degree = tl.load(degrees + row, mask=row < count, other=1)
     d = tl.load(terms + row, mask=row < count, other=0)
@@ -125,35 +139,69 @@ def graph_small_gradients(
                        BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
 
 
-def _sums(graph, values: Tensor, degrees: Tensor, is_row: bool, terms_of=None) -> Tensor:
-    """``terms_of``: the node terms, to be written, and messages, upstream and output."""
-    output = values.new_empty(values.shape)
-    constants = small.constants(graph.arch, graph.product, WEIGHT_COLUMNS=small.weight_columns(graph.product))
-    with on_device(values):
-        launch(graph_small_sums, SYMMETRIC=not is_row, BACKWARD=terms_of is not None, **constants)(
-            (small.row_blocks(len(values)),), graph.nodes, values, degrees, output, *(terms_of or (output,) * 4),
-            graph.inverse_variance, graph.dim, values.shape[1], len(values),
-        )  # fmt: skip
-    return output
+@dataclass(frozen=True)
+class Stages:
+    """Unit rows of one number and type, 1/σ² of each stage, and how products are made."""
 
+    nodes: Sequence[Tensor]
+    inverse_variances: Sequence[Tensor]
+    arch: str
+    product: Product
 
-def graph_conv(graph, messages: Tensor, is_row: bool) -> tuple[Tensor, Tensor]:
-    degrees = messages.new_empty(len(messages))
-    return _sums(graph, messages, degrees, is_row), degrees
-
-
-def graph_conv_backward(graph, upstream, messages, output, degrees, is_row: bool, needs) -> list[Tensor]:
-    terms = degrees.new_empty(degrees.shape)
-    messages_gradient = _sums(graph, upstream, degrees, is_row, (terms, messages, upstream, output))
-    gradients = []
-    if needs[0]:
-        gradients.append(graph.nodes.new_empty(graph.nodes.shape))
-        with on_device(upstream):
-            constants = small.gradient_constants(graph.arch, graph.product)
-            launch(graph_small_gradients, SYMMETRIC=not is_row, **constants)(
-                (small.row_blocks(graph.row_count),), graph.nodes, messages, upstream, degrees, terms, gradients[0],
-                graph.inverse_variance, graph.dim, messages.shape[1], graph.row_count,
+    def sums(self, values: Sequence[Tensor], degrees, is_row: bool, terms_of=None) -> list[Tensor]:
+        """``terms_of``: the node terms, to be written, and messages, upstream and output."""
+        outputs, count = [x.new_empty(x.shape) for x in values], values[0].shape[0]
+        constants = small.constants(self.arch, self.product, WEIGHT_COLUMNS=small.weight_columns(self.product))
+        with on_device(values[0]):
+            launch(graph_small_sums, SYMMETRIC=not is_row, BACKWARD=terms_of is not None, **constants)(
+                (small.row_blocks(count), len(values)), tuple(self.nodes), tuple(values), tuple(degrees),
+                tuple(outputs), *(tuple(x) for x in terms_of or (outputs,) * 4), tuple(self.inverse_variances),
+                tuple([x.shape[1] for x in self.nodes]), tuple([x.shape[1] for x in values]), count,
             )  # fmt: skip
-    if needs[1]:
-        gradients.append(messages_gradient)
-    return gradients
+        return outputs
+
+    def of(self, places: Sequence[int]) -> "Stages":
+        return replace(
+            self, nodes=_at(self.nodes, places), inverse_variances=_at(self.inverse_variances, places)
+        )  # fmt: skip
+
+
+def graph_conv(stages: Stages, messages: Sequence[Tensor], is_row: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and degrees."""
+    degrees = [x.new_empty(x.shape[0]) for x in stages.nodes]
+    return stages.sums(messages, degrees, is_row), degrees
+
+
+def graph_conv_backward(
+    stages: Stages, upstream, messages, outputs, degrees, is_row: bool, needs: Sequence[bool]
+) -> list[Tensor]:
+    """``needs``: of all stages' nodes, then of their messages."""
+    count = len(messages)
+    used = [k for k in range(count) if needs[k] or needs[count + k]]
+    if not used:
+        return []
+    if len(used) < count:
+        stages, needs = stages.of(used), [*_at(needs, used), *_at(needs, [count + k for k in used])]
+        upstream, messages, outputs, degrees = (_at(x, used) for x in (upstream, messages, outputs, degrees))
+        count = len(used)
+    terms = [x.new_empty(x.shape) for x in degrees]
+    of_messages = stages.sums(upstream, degrees, is_row, (terms, messages, upstream, outputs))
+    gradients = []
+    moved = [k for k in range(count) if needs[k]]
+    if moved:
+        nodes, variances, messages, upstream, degrees, terms = (
+            tuple(_at(x, moved)) for x in (stages.nodes, stages.inverse_variances, messages, upstream, degrees, terms)
+        )
+        gradients = [x.new_empty(x.shape) for x in nodes]
+        constants = small.gradient_constants(stages.arch, stages.product)
+        with on_device(nodes[0]):
+            launch(graph_small_gradients, SYMMETRIC=not is_row, **constants)(
+                (small.row_blocks(nodes[0].shape[0]), len(nodes)), nodes, messages, upstream, degrees, terms,
+                tuple(gradients), variances, tuple([x.shape[1] for x in nodes]), tuple([x.shape[1] for x in messages]),
+                nodes[0].shape[0],
+            )  # fmt: skip
+    return gradients + [x for k, x in enumerate(of_messages) if needs[count + k]]
+
+
+def _at(values: Sequence, places: Sequence[int]) -> list:
+    return [values[k] for k in places]

@@ -1,0 +1,95 @@
+"""Adaptive bandwidths of all stages, from their unit rows.
+
+σ² = share · Σ_i≠j (1 − c_ij) / (B (B − 1)) with Σ_i≠j (1 − c_ij) = B Σ ‖e‖² − ‖Σ e‖² + (B − 1) · (number of zero rows),
+in float64, where what is left of that difference is as exact as the rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gkd_fast.kernels.common.launch import multiprocessors, on_device
+from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.tile import COUNTS, load_tile, number, pick
+
+BLOCK_ROWS, BLOCK_WIDTH = 32, 64
+MOST_PARTS = 32
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def graph_moments(
+    nodes, dims, places, sums, squares, row_count, stride, parts, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
+    """Of a part's rows: Σ e at the stage's place of ``sums`` [parts, stride], Σ ‖e‖² and the zero rows' number."""
+    part, stage = tl.program_id(0), tl.program_id(1)
+    x, dim, out = pick(nodes, stage), pick(dims, stage), sums + part * stride + pick(places, stage)
+    per_part = tl.cdiv(tl.cdiv(row_count, BLOCK_ROWS), parts) * BLOCK_ROWS
+    first = part * per_part
+    last = tl.minimum(first + per_part, row_count)
+    column = tl.arange(0, BLOCK_WIDTH)
+    for k in range(0, dim, BLOCK_WIDTH):
+        total = tl.zeros([BLOCK_WIDTH], tl.float64)
+        for i in range(first, last, BLOCK_ROWS):
+            total += tl.sum(load_tile(x, i, k, last, dim, BLOCK_ROWS, BLOCK_WIDTH).to(tl.float64), 0)
+        tl.store(out + k + column, total, mask=k + column < dim)
+    length, zeros = tl.zeros([BLOCK_ROWS], tl.float64), tl.zeros([BLOCK_ROWS], tl.float64)
+    for i in range(first, last, BLOCK_ROWS):
+        along = tl.zeros([BLOCK_ROWS], tl.float64)
+        for k in range(0, dim, BLOCK_WIDTH):
+            piece = load_tile(x, i, k, last, dim, BLOCK_ROWS, BLOCK_WIDTH).to(tl.float64)
+            along += tl.sum(piece * piece, 1)
+        length += along
+        zeros += tl.where((along == 0) & (i + tl.arange(0, BLOCK_ROWS) < last), 1.0, 0.0)
+    place = squares + (part * tl.num_programs(1) + stage) * 2
+    tl.store(place, tl.sum(length, 0))
+    tl.store(place + 1, tl.sum(zeros, 0))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def graph_bandwidths(
+    dims, places, sums, squares, inverse_variances, row_count, stride, parts, share: tl.float64, least: tl.float64,
+    BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """1/σ² of a stage, σ at least ``least``; 1 for a single row."""
+    stage, stages = tl.program_id(0), tl.num_programs(0)
+    dim, here = pick(dims, stage), sums + pick(places, stage)
+    column = tl.arange(0, BLOCK_WIDTH)
+    length = tl.zeros([BLOCK_WIDTH], tl.float64)
+    for k in range(0, dim, BLOCK_WIDTH):
+        total = tl.zeros([BLOCK_WIDTH], tl.float64)
+        for part in range(0, parts):
+            total += tl.load(here + part * stride + k + column, mask=k + column < dim, other=0)
+        length += total * total
+    own, zeros = number(0.0, tl.float64), number(0.0, tl.float64)
+    for part in range(0, parts):
+        own += tl.load(squares + (part * stages + stage) * 2)
+        zeros += tl.load(squares + (part * stages + stage) * 2 + 1)
+    count = number(row_count, tl.float64)
+    pairs = count * tl.maximum(count - 1, 1)
+    distances = count * own - tl.sum(length, 0) + (count - 1) * zeros
+    variance = tl.maximum(number(share, tl.float64) * distances / pairs, number(least, tl.float64) * least)
+    variance = tl.where(count == 1, 1.0, tl.where(distances == distances, variance, distances))
+    tl.store(inverse_variances + stage, (1 / variance).to(SUM))
+
+
+def graph_inverse_variances(nodes: Sequence[Tensor], share: float, least: float) -> Tensor:
+    """1/σ² of each stage, ``[stages]``."""
+    x, count = nodes[0], nodes[0].shape[0]
+    parts = max(1, min(MOST_PARTS, triton.cdiv(count, BLOCK_ROWS), multiprocessors(x.device) // len(nodes)))
+    dims = tuple([x.shape[1] for x in nodes])
+    places = tuple([sum(dims[:k]) for k in range(len(dims))])
+    sums = x.new_empty(parts, sum(dims), dtype=torch.float64)
+    squares = x.new_empty(parts, len(nodes), 2, dtype=torch.float64)
+    found = x.new_empty(len(nodes))
+    sum_type = tl.float64 if x.dtype == torch.float64 else tl.float32
+    with on_device(x):
+        launch(graph_moments, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)(
+            (parts, len(nodes)), tuple(nodes), dims, places, sums, squares, count, sum(dims), parts
+        )
+        launch(graph_bandwidths, BLOCK_WIDTH=BLOCK_WIDTH, SUM=sum_type)(
+            (len(nodes),), dims, places, sums, squares, found, count, sum(dims), parts, share, least
+        )
+    return found

@@ -1,0 +1,109 @@
+"""graph_conv of several stages at once, and their bandwidths, against the stages' own in float64."""
+
+import pytest
+import torch
+
+from gkd_fast import GraphKDLoss, functional
+from gkd_fast.functional import BANDWIDTH_SHARE, MIN_BANDWIDTH
+from gkd_fast.kernels.common import table
+
+from .judge import features
+
+WIDTHS, VALUES = (9, 24, 40), (12, 12, 33)
+
+
+def stages(batch: int, dtype=torch.float64) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    inputs = features(batch, *WIDTHS, *VALUES, dtype=dtype)
+    return inputs[:3], inputs[3:]
+
+
+def results(nodes, messages, wanted, backend: str, **options) -> list[torch.Tensor]:
+    outputs = functional.graph_conv(nodes, messages, backend=backend, **options)
+    upstream = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view(x.shape) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+@pytest.mark.parametrize("bandwidth", ["auto", 0.8, "each"])
+def test_values_and_gradients(small_or_large, normalization, bandwidth):
+    nodes, messages = stages(20)
+    if bandwidth == "each":
+        bandwidth = [0.7, "auto", torch.tensor(1.3, dtype=torch.float64)]
+    options = {"bandwidth": bandwidth, "normalization": normalization}
+    with table.forced(16, 16, width=64):
+        fused = results(nodes, messages, [*nodes, *messages], "triton", **options)
+    torch.testing.assert_close(fused, results(nodes, messages, [*nodes, *messages], "reference", **options))
+
+
+def test_gradients_of_some(small_or_large):
+    """Frozen nodes, as the teacher's are, and a stage whose gradient nobody asks for."""
+    nodes, messages = stages(20)
+    nodes = [nodes[0], nodes[1].detach(), nodes[2]]
+    wanted = [nodes[0], messages[0], messages[1]]
+    with table.forced(16, 16, width=64):
+        fused = results(nodes, messages, wanted, "triton")
+    torch.testing.assert_close(fused, results(nodes, messages, wanted, "reference"))
+
+
+def test_second_derivatives(small_or_large):
+    nodes, messages = stages(18)
+
+    def second(backend: str) -> list[torch.Tensor]:
+        outputs = functional.graph_conv(nodes, messages, bandwidth=0.9, backend=backend)
+        first = torch.autograd.grad(sum(x.square().sum() for x in outputs), [*nodes, *messages], create_graph=True)
+        return list(torch.autograd.grad(sum(x.sin().sum() for x in first), [*nodes, *messages]))
+
+    with table.forced(16, 16, width=64):
+        fused = second("triton")
+    torch.testing.assert_close(fused, second("reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("batch", "noise"), [(1, 1.0), (70, 1.0), (70, 1e-2), (70, 0.0)])
+def test_bandwidths(dtype, batch, noise):
+    """Of rows that point anywhere, nearly one way, and one way; with zero rows; where one has no number."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [1 + noise * torch.randn(batch, width, dtype=torch.float64, generator=generator) for width in WIDTHS]
+    rows[1][::7] = 0
+    rows[2][batch // 2, 3] = torch.nan
+    exact = torch.stack([functional.adaptive_bandwidth(x) for x in rows]).square().reciprocal()
+    unit, _ = torch.ops.gkd_fast.unit_rows([x.to(dtype) for x in rows], dtype)
+    found = torch.ops.gkd_fast.graph_inverse_variances(unit, BANDWIDTH_SHARE, MIN_BANDWIDTH)
+    # A unit row is rounded to float32's ε; what that moves a mean distance d by is a few ε/√d of it.
+    torch.testing.assert_close(
+        found.double(), exact, rtol=1e-9 if dtype == torch.float64 else 2e-5, atol=0, equal_nan=True
+    )
+
+
+def test_a_loss_goes_in_step(monkeypatch):
+    """All heads of a loss share a call of each layer, unless one has a hook."""
+    calls = []
+    plain = functional.graph_conv
+    monkeypatch.setattr(
+        functional, "graph_conv", lambda nodes, *a, **o: calls.append(len(nodes)) or plain(nodes, *a, **o)
+    )
+    generator = torch.Generator().manual_seed(1)
+    students, teachers = ([torch.randn(12, w, generator=generator) for w in widths] for widths in ((5, 7), (6,)))
+    criterion = GraphKDLoss([5, 7], [6], num_classes=3, embed_dim=8, layers=2, backend="triton")
+    expected = criterion.embed(students, teachers)
+    assert calls == [3, 3]
+    seen = []
+    criterion.student_heads[0].register_forward_hook(lambda *_: seen.append(True))
+    found = criterion.embed(students, teachers)
+    assert calls == [3, 3, 1, 1, 1, 1, 1, 1] and seen == [True]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_caller_may_change_what_it_gets(monkeypatch):
+    monkeypatch.undo()  # poisoning makes views
+    nodes, messages = stages(10)
+
+    def gradients(change: bool):
+        outputs = functional.graph_conv(nodes, messages, bandwidth=0.9, backend="triton")
+        total = sum(x.sin().sum() for x in outputs)
+        if change:
+            outputs = functional.graph_conv(nodes, messages, bandwidth=0.9, backend="triton")
+            total = sum(x.sin_().sum() for x in outputs)
+        return torch.autograd.grad(total, [*nodes, *messages])
+
+    torch.testing.assert_close(gradients(True), gradients(False))
