@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gkd_fast import ops
+from gkd_fast.ops.autograd import transformed
 from gkd_fast.ops.columns import Columns
 
 # Embeddings of the whole global batch are gathered on each rank while they take no more bytes than this, per call;
@@ -277,6 +278,8 @@ def shards_of(group: Group, rows: list[Tensor], what: tuple, bank: list[Tensor] 
     """
     if group is None and bank is None:
         return None
+    if group is not None and transformed():
+        raise NotImplementedError(f"{what[0]} with a process group is not transformed by torch.func")
     told = f"{what[0]}({', '.join(map(str, what[1:]))})"
     shards = Shards.agree(group, rows, told) if isinstance(group, dist.ProcessGroup) else group
     if bank is None:

@@ -8,6 +8,9 @@ column set of an op are the same unless a column set is given; then gradients ar
 brings the columns' statistics and upstream.
 """
 
+import torch
+
+from gkd_fast.ops.autograd import register_loop
 from gkd_fast.ops.backends import HOW_TO_BUILD, missing
 from gkd_fast.ops.graph_conv import graph_conv
 from gkd_fast.ops.graph_conv_columns import graph_degrees, node_terms
@@ -20,3 +23,7 @@ __all__ = [
     "HOW_TO_BUILD", "graph_conv", "graph_conv_stages", "graph_degrees", "missing", "node_contrast", "node_terms",
     "relation_kl", "unit_rows",
 ]  # fmt: skip
+
+for _name in torch._C._dispatch_get_all_op_names():
+    if _name.startswith("gkd_fast::"):
+        register_loop(_name.removeprefix("gkd_fast::"))

@@ -6,6 +6,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 PT2 = (torch.Tag.pt2_compliant_tag,)
 LIBRARY = torch.library.Library("gkd_fast", "FRAGMENT")
@@ -28,13 +29,20 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
             return op.redispatch(keyset & below, *arguments)
 
     def forward(ctx, keyset, arguments, structure, *tensors):
-        result = redispatch(keyset, arguments)
+        if transformed():  # The levels below this one have derivatives of their own.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                result = redispatch(keyset, arguments)
+        else:
+            result = redispatch(keyset, arguments)
         ctx.arguments = _counts(arguments, kinds)
         results = (result,) if len(result_kinds) == 1 else result
         ctx.results = structure[:] = _counts(results, result_kinds)
         if setup_context is not None:
+            needs = ctx.needs_input_grad
+            ctx.needs_input_grad = _nested(needs[3:], ctx.arguments)
             # The dispatcher leaves out arguments that equal their defaults.
             setup_context(ctx, (*arguments, *defaults[len(arguments) :]), result)
+            ctx.needs_input_grad = needs
         return tuple(_flat(results, ctx.results))
 
     def derived(ctx, *upstream):
@@ -52,16 +60,42 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable | N
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derived)}
     function = type(op._opname, (torch.autograd.Function,), methods)
+    # The transforms of torch.func come here level by level, each for its own graph.
+    at_level = type(op._opname, (torch.autograd.function._SingleLevelFunction,), methods)
 
     def implementation(keyset, *arguments):
+        if transformed():
+            refuse_forward_mode(_flat(arguments, _counts(arguments, kinds)))  # of this level
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return redispatch(keyset, arguments)
         structure: list[int | None] = []
-        outputs = function.apply(keyset, arguments, structure, *_flat(arguments, _counts(arguments, kinds)))
+        tensors = _flat(arguments, _counts(arguments, kinds))
+        if transformed():
+            with torch._functorch.utils.enable_single_level_autograd_function():
+                outputs = at_level.apply(keyset, arguments, structure, *tensors)
+        else:
+            outputs = function.apply(keyset, arguments, structure, *tensors)
         results = _nested(outputs, structure)
         return results[0] if len(results) == 1 else tuple(results)
 
     LIBRARY.impl(op._opname, implementation, "Autograd", with_keyset=True)
+
+
+def register_loop(name: str) -> None:
+    """The rule by which ``torch.func.vmap`` takes an op: one sample after the other."""
+    op = getattr(torch.ops.gkd_fast, name).default
+
+    def rule(info, dims, *arguments):
+        leaves, structure = tree_flatten(arguments)
+        dims = tree_leaves(dims)
+        samples = []
+        for k in range(info.batch_size):
+            taken = (x if dim is None else x.select(dim, k).contiguous() for x, dim in zip(leaves, dims, strict=True))
+            samples.append(op(*tree_unflatten(taken, structure)))
+        results = tree_map(lambda *x: torch.stack(x), *samples)
+        return results, tree_map(lambda x: 0, results)
+
+    torch.library.register_vmap(f"gkd_fast::{name}", rule, lib=LIBRARY)
 
 
 def _kind(schema_type) -> str | None:
@@ -173,6 +207,19 @@ def refuse_column_gradient(op: str, derivative: str, has_columns: bool) -> None:
         raise NotImplementedError(
             f"{op} with a column set is not differentiated automatically: call {derivative} with the columns' "
             "statistics and upstream"
+        )
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work. Its tensors' ``requires_grad`` says nothing."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def refuse_transforms(op: str) -> None:
+    """Raise within a transform of ``torch.func``, which would take the tensors of a bank for its own."""
+    if transformed():
+        raise NotImplementedError(
+            f'{op} over a bank is not transformed by torch.func on the fused backends; use backend="reference"'
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import asked_for
+from gkd_fast.ops.autograd import asked_for, transformed
 from gkd_fast.ops.unit_rows import row_gradients, unit_rows, unit_rows_and_norms
 
 
@@ -51,7 +51,8 @@ class Joined(torch.autograd.Function):
         output, *statistics = results
         kept = output if op.reads_output else None
         ctx.save_for_backward(*raw, *unit, *inverse_norms, *tensors[count:], kept, *statistics)
-        return op.output(output)
+        # Of a Function, views may not be changed either.
+        return output.clone() if output._is_view() else op.output(output)
 
     @staticmethod
     def backward(ctx, upstream):
@@ -74,6 +75,6 @@ def on_unit_rows(
     op: Op, rows: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype, settings: tuple, keep: bool
 ) -> Tensor:
     """The first result of ``op`` on the L2-normalised ``rows``, in ``dtype``, and on ``others``."""
-    if torch.compiler.is_compiling():  # which takes the nodes apart itself
+    if torch.compiler.is_compiling() or transformed():  # which take nodes apart
         return op.output(op.results([*unit_rows(list(rows), dtype), *others], settings, keep)[0])
     return Joined.apply(op, len(rows), dtype, settings, keep, *rows, *others)

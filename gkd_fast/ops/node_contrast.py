@@ -55,6 +55,7 @@ from gkd_fast.ops.autograd import (
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
+    refuse_transforms,
     register_autograd,
     scatter,
     tangents_of,
@@ -221,4 +222,5 @@ def node_contrast(
     settings = wanted, temperature, product_precision
     if columns is None:
         return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings), keep)
+    refuse_transforms("node_contrast")
     return NodeContrast.apply(columns, len(students), settings, keep, *unit_rows(stages, dtype))

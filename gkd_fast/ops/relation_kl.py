@@ -58,6 +58,7 @@ from gkd_fast.ops.autograd import (
     refuse_column_gradient,
     refuse_derivative,
     refuse_forward_mode,
+    refuse_transforms,
     register_autograd,
     scatter,
     tangents_of,
@@ -236,4 +237,5 @@ def relation_kl(
     settings = temperature, bandwidth, product_precision
     if columns is None:
         return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings), kept.keeps(stages))
+    refuse_transforms("relation_kl")
     return RelationKl.apply(columns, len(students), settings, *unit_rows(stages, dtype))

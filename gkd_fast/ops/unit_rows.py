@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import PT2, refuse_forward_mode, register_autograd
+from gkd_fast.ops.autograd import PT2, refuse_forward_mode, register_autograd, transformed
 
 torch.library.define("gkd_fast::unit_rows", "(Tensor[] rows, ScalarType dtype) -> (Tensor[], Tensor[])", tags=PT2)
 torch.library.define(
@@ -106,4 +106,6 @@ def unit_rows_and_norms(rows: Sequence[Tensor], dtype: torch.dtype) -> tuple[lis
     """The unit rows, and 1/‖x‖ of every row."""
     unit, inverse_norms = torch.ops.gkd_fast.unit_rows(rows, dtype)
     # An op's outputs need gradient together; frozen stages must not have theirs computed.
+    if transformed():
+        return unit, inverse_norms
     return [e if x.requires_grad else e.detach() for e, x in zip(unit, rows, strict=True)], inverse_norms
