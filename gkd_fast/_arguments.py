@@ -1,6 +1,7 @@
 """Checks of the public functions' arguments, and what follows from them: types, the backend, the product precision."""
 
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,19 +17,23 @@ NORMALIZATIONS = ("symmetric", "row")
 _WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")
 
 
-def check_graph_options(bandwidth: float | Tensor | str, normalization: str, backend: str) -> None:
-    """Raises ValueError or TypeError for options that :func:`graph_conv` does not take."""
+def check_bandwidth(bandwidth: float | Tensor | str) -> float | Tensor | str:
+    """A bandwidth that :func:`graph_conv` takes, numbers of any kind as floats; ValueError or TypeError for others."""
     if isinstance(bandwidth, str):
         if bandwidth != "auto":
             raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
-    elif isinstance(bandwidth, Tensor):
+        return bandwidth
+    if isinstance(bandwidth, Tensor):
         if bandwidth.dim() != 0:
             raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
-    else:
-        check_positive("bandwidth", bandwidth)
+        return bandwidth
+    return check_positive("bandwidth", bandwidth)
+
+
+def check_normalization(normalization: str) -> None:
+    """Raises ValueError for a name that is no normalisation."""
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
-    check_backend(backend)
 
 
 def check_backend(backend: str) -> None:
@@ -95,12 +100,40 @@ def check_features(name: str, x: Tensor, may_be_empty: bool = False) -> None:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raises TypeError or ValueError unless ``value`` is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+def check_positive(name: str, value: float) -> float:
+    """The value, a number of any kind, as a float; TypeError or ValueError unless it is positive and finite."""
+    number = _number(name, value)
+    if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    return number
+
+
+def check_factor(name: str, value: float) -> float:
+    """The same of a number that may be 0."""
+    number = _number(name, value)
+    if not (number >= 0 and math.isfinite(number)):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return number
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """The value, a whole number of any kind, as an int; TypeError or ValueError unless it is at least ``least``."""
+    if not is_whole(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number of any kind, NumPy's among them."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def check_graph_stages(

@@ -1,12 +1,15 @@
 """Whether a graph says anything."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from gkd_fast import functional
+from gkd_fast._inputs import nodes_of
 from gkd_fast._terms import DEFAULT_WEIGHT, select_pairs
 from gkd_fast.distributed import Shards
 from gkd_fast.reference import unit_rows
@@ -16,30 +19,102 @@ VACUOUS_NEIGHBORS = 0.9
 VACUOUS_COSINE = 0.99
 VACUOUS_MIN_BATCH = 8
 
+Report = dict[str, float | list[float]]
+Sides = tuple[list[Tensor], list[Tensor]]
 
-def graph_report(criterion: Any, last: dict) -> tuple[dict[str, float | list[float]], int]:
-    """What :meth:`gkd_fast.GraphKDLoss.diagnostics` returns, of what its last call left, and the batch size."""
-    shards = last["shards"] and last["shards"].fresh()
-    names = [name for name in ("weights", "node_losses") if last.get(name) is not None]
-    rows = [select_pairs(last[name], criterion.pairs) for name in names]
-    numbers = dict(zip(names, rows if shards is None else shards.gather(rows)))
-    batch = len(last["student_embeddings"][0]) if shards is None else shards.total
-    report: dict[str, float | list[float]] = {"weight_mean": DEFAULT_WEIGHT, "weight_std": 0.0}
+
+class LastCall:
+    """What the diagnostics of a call need: its numbers per sample and pair, and, while others hold them, its features.
+
+    Features and embeddings are referred to weakly. Copies and pickles of a loss start afresh.
+
+    Attributes:
+        weights, node_losses: ``[B, S, T]``; None: the default, and none.
+        shards: how the samples lie on the ranks.
+        batch: samples, of all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.batch = 0
+        self.weights: Tensor | None = None
+        self.node_losses: Tensor | None = None
+        self.shards: Shards | None = None
+        self._features: list[list[TensorWeakRef]] | None = None
+        self._embeddings: list[list[TensorWeakRef]] | None = None
+
+    def refer(self, features: Sequence[Sequence[Tensor]] | None, embeddings: Sequence[Sequence[Tensor]] | None) -> None:
+        """Remembers both networks' features, or embeddings whose features are not known."""
+        self._features, self._embeddings = _references(features), _references(embeddings)
+
+    @property
+    def has_features(self) -> bool:
+        return self._features is not None
+
+    def features(self) -> Sides | None:
+        """Both networks' features, None where one is gone on any rank."""
+        return self._alive(self._features)
+
+    def embeddings(self) -> Sides | None:
+        """The same of embeddings."""
+        return self._alive(self._embeddings)
+
+    def _alive(self, references: list[list[TensorWeakRef]] | None) -> Sides | None:
+        if references is None:
+            return None
+        students, teachers = ([ref() for ref in side] for side in references)
+        here = all(x is not None for x in (*students, *teachers))
+        if self.shards is not None:
+            # What follows is done by all ranks together.
+            here = self.shards.sum(torch.tensor(float(here), device=self.shards.device)).item() == self.shards.size
+        return (students, teachers) if here else None
+
+    def __reduce__(self):
+        return LastCall, ()
+
+
+def _references(sides: Sequence[Sequence[Tensor]] | None) -> list[list[TensorWeakRef]] | None:
+    return None if sides is None else [[TensorWeakRef(x) for x in side] for side in sides]
+
+
+def graph_report(criterion: Any, last: LastCall) -> Report:
+    """What :meth:`gkd_fast.GraphKDLoss.diagnostics` returns of a call."""
+    shards = last.shards and last.shards.fresh()
+    numbers = {name: getattr(last, name) for name in ("weights", "node_losses")}
+    numbers = {name: select_pairs(x, criterion.pairs) for name, x in numbers.items() if x is not None}
+    if shards is not None:
+        numbers = dict(zip(numbers, shards.gather(list(numbers.values()))))
+    report: Report = {"weight_mean": DEFAULT_WEIGHT, "weight_std": 0.0}
     if "weights" in numbers:
         report["weight_mean"] = numbers["weights"].mean().item()
         report["weight_std"] = numbers["weights"].std(correction=0).item()
     if "node_losses" in numbers:
-        report["node_loss_minus_log_batch"] = numbers["node_losses"].mean().item() - math.log(batch)
-    for side, heads in (("student", criterion.student_heads), ("teacher", criterion.teacher_heads)):
-        report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in last[f"{side}_embeddings"]]
-        if heads is not None and f"{side}_nodes" in last:
-            report[f"{side}_neighbors"] = [
-                mean_neighbors(x, criterion.bandwidth, criterion.backend, shards) for x in last[f"{side}_nodes"]
-            ]
-    return report, batch
+        report["node_loss_minus_log_batch"] = numbers["node_losses"].mean().item() - math.log(last.batch)
+    features = last.features()
+    embeddings = last.embeddings() if features is None else criterion.embed(*features)
+    if embeddings is not None:
+        for side, stages in zip(("student", "teacher"), embeddings):
+            report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in stages]
+    if features is not None:
+        for side, stages in zip(("student", "teacher"), features):
+            if getattr(criterion, f"{side}_heads") is not None:
+                pools = getattr(criterion, f"{side}_pool")
+                nodes = nodes_of(f"{side}_feats", stages, getattr(criterion, f"{side}_dims"), pools)
+                sigmas = [bandwidth_of(x, criterion.bandwidth, shards) for x in nodes]
+                report[f"{side}_bandwidth"] = [sigma.item() for sigma in sigmas]
+                report[f"{side}_neighbors"] = [
+                    mean_neighbors(x, sigma, criterion.backend, shards) for x, sigma in zip(nodes, sigmas)
+                ]
+    return report
 
 
-def mean_neighbors(nodes: Tensor, bandwidth: float | str, backend: str, shards: Shards | None) -> float:
+def bandwidth_of(nodes: Tensor, bandwidth: float | Tensor | str, shards: Shards | None) -> Tensor:
+    """The bandwidth, a 0-dim tensor."""
+    if isinstance(bandwidth, str):
+        return functional.adaptive_bandwidth(nodes, process_group=shards)
+    return torch.as_tensor(bandwidth, device=nodes.device)
+
+
+def mean_neighbors(nodes: Tensor, bandwidth: Tensor, backend: str, shards: Shards | None) -> float:
     """Effective neighbours, mean over the batch, that of all ranks with ``shards``."""
     neighbors = functional.effective_neighbors(nodes, bandwidth, backend=backend, process_group=shards).sum()
     return neighbors.item() / len(nodes) if shards is None else shards.sum(neighbors).item() / shards.total
@@ -56,19 +131,32 @@ def mean_cosine(x: Tensor, shards: Shards | None) -> float:
     return ((sums[:-1].square().sum() - sums[-1]) / max(batch * (batch - 1), 1)).item()
 
 
-def vacuous_reasons(report: dict, batch: int, judges_embeddings: bool) -> list[str]:
-    """Why the graphs of a report of :meth:`gkd_fast.GraphKDLoss.diagnostics` say nothing; empty if they do.
+def vacuous(report: dict[str, Any], batch: int, bandwidth: float | Tensor | str, judges_embeddings: bool) -> str | None:
+    """Why the graphs of a :class:`gkd_fast.GraphKDLoss`'s report say nothing, and what to do; None if they do.
 
     An untrained network's embeddings are alike anyway: ``judges_embeddings`` says whether to look at them.
     """
     reasons: list[str] = []
+    advice: list[str] = []
     if batch < VACUOUS_MIN_BATCH:
-        return reasons
+        return None
     for side in ("student", "teacher"):
         for k, neighbors in enumerate(report.get(f"{side}_neighbors", [])):
             if neighbors > VACUOUS_NEIGHBORS * batch:
                 reasons.append(f"{side} stage {k} has {neighbors:.0f} effective neighbours of {batch}")
-        for k, cosine in enumerate(report[f"{side}_cosine"]):
+                advice.append(_bandwidth_advice(bandwidth, report[f"{side}_bandwidth"][k]))
+        for k, cosine in enumerate(report.get(f"{side}_cosine", [])):
             if cosine > VACUOUS_COSINE and judges_embeddings:
                 reasons.append(f"{side} stage {k} has embeddings of mean cosine {cosine:.4f}")
-    return reasons
+                advice.append("embeddings stay apart with a smaller bandwidth and fewer layers")
+    if not reasons:
+        return None
+    return f"the batch's graph says next to nothing: {'; '.join(reasons)}; {'; '.join(dict.fromkeys(advice))}"
+
+
+def _bandwidth_advice(bandwidth: float | Tensor | str, sigma: float) -> str:
+    if not isinstance(bandwidth, str):
+        return "try bandwidth='auto' or a smaller one"
+    if sigma <= functional.MIN_BANDWIDTH:
+        return "its features coincide, which no bandwidth helps: choose another stage or pool"
+    return f"the automatic bandwidth {sigma:.2g} is too wide for it: try a number, such as bandwidth={sigma / 2:.2g}"

@@ -1,6 +1,7 @@
 """What a :class:`gkd_fast.GraphKDLoss` is called with: features, weights of the stage pairs, targets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,24 @@ Features = Tensor | Sequence[Tensor]
 Weights = Tensor | PairWeightNetwork | None
 
 
+def stages_of(name: str, features: Features) -> list[Tensor]:
+    """The features as a list of tensors; TypeError where they are none."""
+    if isinstance(features, Mapping) or not isinstance(features, (Tensor, Sequence)):
+        raise TypeError(f"{name} must be a Tensor or a list of them, got {type(features).__name__}")
+    stages = [features] if isinstance(features, Tensor) else list(features)
+    for k, x in enumerate(stages):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{k}] must be a Tensor, got {type(x).__name__}")
+    return stages
+
+
 def nodes_of(name: str, features: Features, dims: Sequence[int], pools: Sequence[StagePool]) -> list[Tensor]:
     """The pooled features ``[B, dim]`` of one network's stages."""
-    stages = [features] if isinstance(features, Tensor) else list(features)
+    stages = stages_of(name, features)
     if len(stages) != len(dims):
         raise ValueError(f"{name} must hold {len(dims)} stages, got {len(stages)}")
     nodes: list[Tensor] = []
     for k, (x, dim, pool) in enumerate(zip(stages, dims, pools)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}[{k}] must be a Tensor, got {type(x).__name__}")
         try:
             # Rows of that width are what a pooling leads to.
             nodes.append(x if x.dim() == 2 and x.shape[1] == dim else pool_features(x, pool))
@@ -45,10 +55,21 @@ def weights_of_pairs(weights: Weights, students: Sequence[Tensor], teachers: Seq
         return None
     shape = (len(students[0]), len(students), len(teachers))
     if isinstance(weights, nn.Module):
+        own = next(weights.parameters(), None)
+        if own is None:
+            raise TypeError(
+                f"weights must be a Tensor, a PairWeightNetwork or None, got {type(weights).__name__} of no parameters"
+            )
+        if own.device != students[0].device and not is_sharded(own):
+            raise ValueError(
+                f"weights must be on the device of the features ({students[0].device}), got a module on {own.device}"
+            )
         # Not within autocast: its cache would hand the copies made here, without gradient, to a later call with.
         with torch.no_grad(), autocast_disabled(students[0]):
-            own = next(weights.parameters()).dtype
-            weights = weights([x.to(own) for x in students], [x.to(own) for x in teachers])
+            try:
+                weights = weights([x.to(own.dtype) for x in students], [x.to(own.dtype) for x in teachers])
+            except ValueError as error:
+                raise ValueError(f"weights must fit the embeddings: {error}") from error
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a Tensor, a PairWeightNetwork or None, got {type(weights).__name__}")
     if weights.shape != shape:
@@ -58,13 +79,50 @@ def weights_of_pairs(weights: Weights, students: Sequence[Tensor], teachers: Seq
     return weights.to(torch.promote_types(students[0].dtype, torch.float32))
 
 
-def check_target(target: Tensor, embedding: Tensor, classes: int) -> None:
-    """ValueError unless the target is one of the embeddings' batch, on their device."""
+# A label that F.cross_entropy leaves out.
+IGNORED = -100
+
+
+def target_of(target: Tensor, embedding: Tensor, classes: int) -> Tensor:
+    """The target as F.cross_entropy takes it; TypeError or ValueError unless it is one of the embeddings' batch.
+
+    Labels are compared with the number of classes on CPUs; elsewhere that would wait for the device.
+    """
     batch = len(embedding)
-    if target.shape != ((batch, classes) if target.is_floating_point() else (batch,)):
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    is_labels = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if not (is_labels or target.is_floating_point()) or target.shape != ((batch,) if is_labels else (batch, classes)):
         raise ValueError(
             f"target must be {batch} integer labels or probabilities [{batch}, {classes}], "
             f"got {target.dtype} of shape {tuple(target.shape)}"
         )
     if target.device != embedding.device:
         raise ValueError(f"target must be on the device of the features ({embedding.device}), got {target.device}")
+    if not is_labels:
+        return target
+    labels = target.long()
+    if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+        if len(wrong):
+            raise ValueError(f"target must hold labels from 0 to {classes - 1}, got {wrong[0].item()}")
+    return labels
+
+
+def check_devices(criterion: Any, student_feats: Features, teacher_feats: Features) -> None:
+    """ValueError unless both networks' features are where the loss's parameters are."""
+    own = next(iter(criterion.student_heads.parameters()), None)
+    if own is None or is_sharded(own):
+        return
+    for name, features in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):
+        for k, x in enumerate(stages_of(name, features)):
+            if x.device != own.device:
+                raise ValueError(
+                    f"{name}[{k}] must be on the device of the loss ({own.device}), got {x.device}: move the loss, "
+                    f"criterion.to({str(x.device)!r}), or the features"
+                )
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether what a parameter shows of itself is not what a call computes with (FSDP)."""
+    return hasattr(parameter, "device_mesh") or parameter.numel() == 0

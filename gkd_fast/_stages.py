@@ -1,14 +1,20 @@
 """Stages of two networks: their widths and which of them are paired."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gkd_fast._arguments import is_whole
 
 
 def check_dims(name: str, dims: int | Sequence[int]) -> list[int]:
     """The widths as a list; ValueError unless they are positive ints."""
-    dims = [dims] if isinstance(dims, int) else list(dims)
-    if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
-        raise ValueError(f"{name} must be a positive int or a list of them, got {dims}")
-    return dims
+    given: Any = [dims] if is_whole(dims) else dims
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a positive int or a list of them, got {type(dims).__name__}")
+    widths = list(given)
+    if not widths or any(not is_whole(d) or d < 1 for d in widths):
+        raise ValueError(f"{name} must be a positive int or a list of them, got {widths}")
+    return [int(d) for d in widths]
 
 
 def check_pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_teachers: int) -> list[tuple[int, int]]:
@@ -21,13 +27,16 @@ def check_pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_t
                 f"pairs='matched' needs as many student as teacher stages, got {num_students}, {num_teachers}"
             )
         return [(k, k) for k in range(num_students)]
-    if isinstance(pairs, str) or not pairs:
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable) or not (given := list(pairs)):
         raise ValueError(f"pairs must be 'all', 'matched' or a list of (student stage, teacher stage), got {pairs!r}")
-    pairs = sorted({(int(s), int(t)) for s, t in pairs})
-    for s, t in pairs:
+    for pair in given:
+        if not isinstance(pair, (tuple, list)) or [is_whole(k) for k in pair] != [True, True]:
+            raise TypeError(f"pairs must be a list of (student stage, teacher stage), got {pair!r} in it")
+    chosen = sorted({(int(s), int(t)) for s, t in given})
+    for s, t in chosen:
         if not (0 <= s < num_students and 0 <= t < num_teachers):
             raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
-    return pairs
+    return chosen
 
 
 def frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]], num_students: int) -> list[int]:

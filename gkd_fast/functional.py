@@ -18,10 +18,11 @@ from gkd_fast._arguments import (
     NORMALIZATIONS,
     autocast_disabled,
     bank_size,
+    check_bandwidth,
     check_bank,
     check_features,
-    check_graph_options,
     check_graph_stages,
+    check_normalization,
     check_pairs,
     check_positive,
     check_stages,
@@ -112,7 +113,8 @@ def _convolve(nodes: Tensor, messages: Any, bandwidth: Any, normalization: str, 
         if len(messages) != len(nodes):
             raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")
         dtype = compute_dtype({"nodes": nodes, "messages": messages})
-        check_graph_options(bandwidth, normalization, backend)
+        bandwidth = check_bandwidth(bandwidth)
+        check_normalization(normalization)
         fused = select_backend(backend, nodes) != "reference"
     told = bandwidth if isinstance(bandwidth, (str, float, int)) else "a tensor"
     shards = shards_of(process_group, [nodes, messages], ("graph_conv", told, normalization, fused))
@@ -134,11 +136,11 @@ def _convolve_stages(nodes, messages, bandwidth, normalization: str, backend: st
     with checking(process_group, "graph_conv"):
         nodes, messages, dtype = check_graph_stages(nodes, messages, process_group is not None)
         several = isinstance(bandwidth, Sequence) and not isinstance(bandwidth, str)
-        bandwidths = list(bandwidth) if several else [bandwidth] * len(nodes)
+        given = list(bandwidth) if several else [bandwidth]
+        bandwidths = [check_bandwidth(each) for each in given] * (1 if several else len(nodes))
         if len(bandwidths) != len(nodes):
             raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(bandwidths)}")
-        for each in bandwidths[: len(nodes) if several else 1]:
-            check_graph_options(each, normalization, backend)
+        check_normalization(normalization)
         shares = select_backend(backend, nodes[0]) == "triton" and process_group is None
     if not shares or torch.compiler.is_compiling():
         options = normalization, backend, process_group
@@ -186,7 +188,7 @@ def node_contrast(
         widths = {x.shape[1] for x in (*students, *teachers)}
         if len(widths) > 1:
             raise ValueError(f"students and teachers must share one width in node_contrast, got {sorted(widths)}")
-        check_positive("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
         wanted = check_pairs(pairs, len(students), len(teachers))
         more = check_bank("bank", bank, teachers)
         fused = select_backend(backend, students[0]) != "reference"
@@ -260,8 +262,8 @@ def relation_kl(
     """
     with checking(process_group, "relation_kl"):
         students, teachers, dtype = check_stages(students, teachers, process_group is not None)
-        check_positive("temperature", temperature)
-        check_positive("bandwidth", bandwidth)
+        temperature = check_positive("temperature", temperature)
+        bandwidth = check_positive("bandwidth", bandwidth)
         wanted = check_pairs(pairs, len(students), len(teachers))
         more = None if bank is None else check_bank("bank", [*bank[0], *bank[1]], [*students, *teachers])
         fused = select_backend(backend, students[0]) != "reference"
@@ -345,7 +347,7 @@ def effective_neighbors(
     with checking(process_group, "effective_neighbors"):
         check_features("nodes", nodes, process_group is not None)
         dtype = compute_dtype({"nodes": nodes})
-        check_graph_options(bandwidth, "symmetric", backend)
+        bandwidth = check_bandwidth(bandwidth)
         fused = select_backend(backend, nodes) != "reference"
     shards = shards_of(process_group, [nodes], ("effective_neighbors", fused))
     sigma = _bandwidth(bandwidth, nodes, dtype, shards)

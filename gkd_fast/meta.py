@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from gkd_fast import distributed
 from gkd_fast._snapshot import Snapshot
+from gkd_fast._training import unrolling
 
 Objective = Callable[[], Tensor]
 
@@ -201,7 +202,7 @@ class UnrolledSGD:
         objective, state, *_ = self._trajectory[step]
         if step == 0:
             state.restore(self._params)
-            with torch.no_grad():
+            with torch.no_grad(), unrolling():
                 self._replayed[step] = objective().detach()
         moved = [(p, x) for p, x in zip(self._params, v) if x is not None]
         if not moved:
@@ -234,8 +235,8 @@ class UnrolledSGD:
             step, was, now = steps[place], expected[place].item(), found[place].item()
             raise RuntimeError(
                 f"objective of step {step} gave {was} in the step and {now} when it was replayed: it must depend on "
-                "parameters, buffers and PyTorch's random state alone; in a loop over x, a lambda sees its last x unless "
-                "it holds its own: lambda x=x: ..."
+                "parameters, buffers and PyTorch's random state alone; in a loop over x, a lambda sees its last x "
+                "unless it holds its own: lambda x=x: ..."
             )
 
     def _average(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -250,7 +251,7 @@ class UnrolledSGD:
 
     def _differentiate(self, objective: Objective, inputs: Sequence[Tensor], create_graph: bool):
         """This rank's value, the mean over the ranks and the gradients."""
-        with torch.enable_grad():
+        with torch.enable_grad(), unrolling():
             value = objective()
             if not isinstance(value, Tensor):
                 raise TypeError(f"objective must return a Tensor, got {type(value).__name__}")

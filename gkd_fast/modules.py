@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast import functional, reference
-from gkd_fast._arguments import autocast_enabled, check_graph_options
+from gkd_fast._arguments import autocast_enabled, check_backend, check_bandwidth, check_count, check_normalization
 from gkd_fast.distributed import Group
 
 
@@ -40,12 +40,12 @@ class BatchGCN(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        for name, value in (("in_dim", in_dim), ("embed_dim", embed_dim), ("layers", layers)):
-            _check_count(name, value)
-        check_graph_options(bandwidth, normalization, backend)
-        widths = [in_dim] + [embed_dim] * layers
+        widths = [check_count("in_dim", in_dim)]
+        widths += [check_count("embed_dim", embed_dim)] * check_count("layers", layers)
+        check_normalization(normalization)
+        check_backend(backend)
         self.linears = nn.ModuleList(nn.Linear(before, after) for before, after in zip(widths, widths[1:]))
-        self.bandwidth = bandwidth
+        self.bandwidth = check_bandwidth(bandwidth)
         self.normalization = normalization
         self.backend = backend
 
@@ -125,21 +125,18 @@ class PairWeightNetwork(nn.Module):
 
     def __init__(self, embed_dim: int, num_student_stages: int, num_teacher_stages: int, width: int = 128):
         super().__init__()
-        for name, value in (
-            ("embed_dim", embed_dim),
-            ("num_student_stages", num_student_stages),
-            ("num_teacher_stages", num_teacher_stages),
-            ("width", width),
-        ):
-            _check_count(name, value)
-        self.student_projections = nn.ModuleList(nn.Linear(embed_dim, width) for _ in range(num_student_stages))
-        self.teacher_projections = nn.ModuleList(nn.Linear(embed_dim, width) for _ in range(num_teacher_stages))
+        embed_dim = check_count("embed_dim", embed_dim)
+        width = check_count("width", width)
+        students = check_count("num_student_stages", num_student_stages)
+        teachers = check_count("num_teacher_stages", num_teacher_stages)
+        self.student_projections = nn.ModuleList(nn.Linear(embed_dim, width) for _ in range(students))
+        self.teacher_projections = nn.ModuleList(nn.Linear(embed_dim, width) for _ in range(teachers))
 
     def forward(self, student_embeddings: Sequence[Tensor], teacher_embeddings: Sequence[Tensor]) -> Tensor:
         """Weights ``[B, S, T]`` in (0.26, 0.74), of lists of embeddings ``[B, embed_dim]``.
 
         Raises:
-            ValueError: the number of embeddings is not that of the stages.
+            ValueError: the number of embeddings is not that of the stages, or one has another width.
         """
         students = _project("student", self.student_projections, student_embeddings)
         teachers = _project("teacher", self.teacher_projections, teacher_embeddings)
@@ -150,11 +147,9 @@ def _project(side: str, projections: nn.ModuleList, embeddings: Sequence[Tensor]
     """Unit rows of the projections, ``[B, stages, width]``."""
     if len(embeddings) != len(projections):
         raise ValueError(f"{side}_embeddings must hold {len(projections)} stages, got {len(embeddings)}")
+    for k, (projection, e) in enumerate(zip(projections, embeddings)):
+        if e.shape[-1] != projection.in_features:
+            raise ValueError(
+                f"{side}_embeddings[{k}] must have width {projection.in_features}, got shape {tuple(e.shape)}"
+            )
     return torch.stack([reference.unit_rows(p(e)) for p, e in zip(projections, embeddings)], dim=1)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

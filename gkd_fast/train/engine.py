@@ -233,6 +233,20 @@ class Distiller:
         total = sum(norms.values())
         return {name: norm / total for name, norm in norms.items()} if total else norms
 
+    @torch.no_grad()
+    def diagnostics(self, images: Tensor) -> dict[str, float | list[float]]:
+        """What the criterion says of a batch's graphs; changes nothing."""
+        self.objective.train()
+        surroundings = Snapshot([self.plain_objective])
+        with self._autocast():
+            features = (
+                x.features for x in (self.plain_objective.student_outputs(images), self.teacher_outputs(images))
+            )
+            weights = self._training_weights(len(images), images.device)
+            report = self.criterion.diagnostics(*features, weights=weights)
+        surroundings.restore()
+        return report
+
     def unrolled_parameters(self) -> list[nn.Parameter]:
         """What the unrolled steps move: the student and both sides' graph convolutions, not the classifier."""
         graph = [p for g in self.criterion.param_groups() if g["name"] != "classifier" for p in g["params"]]

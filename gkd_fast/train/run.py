@@ -166,7 +166,7 @@ class Run:
             if position.batch == 0 and self._diagnosing():
                 # Of a whole batch: the last of an epoch may be short.
                 position.gradient_shares = self.distiller.gradient_shares(images, labels)
-                position.diagnostics = self.distiller.criterion.diagnostics()
+                position.diagnostics = self.distiller.diagnostics(images)
             self._step(images, labels)
             position.batch += 1
             position.step += 1
