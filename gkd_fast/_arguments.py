@@ -140,7 +140,10 @@ def check_graph_stages(
     nodes: Sequence[Tensor], messages: Tensor | Sequence[Tensor], may_be_empty: bool
 ) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
     if isinstance(messages, Tensor):
-        raise TypeError("messages must be a sequence of tensors where nodes are one, got a Tensor")
+        raise TypeError(
+            f"nodes must be a Tensor, got {type(nodes).__name__}, or "
+            "messages must be a sequence of tensors where nodes are one, got a Tensor"
+        )
     nodes, messages = list(nodes), list(messages)
     if not nodes or len(messages) != len(nodes):
         raise ValueError(f"messages must hold as many stages as nodes ({len(nodes)}, at least 1), got {len(messages)}")
