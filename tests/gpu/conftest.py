@@ -1,18 +1,11 @@
-"""Tests of the Triton kernels on a GPU. Without one they are skipped; the interpreter and compile tests stand in."""
-
-from pathlib import Path
+"""Settings of the tests on a GPU, or of the same tests at small sizes without one (``target.py``)."""
 
 import pytest
 import torch
 
+from gkd_fast.ops import backends
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    reason = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(reason)
+from .target import TARGET
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +15,11 @@ def matmul_precision():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(autouse=True)
+def backend_at_hand():
+    if TARGET.backend == "cpp" and (reason := backends.missing("cpp", TARGET.device)):
+        pytest.skip(f"stands in for a GPU with the C++ kernels: {reason}")
+    with TARGET.tiles():
+        yield

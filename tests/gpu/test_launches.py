@@ -6,7 +6,9 @@ import torch
 from gkd_fast import functional
 
 from .problems import DEVICE, OPS, problem
+from .target import needs_gpu
 
+pytestmark = needs_gpu
 each_op = pytest.mark.parametrize("op", OPS)
 CYCLES = 50_000_000  # some 30 ms of waiting on the device
 
