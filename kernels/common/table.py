@@ -13,7 +13,7 @@ Key = tuple[str, str, str, int]  # kernel, architecture, product type, width
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # Of every two neighbouring entries, how many of relation_kl's bounded exponentials go to the float units.
-POLYNOMIALS = {"sm_80": 0, "sm_86": 1, "sm_90": 1, "sm_100": 0, "gfx942": 0}
+POLYNOMIALS = {"sm_80": 0, "sm_86": 1, "sm_90": 0, "sm_100": 0, "gfx942": 0}
 
 KERNELS = (
     "relation_sums", "relation_gradients", "contrast_sums", "contrast_gradients", "graph_degree_sums", "graph_sums",
@@ -40,12 +40,12 @@ sm_86  tf32     64  64x64w4s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x6
 sm_86  tf32x3   64  64x32w8s1  32x64w4s1  32x64w4s1  64x32w8s1  64x32w8s1  64x32w8s1  32x32w8s1
 sm_86  ieee     64  32x32w8s1  32x32w8s1  32x16w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1
 sm_86  float64  64  16x16w8s1  16x16w8s1  16x16w8s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w8s1
-sm_90  short    64  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x128w8s2  64x64w4s2
-sm_90  short   128  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x64w8s2  128x64w8s2
-sm_90  short   256  64x64w4s2  32x64w4s2  64x64w8s2  64x64w8s2  128x64w8s2  64x64w8s2  64x32w8s2
-sm_90  tf32     64  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2
-sm_90  tf32    128  64x64w4s2  64x64w8s2  64x64w8s1  128x64w8s2  128x64w8s2  64x64w8s2  64x64w4s1
-sm_90  tf32x3   64  64x64w4s1  64x32w8s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w8s1  64x32w8s1
+sm_90  short    64  64x128w4s3  64x64w4s2  64x128w4s3  64x64w4s2  64x64w4s2  64x128w4s3  64x64w4s2
+sm_90  short   128  64x64w4s2  64x64w4s2  64x64w4s3  64x64w4s2  64x128w4s3  64x64w4s3  128x64w8s2
+sm_90  short   256  64x64w4s1  32x64w4s2  64x64w8s2  64x64w8s2  128x64w8s2  64x64w8s2  64x32w8s2
+sm_90  tf32     64  64x64w4s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2
+sm_90  tf32    128  64x64w4s1  128x32w8s2  128x32w8s2  128x64w8s2  128x64w8s2  64x64w8s2  64x64w4s1
+sm_90  tf32x3   64  64x64w4s1  128x64w8s2  64x64w4s1  64x64w4s1  64x64w4s1  64x64w8s1  64x32w8s1
 sm_90  ieee     64  32x32w8s1  32x32w8s1  32x32w8s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1
 sm_90  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_100 short    64  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2
