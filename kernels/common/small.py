@@ -25,7 +25,7 @@ def is_small(rows: int, has_columns: bool, *widths: int) -> bool:
 
 
 def row_blocks(rows: int) -> int:
-    return triton.cdiv(rows, table.SMALL_ROWS)
+    return -(-rows // table.SMALL_ROWS)
 
 
 def constants(arch: str, product: Product, **others) -> dict:
