@@ -255,7 +255,9 @@ def _roots(forward: Callable[..., Any], modules: nn.Module | Iterable[nn.Module]
         modules = forward
     if isinstance(modules, nn.Module):
         return [modules]
-    roots = list(modules) if hasattr(modules, "__iter__") else [modules]
+    if not hasattr(modules, "__iter__"):
+        raise TypeError(f"modules must be a module or several, got {type(modules).__name__}")
+    roots = list(modules)
     for root in roots:
         if not isinstance(root, nn.Module):
             raise TypeError(f"modules must be a module or several, got {type(root).__name__}")

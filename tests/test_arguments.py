@@ -81,7 +81,7 @@ def batches(*arguments):
         (partial(graph_conv, [X], {"a": X}), TypeError, "messages must be a Tensor or a sequence of tensors, got dict"),
         (partial(graph_conv, X.to_sparse(), X), TypeError, "nodes must be dense, got .* torch.sparse_coo"),
         (partial(graph_conv, X.to(torch.float8_e4m3fn), X), TypeError, "nodes must be floating .* got torch.float8"),
-        (partial(graph_conv, X, X, bandwidth=torch.tensor(1j)), TypeError, "bandwidth must be a real .* complex"),
+        (partial(graph_conv, X, X, bandwidth=torch.tensor(1j)), TypeError, "bandwidth must be a real .* got .*complex"),
         (partial(graph_conv, X, X, normalization=["row"]), ValueError, r"normalization must be .* got \['row'\]"),
         (partial(graph_conv, X, X, normalization=np.ones(2)), ValueError, "normalization must be one of .* got array"),
         (partial(graph_conv, X, X, backend=None), ValueError, "backend must be one of .* got None"),
