@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from gkd_fast._training import recomputing
+from gkd_fast._training import being_captured, recomputing
 from gkd_fast.distributed import Shards
 
 # How far, of their largest entry, column sums of embeddings that are computed again may be from those before.
@@ -49,11 +49,21 @@ class ColumnBank(nn.Module):
         self._newest_sums = _column_sums(embeddings[0])
         if shards is not None:
             embeddings = shards.gather_newest(embeddings, self.size)
+        # Replays of a CUDA graph read and write the memory that the bank had at the capture.
+        captured = being_captured(embeddings[0])
+        if captured and len(next(self.buffers())) < self.size:
+            raise RuntimeError(
+                f"column_bank: a CUDA graph cannot hold a bank that still grows: it has {len(next(self.buffers()))} of "
+                f"{self.size} embeddings; call the loss, or remember, until it is full, then capture"
+            )
         self._before = []
         for (name, kept), x in zip(list(self.named_buffers()), embeddings, strict=True):
             whole = torch.cat([kept, x.detach().to(kept.dtype)])
             self._before.append(whole[: len(kept)])
-            setattr(self, name, whole[-self.size :])
+            if captured:
+                kept.copy_(whole[-self.size :])
+            else:
+                setattr(self, name, whole[-self.size :])
 
     @torch.no_grad()
     def is_newest(self, embeddings: Sequence[Tensor]) -> bool:

@@ -53,6 +53,11 @@ def repeats_or_is_undone() -> bool:
     return not torch.compiler.is_compiling() and (recomputing() or _unrolling.get())
 
 
+def being_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is captured on the current stream of the tensor's device: nothing may wait for it then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class TrainingWatch:
     """Warns, once each, of what makes a training teach nothing.
 

@@ -17,7 +17,14 @@ from gkd_fast._pooling import Pool, StagePool, of_side, stage_pools
 from gkd_fast._probe import Sample, pools_and_widths
 from gkd_fast._stages import check_dims, check_pairs, frozen_widths
 from gkd_fast._terms import node_losses, teacher_graph_loss, weighted_sum
-from gkd_fast._training import ALONE, CHECKED_CALLS, TrainingWatch, recomputing, repeats_or_is_undone
+from gkd_fast._training import (
+    ALONE,
+    CHECKED_CALLS,
+    TrainingWatch,
+    being_captured,
+    recomputing,
+    repeats_or_is_undone,
+)
 from gkd_fast.distributed import checking, shards_of
 from gkd_fast.modules import BatchGCN, graph_embeddings
 from gkd_fast.ops.autograd import saveable
@@ -203,10 +210,13 @@ class GraphKDLoss(nn.Module):
 
         In training mode these calls are counted: the first and the hundredth look at :meth:`diagnostics`, the hundredth
         also at whether what is trained has moved, and warn. Recomputations by activation checkpointing and calls in the
-        steps of :class:`gkd_fast.UnrolledSGD` are not counted, and the column bank remembers none of them.
+        steps of :class:`gkd_fast.UnrolledSGD` are not counted, and the column bank remembers none of them. A call that
+        is captured in a CUDA graph, and its replays, are not counted either; the column bank must be full by then.
         """
         loss = torch.stack(list(self.terms(student_feats, teacher_feats, target, weights=weights).values())).sum()
         if self.training and not torch.compiler.is_compiling() and not repeats_or_is_undone():
+            if being_captured(loss):  # diagnostics wait for the device
+                return loss
             self._training_calls += 1
             if self._training_calls in CHECKED_CALLS:
                 self.diagnostics()

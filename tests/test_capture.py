@@ -1,0 +1,82 @@
+"""Calls of the loss while a CUDA graph is captured, as far as a machine without a GPU shows them."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gkd_fast import GraphKDLoss, _column_bank, loss
+
+# Operations that give the host what only the device knows.
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique"}
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    def capture():
+        for module in (loss, _column_bank):
+            monkeypatch.setattr(module, "being_captured", lambda x: True)
+
+    return capture
+
+
+def step(criterion, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    students = [torch.randn(6, 5, generator=generator, requires_grad=True) for _ in range(2)]
+    teachers = [torch.randn(6, 7, generator=generator) for _ in range(2)]
+    # Probabilities: labels are read on CPUs, not on GPUs.
+    target = torch.rand(6, 3, generator=generator).softmax(dim=1)
+    value = criterion(students, teachers, target)
+    return [value, *torch.autograd.grad(value, [*students, *criterion.parameters()])]
+
+
+def loss_of(**options) -> GraphKDLoss:
+    torch.manual_seed(0)
+    return GraphKDLoss([5, 5], [7, 7], num_classes=3, embed_dim=8, **options)
+
+
+@pytest.mark.parametrize("column_bank", [0, 12])
+def test_nothing_waits_for_the_device(capturing, column_bank):
+    """The first training call looks at diagnostics, and waits; under capture no call does."""
+    criterion = loss_of(column_bank=column_bank)
+    with Operations() as eager:
+        step(criterion, 0)
+    assert eager.names & WAITS
+    step(criterion, 1)
+    criterion._training_calls = 0
+    capturing()
+    with Operations() as captured:
+        step(criterion, 2)
+    assert not captured.names & WAITS
+    assert any("relation_kl" in name for name in captured.names) and criterion._training_calls == 0
+
+
+def test_a_full_bank_stays_where_it_is(capturing):
+    plain, captured = loss_of(column_bank=8), loss_of(column_bank=8)
+    for seed in range(2):
+        for criterion in (plain, captured):
+            step(criterion, seed)
+    before = [x.data_ptr() for x in captured.bank.buffers()]
+    expected = [step(plain, seed) for seed in (2, 3)]
+    capturing()
+    found = [step(captured, seed) for seed in (2, 3)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert [x.data_ptr() for x in captured.bank.buffers()] == before
+    torch.testing.assert_close(list(captured.bank.buffers()), list(plain.bank.buffers()), rtol=0, atol=0)
+
+
+def test_a_bank_that_grows_cannot_be_captured(capturing):
+    criterion = loss_of(column_bank=8)
+    step(criterion, 0)
+    capturing()
+    with pytest.raises(RuntimeError, match="cannot hold a bank that still grows: it has 6 of 8 embeddings"):
+        step(criterion, 1)
