@@ -20,7 +20,6 @@ from gkd_fast._arguments import (
     bank_size,
     check_bandwidth,
     check_bank,
-    check_banks,
     check_features,
     check_graph_stages,
     check_normalization,
@@ -33,7 +32,7 @@ from gkd_fast._arguments import (
 )
 from gkd_fast._pairs import all_of, blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
-from gkd_fast.ops.autograd import saveable, transformed
+from gkd_fast.ops.autograd import saveable
 
 __all__ = [
     "BACKENDS", "NORMALIZATIONS", "adaptive_bandwidth", "effective_neighbors", "graph_conv", "node_contrast",
@@ -143,7 +142,7 @@ def _convolve_stages(nodes, messages, bandwidth, normalization: str, backend: st
             raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(bandwidths)}")
         check_normalization(normalization)
         shares = select_backend(backend, nodes[0]) == "triton" and process_group is None
-    if not shares or torch.compiler.is_compiling() or transformed():
+    if not shares or torch.compiler.is_compiling():
         options = normalization, backend, process_group
         return [_convolve(x, h, b, *options) for x, h, b in zip(nodes, messages, bandwidths)]
     precision = product_precision(nodes[0])
@@ -266,7 +265,7 @@ def relation_kl(
         temperature = check_positive("temperature", temperature)
         bandwidth = check_positive("bandwidth", bandwidth)
         wanted = check_pairs(pairs, len(students), len(teachers))
-        more = check_banks(bank, students, teachers)
+        more = None if bank is None else check_bank("bank", [*bank[0], *bank[1]], [*students, *teachers])
         fused = select_backend(backend, students[0]) != "reference"
     stages = [*students, *teachers]
     told = "relation_kl", temperature, bandwidth, len(students), wanted, bank_size(more), fused

@@ -14,6 +14,9 @@ from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_wid
 from gkd_fast.kernels.common.log_sums import BLOCK as LOG_SUMS_BLOCK
 from gkd_fast.kernels.common.log_sums import log_sum_shifts
 from gkd_fast.kernels.common.offline import target
+from gkd_fast.kernels.common.operands import BLOCK_ROWS as OPERAND_ROWS
+from gkd_fast.kernels.common.operands import BLOCK_WIDTH as OPERAND_WIDTH
+from gkd_fast.kernels.common.operands import MOST_PARTS, round_rows, row_sums
 from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.common.strips import MOST_ROWS
 from gkd_fast.kernels.common.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
@@ -208,9 +211,26 @@ class _Builder:
                 name=f"contrast_gradients of {'teachers' if by_column else 'students'}", pairs=rows, walks=columns,
             )  # fmt: skip
 
+    def operands(self, op: str, stages: int):
+        """What makes the operands of a call."""
+        constants = {"SUM": self.product.SUM, "ROWS": OPERAND_ROWS, "WIDTH": OPERAND_WIDTH}
+        lists = dict.fromkeys(
+            ("rows", "factors", "powers", "dims", "widths", "kinds", "centres", "others", "out", "numbers",
+             "own_centres", "partial"), stages
+        )  # fmt: skip
+        yield self._small(op, row_sums, "forward", constants, lists, OPERAND_ROWS, stages, f"row_sums of {op}")
+        constants = constants | {
+            "SCALED": self.product.scaled, "CENTRED": True, "PARTS": MOST_PARTS, "TYPE": self.product.TYPE,
+        }  # fmt: skip
+        yield self._small(
+            op, round_rows, "forward", constants, lists, OPERAND_ROWS, stages, f"round_rows of {op}", ("out",)
+        )  # fmt: skip
+
     def graph_conv(self):
-        yield self._walk("graph_conv", graph_degree_sums, "forward", {"ALIGNED": True}, {}, products=1, exponentials=1)
-        values = {"VALUE_WIDTH": self.width, "ALIGNED": True, "SCALED": self.product.scaled}
+        yield from self.operands("graph_conv", 1)
+        yield self._walk("graph_conv", graph_degree_sums, "forward", {}, {}, products=1, exponentials=1,
+                         in_product_type=("nodes",))  # fmt: skip
+        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.scaled}
         symmetric = {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}
         row = {"DEGREES": True, "ROW_FACTOR": INVERSE}
         for name, constants in (
@@ -218,12 +238,12 @@ class _Builder:
         ):  # fmt: skip
             yield self._walk(
                 "graph_conv", graph_sums, "forward", constants | values, {}, products=2,
-                exponentials=1, name=f"graph_sums, {name}", in_product_type=("values",),
+                exponentials=1, name=f"graph_sums, {name}", in_product_type=("nodes", "values"),
             )  # fmt: skip
-        constants = {"HAS_UPSTREAM": True, "MESSAGE_FACTOR": INVERSE_ROOT, "UPSTREAM_FACTOR": INVERSE_ROOT}
+        constants = {"HAS_UPSTREAM": True}
         yield self._walk(
             "graph_conv", graph_gradients, "backward", constants | values, {}, products=4, exponentials=1,
-            in_product_type=("column_messages", "column_upstream"),
+            in_product_type=("nodes", "messages", "upstream", "column_messages", "column_upstream"),
         )  # fmt: skip
         constants = {
             "SYMMETRIC": True,
@@ -299,11 +319,11 @@ class _Builder:
             ("columns", "column_nodes", *(("teachers",) if op == "node_contrast" else ()), *in_product_type),
         )  # fmt: skip
 
-    def _small(self, op, fn, direction, constants, lists, rows, launches=1):
+    def _small(self, op, fn, direction, constants, lists, rows, launches=1, name=None, of_products=()):
         """A kernel that reads every row once."""
         return self._make(
             op, fn, direction, constants, lists, 4, 2, rows, 0, 0, 0, 0, "it computes no matrix product",
-            lambda batch: (triton.cdiv(batch, rows) * launches, 1), None, (),
+            lambda batch: (triton.cdiv(batch, rows) * launches, 1), name, of_products,
         )  # fmt: skip
 
     def _make(self, op, fn, direction, constants, lists, warps, stages, rows, columns, products, exponentials,
@@ -326,7 +346,7 @@ class _Builder:
     def _type(self, argument: str, of_columns: tuple[str, ...]) -> str:
         if argument in FLOATS:
             return "fp64"
-        if argument in COUNTS or argument in SIZES:
+        if argument in COUNTS or argument in SIZES or argument == "kinds":
             return "i32"
         if argument.endswith("log_sums"):
             return "*fp64"

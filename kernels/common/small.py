@@ -11,12 +11,22 @@ import triton.language as tl
 
 from gkd_fast.kernels.common import table
 from gkd_fast.kernels.common.launch import Product
-from gkd_fast.kernels.common.tile import add_tile_product, load_tile, operand, product, store_tile
+from gkd_fast.kernels.common.tile import (
+    add_product,
+    add_tile_product,
+    convert,
+    load_tile,
+    number,
+    operand,
+    product,
+    store_tile,
+)  # fmt: skip
 
 SMALL_BATCH = 256
 # Rows wider than this go the way of large batches.
 SMALL_WIDTH = 1024
 MOST_REGISTERS = 255
+MEAN_ROWS = tl.constexpr(64)
 
 
 def is_small(rows: int, has_columns: bool, *widths: int) -> bool:
@@ -25,7 +35,7 @@ def is_small(rows: int, has_columns: bool, *widths: int) -> bool:
 
 
 def row_blocks(rows: int) -> int:
-    return -(-rows // table.SMALL_ROWS)
+    return triton.cdiv(rows, table.SMALL_ROWS)
 
 
 def constants(arch: str, product: Product, **others) -> dict:
@@ -71,6 +81,68 @@ def tile_product(
 
 
 @triton.jit
+def mean_row(matrix, k, count, dim, WIDTH: tl.constexpr, SUM: tl.constexpr):
+    """Columns k … of the mean row, of all tiles, so that a pair's weight is the same in each; what is not finite counts
+    as 0.
+    """
+    total = tl.zeros([WIDTH], SUM)
+    for i in range(0, count, MEAN_ROWS):
+        x = load_tile(matrix, i, k, count, dim, MEAN_ROWS, WIDTH)
+        total += tl.sum(tl.where(x - x == 0, x, 0.0), 0)
+    return total / number(count, SUM)
+
+
+@triton.jit
+def negative_distances(
+    rows, i, j, count, dim, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c − 1 of the tile at (i, j) of unit rows, rounded about their mean as ``operands`` says."""
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
+    squares, column_squares = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_COLUMNS], SUM)
+    distances, column_distances = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_COLUMNS], SUM)
+    length = number(0.0, SUM)
+    for k in range(0, dim, BLOCK_WIDTH):
+        x = load_tile(rows, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH)
+        y = load_tile(rows, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
+        m = mean_row(rows, k, count, dim, BLOCK_WIDTH, SUM)
+        squares += tl.sum(x * x, 1)
+        column_squares += tl.sum(y * y, 1)
+        length += tl.sum(m * m, 0)
+        x, y = convert(x - m[None, :], TYPE), convert(y - m[None, :], TYPE)
+        distances += tl.sum(x.to(SUM) * x.to(SUM), 1)
+        column_distances += tl.sum(y.to(SUM) * y.to(SUM), 1)
+        total = add_product(x, tl.trans(y), total, PRECISION)
+    distances = tl.where(squares == 0, 1 + length, distances)
+    column_distances = tl.where(column_squares == 0, 1 + length, column_distances)
+    return total - 0.5 * (distances[:, None] + column_distances[None, :])
+
+
+@triton.jit
+def centred_product(
+    rows, columns, i, j, count, dim, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x_i·y_j of the tile at (i, j), rounded about the means of either side."""
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
+    p, q = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_COLUMNS], SUM)
+    for k in range(0, dim, BLOCK_WIDTH):
+        x = load_tile(rows, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH)
+        y = load_tile(columns, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
+        m = mean_row(rows, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
+        n = mean_row(columns, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
+        p += tl.sum((x - 0.5 * m) * n, 1)
+        q += tl.sum((y - 0.5 * n) * m, 1)
+        x, x_unit = operand(x - m, TYPE, SCALED)
+        y, y_unit = operand(y - n, TYPE, SCALED)
+        if SCALED:
+            total += product(x, tl.trans(y), PRECISION) * (x_unit * y_unit)
+        else:
+            total = add_product(x, tl.trans(y), total, PRECISION)
+    return total + (p[:, None] + q[None, :])
+
+
+@triton.jit
 def load_of_pair(values, place, count, PAIRS: tl.constexpr):
     """The rows ``place`` of a column of [count, PAIRS], zero beyond the last; ``values``: from the column on."""
     return tl.load(values + place * PAIRS, mask=place < count, other=0)
@@ -82,11 +154,14 @@ def store_weighted(
     BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = Σ_j w_ij values_j of a tile, added to what the program itself stored there before if ``accumulate``."""
+    sums = tl.sum(weights, 1)
     weights, unit = operand(weights, TYPE, SCALED)
     # What another thread of the program stored is read here.
     tl.debug_barrier()
     for k in tl.range(0, dim, BLOCK_WIDTH, disable_licm=True):
-        v, v_unit = operand(load_tile(values, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH), TYPE, SCALED)
-        piece = product(weights, v, PRECISION) * (unit * v_unit)
+        v = load_tile(values, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
+        m = mean_row(values, k, count, dim, BLOCK_WIDTH, sums.dtype)[None, :]
+        v, v_unit = operand(v - m, TYPE, SCALED)
+        piece = product(weights, v, PRECISION) * (unit * v_unit) + sums[:, None] * m
         piece += load_tile(out, i, k, count * accumulate, dim, BLOCK_ROWS, BLOCK_WIDTH)
         store_tile(out, piece, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH)

@@ -29,6 +29,12 @@ def strip_columns(rows: int, strips: int) -> int:
     return max(LEAST, STRIP_BYTES // (4 * rows * strips) // LEAST * LEAST)
 
 
+def column_strips(count: int, step: int) -> Iterator[slice]:
+    """Columns per strip, ``step`` of them."""
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a·b with sums and result in float32 (float64); float32 products follow PyTorch's own setting, not autocast."""
     with torch.autocast(a.device.type, enabled=False):

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gkd_fast.kernels.common import strips, table
 from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Piece, Product, column_pieces, matrices, power_of_two
-from gkd_fast.kernels.common.strips import multiply, row_strips
-from gkd_fast.kernels.common.tile import add_product, add_tile_product, convert, load_tile, store_tile
+from gkd_fast.kernels.common.operands import Operand
+from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips
+from gkd_fast.kernels.common.tile import add_product, add_tile_product, convert, load_numbers, load_tile, store_tile
 
 # Strips of weights of one launch.
 STRIP_BYTES = 32 * 2**20
@@ -65,6 +66,12 @@ def similarities(
 
 
 @triton.jit
+def both_sides_numbers(numbers, column_numbers, i, j, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """What the rows' and the columns' numbers add to a tile."""
+    return load_numbers(numbers, i, BLOCK_ROWS)[:, None] + load_numbers(column_numbers, j, BLOCK_COLUMNS)[None, :]
+
+
+@triton.jit
 def store_strip(
     strip, weights, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TYPE: tl.constexpr,
@@ -90,6 +97,11 @@ def tiling(kernel: str, arch: str, product: Product, rows: int, columns: int) ->
     return (triton.cdiv(columns, config.columns), triton.cdiv(rows, config.rows)), constants
 
 
+def column_pieces_of(count: int, product: Product, rows: int, weights: int) -> Iterator[slice]:
+    """As many columns at a time as ``weights`` strips of ``rows`` rows may have."""
+    return column_strips(count, columns_at_a_time(product, rows, weights))
+
+
 def pieces(columns: Sequence[Tensor], product: Product, rows: int, weights: int) -> Iterator[Piece]:
     """The columns in the product's type, as many at a time as ``weights`` strips of ``rows`` rows may have."""
     return column_pieces(columns, product.torch_type, most=columns_at_a_time(product, rows, weights))
@@ -104,6 +116,14 @@ def columns_at_a_time(product: Product, rows: int, weights: int) -> int:
 def row_blocks(count: int, width: int) -> list[slice]:
     """The rows of one strip after another."""
     return list(row_strips(count, width))
+
+
+def add_gathered(total: Tensor, weights: Tensor, columns: Operand, piece: slice, sums: Tensor | None = None) -> None:
+    """total_i += Σ_j weights_ij columns_j; of columns about a centre with ``sums`` of the weights by column block."""
+    width = total.shape[1]
+    total += multiply(weights, columns.rows[piece])[:, :width]
+    if sums is not None:
+        total.addcmul_(sums.sum(dim=0)[:, None], columns.centre[:width])
 
 
 def add_weighted(total: Tensor, weights: Tensor, columns: Tensor) -> None:

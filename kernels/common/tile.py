@@ -121,6 +121,19 @@ def load_columns(
 
 
 @triton.jit
+def load_block(operand, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows start … start + BLOCK of an operand, WIDTH wide and whole tiles long, so that no load is masked."""
+    corner = operand + number(start, tl.int64) * WIDTH
+    return tl.load(corner + (tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]))
+
+
+@triton.jit
+def load_numbers(numbers, start, BLOCK: tl.constexpr):
+    """The numbers of these rows."""
+    return tl.load(numbers + start + tl.arange(0, BLOCK))
+
+
+@triton.jit
 def store_rows(matrix, values, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of ``load_rows``."""
     row = tl.arange(0, BLOCK)

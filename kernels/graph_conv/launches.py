@@ -1,6 +1,5 @@
 """graph_conv on GPUs: the launches of ``tiles``."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +7,8 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
-    Piece,
+    LARGEST_FLOAT16,
     architecture,
-    column_pieces,
     divide,
     matrices,
     multiprocessors,
@@ -20,6 +18,7 @@ from gkd_fast.kernels.common.launch import (
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.operands import Operand, centred, means, operands, stored_width
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.graph_conv import small, strips
@@ -46,6 +45,7 @@ class Graph:
         self.inverse_variance = inverse_variance
         self.product = product_of(product_precision, self.nodes)
         self.arch = architecture(self.nodes.device)
+        self._operands: dict[int, tuple[Operand, Operand]] = {}
 
     def is_wide(self, width: int = 1) -> bool:
         """Whether rows of nodes or of ``width`` do not fit a program's registers."""
@@ -58,6 +58,15 @@ class Graph:
     def stages(self) -> small.Stages:
         """What the kernels of small batches take."""
         return small.Stages([self.nodes], [self.inverse_variance], self.arch, self.product)
+
+    def operands(self, width: int) -> tuple[Operand, Operand]:
+        """The nodes of the rows and of the columns as products take them, stored in ``width`` columns."""
+        if width not in self._operands:
+            (columns,) = rows = centred([self.columns], self.product, [width])
+            if self.has_columns:
+                rows = operands([self.nodes], self.product, [width], [columns.centre])
+            self._operands[width] = rows[0], columns
+        return self._operands[width]
 
     def launch(self, kernel: str, *widths: int):
         """Tile sizes, grid and compile-time arguments of a kernel that walks tiles."""
@@ -85,11 +94,6 @@ class Graph:
             return max(LEAST_TF32X3_WIDTH, nodes)
         return nodes
 
-    def pieces(self, columns, factors, constants: dict) -> Iterator[Piece]:
-        """Pieces of the columns, nodes first, as a kernel with these compile-time arguments takes them."""
-        widths = [constants["WIDTH"], *(constants["VALUE_WIDTH"] for _ in columns[1:])]
-        return column_pieces(columns, self.product.torch_type, factors, None, widths, constants["BLOCK_COLUMNS"])
-
 
 @dataclass(frozen=True)
 class Side:
@@ -98,6 +102,24 @@ class Side:
     messages: Tensor
     upstream: Tensor | None
     degrees: Tensor | None
+
+
+@dataclass(frozen=True)
+class Values:
+    """H and G times factors of their rows, H' and G', of the rows or of the columns as products take them; and what
+    float16 has them multiplied by. G' of columns may be missing.
+    """
+
+    messages: Operand
+    upstream: Operand | None
+    powers: tuple[Tensor | None, Tensor | None]
+
+    def with_numbers(self, terms: Tensor) -> Tensor:
+        """The node terms and what H' and G' leave to be added to their products."""
+        for x in (self.messages, self.upstream):
+            if x is not None:
+                terms = terms + x.numbers[: len(terms)]
+        return terms
 
 
 def _is_row(normalization: str) -> bool:
@@ -112,15 +134,15 @@ def graph_degrees(nodes, inverse_variance, product_precision, column_nodes=None,
 
 def _degrees(graph: Graph) -> Tensor:
     if graph.is_wide():
-        return strips.kernel_sums(graph, None, None)[1]
+        return strips.kernel_sums(graph, None, None, 1)[1]
     grid, parts, constants = graph.launch("graph_degree_sums")
+    rows, columns = graph.operands(constants["WIDTH"])
     degrees = graph.nodes.new_empty(parts, graph.row_count)
     with on_device(graph.nodes):
-        for piece in graph.pieces([graph.columns], [None], constants):
-            launch(graph_degree_sums, ALIGNED=piece.aligned, **constants)(
-                grid, graph.nodes, piece.matrices[0], degrees, graph.inverse_variance, graph.dim, graph.row_count,
-                piece.count, graph.offset - piece.start, parts, int(piece.start > 0),
-            )  # fmt: skip
+        launch(graph_degree_sums, **constants)(
+            grid, rows.rows, rows.numbers, columns.rows, columns.numbers, degrees, graph.inverse_variance,
+            graph.row_count, graph.column_count, graph.offset, parts,
+        )  # fmt: skip
         return degrees[0] if parts == 1 else degrees.sum(dim=0)
 
 
@@ -145,43 +167,47 @@ def graph_conv(
     if graph.has_columns:
         (columns,) = matrices("column_messages", [column_messages], graph.column_count)
     if _is_row(normalization):
-        return _kernel_times(graph, columns, None, None, ONE, INVERSE, with_degrees=True)
-    if graph.has_columns:
-        if degrees is None or column_degrees is None:
-            raise ValueError("symmetric normalization with a column set needs both sides' degrees")
-        output, _ = _kernel_times(graph, columns, degrees, column_degrees, INVERSE_ROOT, INVERSE_ROOT)
-        return output, degrees.clone()
-    degrees = _degrees(graph)
-    return _kernel_times(graph, columns, degrees, degrees, INVERSE_ROOT, INVERSE_ROOT)
+        values, power = _values(graph, columns, None)
+        return _kernel_times(graph, values, power, columns, None, INVERSE, with_degrees=True)
+    if graph.has_columns and (degrees is None or column_degrees is None):
+        raise ValueError("symmetric normalization with a column set needs both sides' degrees")
+    degrees = degrees.clone() if graph.has_columns else _degrees(graph)
+    factor = factor_of(column_degrees if graph.has_columns else degrees, INVERSE_ROOT)
+    return _kernel_times(graph, *_values(graph, columns, factor), columns, degrees, INVERSE_ROOT)
 
 
-def _kernel_times(graph, values, row_degrees, column_degrees, column_factor, row_factor, with_degrees=False):
-    """f_i Σ_j K_ij f_j values_j and the degrees."""
-    width = values.shape[1]
+def _value_width(graph: Graph, width: int) -> int:
+    return stored_width(width, graph.is_wide(width))
+
+
+def _values(graph: Graph, values: Tensor, factor: Tensor | None) -> tuple[Operand, Tensor | None]:
+    """Values times their factor about their mean, and what float16 has them multiplied by."""
+    power = power_of_two(_longest(values)) if graph.product.scaled else None
+    widths = [_value_width(graph, values.shape[1])]
+    centres = means([values], graph.product, widths, [factor])
+    return operands([values], graph.product, widths, centres, factors=[factor], powers=[power])[0], power
+
+
+def _kernel_times(graph, values: Operand, power, like, row_degrees, row_factor, with_degrees=False):
+    """f_i Σ_j K_ij values_j, as wide as ``like``, and the degrees."""
+    width = like.shape[1]
     if graph.is_wide(width):
-        output, sums = strips.kernel_sums(graph, values, factor_of(column_degrees, column_factor))
+        output, sums = strips.kernel_sums(graph, values, power, width)
         degrees = sums if with_degrees else row_degrees
         factor = factor_of(degrees, row_factor)
         return output if factor is None else output * factor[:, None], degrees
     grid, parts, constants = graph.launch("graph_sums", width)
-    factor = factor_of(column_degrees, column_factor)
-    power = values
-    if graph.product.scaled:
-        power = power_of_two(values.abs().amax())
-        factor = power.expand(len(values)) if factor is None else factor * power
-    columns, factors = (graph.columns, values), (None, factor)
-    output = values.new_empty(parts, graph.row_count, width)
-    sums = values.new_empty(parts, graph.row_count) if with_degrees else output
-    with on_device(values):
-        for piece in graph.pieces(columns, factors, constants):
-            launch(
-                graph_sums, DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled,
-                ALIGNED=piece.aligned, **constants,
-            )(
-                grid, graph.nodes, *piece.matrices, values if row_degrees is None else row_degrees, output, sums, power,
-                graph.inverse_variance, graph.dim, width, graph.row_count, piece.count, graph.offset - piece.start,
-                parts, int(piece.start > 0), int(piece.is_last),
-            )  # fmt: skip
+    rows, columns = graph.operands(constants["WIDTH"])
+    output = like.new_empty(parts, graph.row_count, width)
+    sums = like.new_empty(parts, graph.row_count) if with_degrees else output
+    with on_device(like):
+        launch(
+            graph_sums, DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled, **constants
+        )(
+            grid, rows.rows, rows.numbers, columns.rows, columns.numbers, values.rows, values.centre,
+            like if row_degrees is None else row_degrees, output, sums, like if power is None else power,
+            graph.inverse_variance, width, graph.row_count, graph.column_count, graph.offset, parts,
+        )  # fmt: skip
         if parts == 1:
             return output[0], sums[0] if with_degrees else row_degrees
         output = output.sum(dim=0)
@@ -207,17 +233,19 @@ def graph_conv_backward(
     if graph.has_columns:
         other = _column_side(graph, is_row, column_messages, column_upstream, column_degrees)
     terms, column_terms, gradients = node_terms, column_node_terms, []
+    if needs[0] and terms is None and graph.has_columns:
+        raise ValueError("the nodes' gradient with a column set needs node_terms")
+    column_values = _both_values(graph, other, is_row, _powers(graph, own, other))
     messages_gradient = None
-    if needs[1] or not (graph.has_columns or is_row):
-        messages_gradient = _messages_gradient(graph, own, other, is_row)
+    if needs[1] or (needs[0] and not (graph.has_columns or is_row)):
+        messages_gradient = _messages_gradient(graph, own, column_values, is_row)
     if needs[0]:
-        if terms is None and graph.has_columns:
-            raise ValueError("the nodes' gradient with a column set needs node_terms")
         if terms is None:
             terms = column_terms = _terms(own, output, messages_gradient, is_row)
         if graph.has_columns and column_terms is None:
             column_terms = terms.new_zeros(graph.column_count)
-        gradients.append(_nodes_gradient(graph, own, other, terms.contiguous(), column_terms.contiguous(), is_row))
+        values = _both_values(graph, own, is_row, column_values.powers, column_values)
+        gradients.append(_nodes_gradient(graph, values, column_values, terms, column_terms, messages.shape[1]))
     if needs[1]:
         gradients.append(messages_gradient)
     return gradients
@@ -234,12 +262,37 @@ def _column_side(graph, is_row, messages, upstream, degrees) -> Side:
     return Side(messages, upstream, None if degrees is None else degrees.contiguous())
 
 
-def _messages_gradient(graph, own, other, is_row) -> Tensor:
+def _both_values(graph: Graph, side: Side, is_row: bool, powers, columns: Values | None = None) -> Values:
+    """A side's H' and G', about the centres of the ``columns``, or of their own where the side is the columns."""
+    if columns is not None and not graph.has_columns:
+        return columns
+    factors = [factor_of(side.degrees, ONE if is_row else INVERSE_ROOT)]
+    values = [side.messages]
+    if side.upstream is not None:
+        values.append(side.upstream)
+        factors.append(factor_of(side.degrees, INVERSE if is_row else INVERSE_ROOT))
+    widths = [_value_width(graph, side.messages.shape[1])] * len(values)
+    if columns is None:
+        centres = means(values, graph.product, widths, factors)
+    else:
+        of_messages = columns.messages.centre
+        centres = [
+            of_messages, torch.zeros_like(of_messages) if columns.upstream is None else columns.upstream.centre
+        ]  # fmt: skip
+    # Where there is no G' of columns, nothing is added to products for H'.
+    others = centres[::-1] if len(values) == 2 else [torch.zeros_like(centres[0])]
+    made = operands(
+        values, graph.product, widths, centres, others=others, factors=factors, powers=powers[: len(values)]
+    )
+    return Values(made[0], made[1] if len(made) == 2 else None, powers)
+
+
+def _messages_gradient(graph: Graph, own: Side, columns: Values, is_row: bool) -> Tensor:
     """dH of the rows."""
-    if other.upstream is None:
+    if columns.upstream is None:
         return torch.zeros_like(own.messages)
-    factors = (INVERSE, ONE) if is_row else (INVERSE_ROOT, INVERSE_ROOT)
-    return _kernel_times(graph, other.upstream, own.degrees, other.degrees, *factors)[0]
+    row_factor = ONE if is_row else INVERSE_ROOT
+    return _kernel_times(graph, columns.upstream, columns.powers[1], own.messages, own.degrees, row_factor)[0]
 
 
 def _terms(own: Side, output: Tensor, messages_gradient: Tensor | None, is_row: bool) -> Tensor:
@@ -255,54 +308,39 @@ def _terms(own: Side, output: Tensor, messages_gradient: Tensor | None, is_row: 
     return terms
 
 
-def _nodes_gradient(graph, own, other, terms, column_terms, is_row) -> Tensor:
-    width = own.messages.shape[1]
-    message_factor, upstream_factor = (ONE, INVERSE) if is_row else (INVERSE_ROOT, INVERSE_ROOT)
-    powers, powers_of = terms, (None, None)
+def _nodes_gradient(graph: Graph, own: Values, other: Values, terms, column_terms, width: int) -> Tensor:
+    terms, column_terms = own.with_numbers(terms), other.with_numbers(column_terms)
+    powers = terms
     if graph.product.scaled:
-        powers = _powers(graph, own, other)
-        powers_of = powers[0], powers[1]
+        # Of M = v K (…), whose terms are bounded by the product of the longest H' and G', in ``powers`` 2^14 long.
+        bound = 4 * LARGEST_FLOAT16**2 * graph.inverse_variance / (own.powers[0] * own.powers[1])
+        powers = torch.stack([*own.powers, power_of_two(bound)])
     if graph.is_wide(width):
-        factors = [
-            None
-            if side.degrees is None
-            else (factor_of(side.degrees, message_factor), factor_of(side.degrees, upstream_factor))
-            for side in (own, other)
-        ]
-        return strips.nodes_gradient(graph, own, other, factors, terms, column_terms, powers)
+        return strips.nodes_gradient(graph, own, other, terms, column_terms, powers, width)
     grid, parts, constants = graph.launch("graph_gradients", width)
-    columns, factors = [graph.columns], [None]
-    has_upstream = other.upstream is not None
-    sides = ((other.messages, message_factor, powers_of[0]), (other.upstream, upstream_factor, powers_of[1]))
-    for values, kind, power in sides[: 1 + has_upstream]:
-        factor = factor_of(other.degrees, kind)
-        if power is not None:
-            factor = power.expand(len(values)) if factor is None else factor * power
-        columns.append(values)
-        factors.append(factor)
+    rows, columns = graph.operands(constants["WIDTH"])
+    upstream = other.messages if other.upstream is None else other.upstream
     gradient = graph.nodes.new_empty(parts, *graph.nodes.shape)
     with on_device(graph.nodes):
-        for piece in graph.pieces(columns, factors, constants):
-            piece_nodes, piece_messages, *piece_upstream = piece.matrices
-            launch(
-                graph_gradients, HAS_UPSTREAM=has_upstream, MESSAGE_FACTOR=message_factor,
-                UPSTREAM_FACTOR=upstream_factor, SCALED=graph.product.scaled, ALIGNED=piece.aligned, **constants,
-            )(
-                grid, graph.nodes, piece_nodes, own.messages, own.upstream, piece_messages,
-                piece_upstream[0] if has_upstream else piece_messages, own.degrees, terms,
-                column_terms[piece.start :], gradient, powers, graph.inverse_variance, graph.dim, width,
-                graph.row_count, piece.count, graph.offset - piece.start, parts, int(piece.start > 0),
-            )  # fmt: skip
+        launch(
+            graph_gradients, HAS_UPSTREAM=other.upstream is not None, SCALED=graph.product.scaled, **constants
+        )(
+            grid, rows.rows, rows.numbers, columns.rows, columns.numbers, columns.centre, own.messages.rows,
+            own.upstream.rows, other.messages.rows, upstream.rows, terms, column_terms, gradient, powers,
+            graph.inverse_variance, graph.dim, graph.row_count, graph.column_count, graph.offset, parts,
+        )  # fmt: skip
     return gradient[0] if parts == 1 else gradient.sum(dim=0)
 
 
-def _powers(graph: Graph, own: Side, other: Side) -> Tensor:
-    """Powers of two for H', G' and M in float16: rows have degrees ≥ 1, so H and G bound H' and G'."""
+def _longest(*matrices: Tensor | None) -> Tensor:
+    """The length of the longest row."""
+    lengths = [torch.linalg.vector_norm(x, dim=1).amax() for x in matrices if x is not None]
+    return torch.stack(lengths).amax() if len(lengths) > 1 else lengths[0]
 
-    def largest(x: Tensor, y: Tensor | None) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=1).amax()
-        return norms if y is None or y is x else torch.maximum(norms, torch.linalg.vector_norm(y, dim=1).amax())
 
-    messages, upstream = largest(own.messages, other.messages), largest(own.upstream, other.upstream)
-    bound = 4 * messages * upstream * graph.inverse_variance
-    return torch.stack([power_of_two(messages), power_of_two(upstream), power_of_two(bound)])
+def _powers(graph: Graph, own: Side, other: Side) -> tuple[Tensor | None, Tensor | None]:
+    """Powers of two for H' and G' in float16: rows have degrees ≥ 1, so H and G bound H' and G'."""
+    if not graph.product.scaled:
+        return None, None
+    sides = [own] if other is own else [own, other]
+    return tuple(power_of_two(_longest(*(getattr(x, name) for x in sides))) for name in ("messages", "upstream"))

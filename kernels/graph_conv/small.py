@@ -12,8 +12,8 @@ from torch import Tensor
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import Product, on_device
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.small import store_weighted, tile_product
-from gkd_fast.kernels.common.tile import COUNTS, load_tile, pick, replace_missing, store_vector
+from gkd_fast.kernels.common.small import centred_product, negative_distances, store_weighted
+from gkd_fast.kernels.common.tile import COUNTS, load_tile, pick, store_vector
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
 
 DEGREE_ROWS = tl.constexpr(64)
@@ -25,10 +25,9 @@ def small_adjacency(
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """K of the tile at (i, j), 0 in missing columns."""
-    c = tile_product(nodes, nodes, i, j, count, dim, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
-                     PRECISION)  # fmt: skip
-    k = adjacency(c, i, j, 0, count, slope, DIAGONAL, 0, BLOCK_ROWS, BLOCK_COLUMNS)
-    return replace_missing(k, j, count, 0.0, BLOCK_COLUMNS)
+    c = negative_distances(nodes, i, j, count, dim, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                           PRECISION)  # fmt: skip
+    return adjacency(c * slope, i, j, 0, count, DIAGONAL, 0, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -124,10 +123,10 @@ def graph_small_gradients(
         column = j + tl.arange(0, BLOCK_COLUMNS)
         column_degree = tl.load(degrees + column, mask=column < count, other=1)
         column_d = tl.load(terms + column, mask=column < count, other=0)
-        of_rows = tile_product(upstream, messages, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
-                               TYPE, SUM, PRECISION)  # fmt: skip
-        of_columns = tile_product(messages, upstream, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
+        of_rows = centred_product(upstream, messages, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
                                   BLOCK_WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
+        of_columns = centred_product(messages, upstream, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
+                                     BLOCK_WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
         if SYMMETRIC:
             m = (of_rows + of_columns) * tl.rsqrt(degree)[:, None] * tl.rsqrt(column_degree)[None, :]
         else:

@@ -4,17 +4,19 @@ import torch
 import triton
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import Piece, column_pieces, on_device, power_of_two
+from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
+from gkd_fast.kernels.common.operands import Operand, stored_width
+from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv.tiles import graph_strip
 
 
-def _strip(graph, rows: Tensor, start: int, piece: Piece, sums, gradient=None) -> Tensor:
-    """Weights of one strip; ``gradient``: (products, terms, column terms, powers)."""
+def _strip(graph, rows: Operand, columns: Operand, strip: slice, piece: slice, sums, gradient=None) -> Tensor:
+    """Weights of one strip, whose sums are added to ``sums``; ``gradient``: (products, terms, column terms, powers)."""
     config = tiles("strip", graph.arch, graph.product.name, 16)
-    similarities = multiply(rows, piece.matrices[0].T)
+    rows, columns = rows[strip], columns[piece]
+    similarities = multiply(rows.rows, columns.rows.T)
     weights = torch.empty_like(similarities, dtype=graph.product.torch_type)
     products, terms, column_terms, powers = gradient or (sums, sums, sums, sums)
     constants = {
@@ -23,67 +25,48 @@ def _strip(graph, rows: Tensor, start: int, piece: Piece, sums, gradient=None) -
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     launch(graph_strip, **constants)(
-        (triton.cdiv(len(rows), config.rows),), similarities, products, weights, sums, terms, column_terms, powers,
-        graph.inverse_variance, len(rows), piece.count, graph.offset + start - piece.start, int(piece.start > 0),
+        (triton.cdiv(len(sums), config.rows),), similarities, products, weights, sums, rows.numbers, columns.numbers,
+        terms, column_terms, powers, graph.inverse_variance, *similarities.shape,
+        graph.offset + strip.start - piece.start, int(piece.start > 0),
     )  # fmt: skip
     return weights
 
 
-def kernel_sums(graph, values: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """Σ_j K_ij f_j values_j, or None without values, and Σ_j K_ij."""
-    dtype = graph.product.torch_type
+def kernel_sums(graph, values: Operand | None, power: Tensor | None, width: int) -> tuple[Tensor | None, Tensor]:
+    """Σ_j K_ij values_j, or None without values, and Σ_j K_ij; power: what the values were multiplied by."""
     sums = graph.nodes.new_empty(graph.row_count)
-    columns, factors = [graph.columns], [None]
-    output = power = None
-    if values is not None:
-        output = values.new_zeros(graph.row_count, values.shape[1])
-        if graph.product.scaled:
-            power = power_of_two(values.abs().amax())
-            factor = power.expand(len(values)) if factor is None else factor * power
-        columns.append(values)
-        factors.append(factor)
+    output = None if values is None else graph.nodes.new_zeros(graph.row_count, width)
+    rows, columns = graph.operands(stored_width(graph.dim, True))
     with on_device(graph.nodes):
-        for strip in row_strips(graph.row_count, max(x.shape[1] for x in columns)):
-            rows = graph.nodes[strip].to(dtype)
-            for piece in column_pieces(columns, dtype, factors, strip_columns(len(rows), 2)):
-                weights = _strip(graph, rows, strip.start, piece, sums[strip])
+        for strip in row_strips(graph.row_count, max(graph.dim, width)):
+            of_strip = sums[strip]
+            for piece in column_strips(graph.column_count, strip_columns(len(of_strip), 2)):
+                weights = _strip(graph, rows, columns, strip, piece, of_strip)
                 if values is not None:
-                    product = multiply(weights, piece.matrices[1])
+                    product = multiply(weights, values.rows[piece])[:, :width]
                     # Float16 weights are scaled by 2^14 and its values by ``power``.
                     output[strip] += product if power is None else product * (2.0**-14 / power)
+            if values is not None:
+                output[strip].addcmul_(of_strip[:, None], values.centre[:width])
     return output, sums
 
 
-def nodes_gradient(graph, own, other, factors, terms, column_terms, powers) -> Tensor:
-    """dE_i = Σ_j M_ij e_j; ``factors``: of messages and upstream, for the rows and for the columns."""
-    dtype, scaled = graph.product.torch_type, graph.product.scaled
-    powers_of = (powers[0], powers[1]) if scaled else (None, None)
-
-    def prepared(x: Tensor, factor: Tensor | None, power: Tensor | None) -> Tensor:
-        x = x if factor is None else x * factor[:, None]
-        return (x if power is None else x * power).to(dtype)
-
-    (message_factor, upstream_factor), column_factors = factors
-    message_power, upstream_power = powers_of
+def nodes_gradient(graph, own, other, terms, column_terms, powers, width: int) -> Tensor:
+    """dE_i = Σ_j M_ij e_j; own, other: ``Values`` of the rows and of the columns."""
     gradient = torch.zeros_like(graph.nodes)
-    widest = max(graph.dim, own.messages.shape[1])
+    sums = gradient.new_empty(graph.row_count)
+    rows, columns = graph.operands(stored_width(graph.dim, True))
     with on_device(graph.nodes):
-        for strip in row_strips(graph.row_count, widest):
-            rows = graph.nodes[strip].to(dtype)
-            h = prepared(own.messages[strip], None if message_factor is None else message_factor[strip], message_power)
-            g = prepared(
-                own.upstream[strip], None if upstream_factor is None else upstream_factor[strip], upstream_power
-            )
-            for piece in column_pieces([graph.columns], dtype, most=strip_columns(len(rows), 3)):
-                here = slice(piece.start, piece.start + piece.count)
-                of_message, of_upstream = (
-                    (None, None) if column_factors is None else (f if f is None else f[here] for f in column_factors)
-                )
-                products = multiply(g, prepared(other.messages[here], of_message, message_power).T)
+        for strip in row_strips(graph.row_count, max(graph.dim, width)):
+            of_strip = sums[strip]
+            for piece in column_strips(graph.column_count, strip_columns(len(of_strip), 3)):
+                products = multiply(own.upstream.rows[strip], other.messages.rows[piece].T)
                 if other.upstream is not None:
-                    products += multiply(h, prepared(other.upstream[here], of_upstream, upstream_power).T)
-                weights = _strip(graph, rows, strip.start, piece, gradient,
-                                 (products, terms[strip], column_terms[here], powers))  # fmt: skip
-                product = multiply(weights, piece.matrices[0])
-                gradient[strip] += product / powers[2] if scaled else product
+                    products += multiply(own.messages.rows[strip], other.upstream.rows[piece].T)
+                weights = _strip(graph, rows, columns, strip, piece, of_strip,
+                                 (products, terms[strip], column_terms[piece], powers))  # fmt: skip
+                gradient[strip] += multiply(weights, columns.rows[piece])[:, : graph.dim]
+            gradient[strip].addcmul_(of_strip[:, None], columns.centre[: graph.dim])
+            if graph.product.scaled:
+                gradient[strip] /= powers[2]
     return gradient

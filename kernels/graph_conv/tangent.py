@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Piece, matrices, on_device, power_of_two
+from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, matrices, on_device, power_of_two
 from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.operands import Operand, centred, operands, stored_width
 from gkd_fast.kernels.common.tangents import (
     Directions,
-    add_weighted,
-    converted,
+    add_gathered,
+    column_pieces_of,
     new_strip,
-    pieces,
     row_blocks,
     spread,
     tiling,
@@ -40,25 +40,38 @@ class MovingGraph(Graph):
             given = [x for x in [column_tangent] if x is not None]
             of_columns = spread("column_tangent", given, moving, [self.columns])
         self.directions = Directions(self.product, of_rows, of_columns, bound=bound)
-        ((self.tangent,), (self.column_tangent,)) = self.directions.sides
-        self.moves = self.tangent is not None
+        self.width = stored_width(self.dim, True)
+        self.row_nodes, self.column_nodes = self.operands(self.width)
+        ((tangent,), (column_tangent,)) = self.directions.sides
+        self.moves = tangent is not None
+        # A kernel gets the nodes in the place of tangents that it does not read.
+        self.row_moves, self.column_moves = self.row_nodes, self.column_nodes
+        if self.moves:
+            self.row_moves = self.column_moves = self._along(tangent)
+            if self.has_columns:
+                self.column_moves = self._along(column_tangent)
+
+    def _along(self, tangent: Tensor) -> Operand:
+        return operands([tangent], self.product, [self.width], None, others=[self.column_nodes.centre])[0]
 
     def blocks(self, width: int = 1) -> list[slice]:
         return row_blocks(self.row_count, max(self.dim, width))
 
-    def pieces(self, rows: slice, *others: Tensor) -> Iterator[Piece]:
-        """The column nodes, then others, and last, if they move, the nodes' tangents."""
-        tangents = [self.column_tangent] if self.moves else []
-        return pieces([self.columns, *others, *tangents], self.product, len(self.nodes[rows]), weights=2)
+    def pieces(self, rows: slice) -> Iterator[slice]:
+        return column_pieces_of(self.column_count, self.product, rows.stop - rows.start, weights=2)
 
-    def launch(self, kernel, block: slice, piece: Piece, *arguments, **constants):
-        """A kernel gets the nodes in the place of tangents that it does not read."""
-        rows = converted(self.nodes[block], self.product)
-        tangents = converted(self.tangent[block], self.product) if self.moves else rows
-        grid, common = tiling(kernel.__name__, self.arch, self.product, len(rows), piece.count)
+    def column_blocks(self, kernel, piece: slice) -> int:
+        """Blocks of columns, each of which has sums of its own."""
+        return tiling(kernel.__name__, self.arch, self.product, 1, piece.stop - piece.start)[0][0]
+
+    def launch(self, kernel, block: slice, piece: slice, *arguments, **constants):
+        rows, tangents = self.row_nodes[block], self.row_moves[block]
+        columns, column_tangents = self.column_nodes[piece], self.column_moves[piece]
+        counts = block.stop - block.start, piece.stop - piece.start
+        grid, common = tiling(kernel.__name__, self.arch, self.product, *counts)
         launch(kernel, **common, **constants)(
-            grid, rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, len(rows), piece.count,
-            self.offset + block.start - piece.start,
+            grid, rows.rows, tangents.rows, columns.rows, column_tangents.rows, rows.numbers, tangents.numbers,
+            columns.numbers, column_tangents.numbers, *arguments, *counts, self.offset + block.start - piece.start,
         )  # fmt: skip
 
 
@@ -70,9 +83,8 @@ def graph_degrees_tangent(
     with on_device(graph.nodes):
         for block in graph.blocks():
             for piece in graph.pieces(block):
-                blocks = tiling("graph_degree_tangents", graph.arch, graph.product, 1, piece.count)[0][0]
-                sums = total.new_empty(blocks, len(total[block]))
-                graph.launch(graph_degree_tangents, block, piece, sums, inverse_variance, graph.dim)
+                sums = total.new_empty(graph.column_blocks(graph_degree_tangents, piece), len(total[block]))
+                graph.launch(graph_degree_tangents, block, piece, sums, inverse_variance, graph.width)
                 total[block] += sums.sum(dim=0)
     return graph.directions.divided(total)
 
@@ -106,19 +118,22 @@ def graph_conv_tangent(
 def _add_tangents(graph: MovingGraph, values: Tensor, tangents: Tensor, out: Tensor):
     """out_i += Σ_j (K˙_ij values_j + K_ij tangents_j)."""
     scaled = graph.product.scaled
-    operands = [tangents, values] if graph.moves else [tangents]
-    powers = [power_of_two(x.abs().amax()) for x in operands] if scaled else []
+    gathered = [tangents, values] if graph.moves else [tangents]
+    powers = [power_of_two(x.abs().amax()) for x in gathered] if scaled else []
     if scaled:
-        operands = [x * power for x, power in zip(operands, powers, strict=True)]
+        gathered = [x * power for x, power in zip(gathered, powers, strict=True)]
+    columns = centred(gathered, graph.product, [stored_width(values.shape[1], True)] * len(gathered))
     for block in graph.blocks(values.shape[1]):
         # K is multiplied by 2^14 in float16.
-        totals = [torch.zeros_like(out[block]) for _ in operands]
-        for piece in graph.pieces(block, *operands):
-            strips = [new_strip(piece.matrices[0], len(out[block]), piece.count) for _ in operands]
-            graph.launch(graph_tangent_weights, block, piece, strips[-1], strips[0], graph.inverse_variance, graph.dim,
-                         NODES_MOVE=graph.moves, SCALED=scaled)  # fmt: skip
-            for total, weights, matrix in zip(totals, strips, piece.matrices[1:], strict=False):
-                add_weighted(total, weights, matrix)
+        totals = [torch.zeros_like(out[block]) for _ in gathered]
+        for piece in graph.pieces(block):
+            rows = len(out[block])
+            strips = [new_strip(x.rows, rows, piece.stop - piece.start) for x in columns]
+            sums = out.new_empty(graph.column_blocks(graph_tangent_weights, piece), 2, rows)
+            graph.launch(graph_tangent_weights, block, piece, strips[-1], strips[0], sums, graph.inverse_variance,
+                         graph.width, NODES_MOVE=graph.moves, SCALED=scaled)  # fmt: skip
+            for total, weights, matrix, place in zip(totals, strips, columns, (1, 0), strict=False):
+                add_gathered(total, weights, matrix, piece, sums[:, place])
         for k, total in enumerate(totals):
             if scaled:
                 total = total / (powers[k] * LARGEST_FLOAT16 if k == 0 else powers[k])
@@ -152,8 +167,11 @@ def graph_conv_double_backward(
     gradient = torch.zeros_like(graph.nodes)
     with on_device(graph.nodes):
         own, other, scale, unscale = _scaled(graph, own, other)
+        of_columns = _products(graph, other)
+        of_rows = of_columns if other is own else _products(graph, own, of_columns[1].centre)
         for block in graph.blocks(left.shape[1]):
-            _add_gradient(graph, own, other, scale, block, gradient[block])
+            _add_gradient(graph, of_rows, of_columns, own.terms[:, block].contiguous(), other.terms, scale, block,
+                          gradient[block])  # fmt: skip
         if unscale is not None:
             gradient *= unscale
     return gradient
@@ -165,25 +183,36 @@ def _side(count: int, left, right, extra, *terms) -> Side:
     return Side(left, right, extra, torch.stack(terms))
 
 
-def _add_gradient(graph: MovingGraph, own: Side, other: Side, scale: Tensor, block: slice, gradient: Tensor):
+def _products(graph: MovingGraph, side: Side, centre: Tensor | None = None) -> list[Operand]:
+    """G' and extra (or G' again) along the centre of H', by default the own one, and H' about it."""
+    width = [stored_width(side.left.shape[1], True)]
+    (right,) = (
+        centred([side.right], graph.product, width)
+        if centre is None
+        else operands([side.right], graph.product, width, [centre])
+    )
+    others = [side.left] if side.extra is None else [side.left, side.extra]
+    along = operands(others, graph.product, width * len(others), None, others=[right.centre] * len(others))
+    return [along[0], right, along[-1]]
+
+
+def _add_gradient(graph: MovingGraph, own, other, row_terms, column_terms, scale: Tensor, block: slice,
+                  gradient: Tensor):  # fmt: skip
     """Adds Σ_j (M˙_ij e_j + M_ij ė_j) of a few rows, in the units of ``scale``."""
-    product, has_extra = graph.product, own.extra is not None
-    left, right = (converted(x[block], product) for x in (own.left, own.right))
-    extra = converted(own.extra[block], product) if has_extra else left
-    row_terms = own.terms[:, block].contiguous()
-    for piece in graph.pieces(block, other.left, other.right, *([other.extra] if has_extra else [])):
-        of_columns = piece.matrices[1:3]
-        column_extra = piece.matrices[3] if has_extra else of_columns[0]
-        here = slice(piece.start, piece.start + piece.count)
-        values = [piece.matrices[0], *([piece.matrices[-1]] if graph.moves else [])]
-        strips = [new_strip(left, len(gradient), piece.count) for _ in values]
+    left, right, extra = (x[block] for x in own)
+    values = [graph.column_nodes, *([graph.column_moves] if graph.moves else [])]
+    for piece in graph.pieces(block):
+        column_left, column_right, column_extra = (x[piece] for x in other)
+        strips = [new_strip(left.rows, len(gradient), piece.stop - piece.start) for _ in values]
+        sums = gradient.new_empty(graph.column_blocks(graph_double_gradients, piece), len(gradient))
         graph.launch(
-            graph_double_gradients, block, piece, left, right, extra, *of_columns, column_extra, row_terms,
-            other.terms[:, here].contiguous(), strips[0], strips[-1], graph.inverse_variance, scale, graph.dim,
-            left.shape[1], NODES_MOVE=graph.moves, HAS_EXTRA=has_extra,
+            graph_double_gradients, block, piece, left.rows, right.rows, extra.rows, left.numbers, column_left.rows,
+            column_right.rows, column_extra.rows, column_left.numbers, row_terms,
+            column_terms[:, piece].contiguous(), strips[0], strips[-1], sums, graph.inverse_variance, scale,
+            graph.width, left.rows.shape[1], NODES_MOVE=graph.moves, HAS_EXTRA=own[0] is not own[2],
         )  # fmt: skip
-        for weights, matrix in zip(strips, values, strict=True):
-            add_weighted(gradient, weights, matrix)
+        for weights, matrix, of_weights in zip(strips, values, (sums, None), strict=False):
+            add_gathered(gradient, weights, matrix, piece, of_weights)
 
 
 # Powers of two bring the entries of G' and of H' and extra to at most this in float16.

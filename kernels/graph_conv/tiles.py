@@ -1,7 +1,7 @@
 """graph_conv's kernels. K_ij = exp((c_ij − 1)·v) off the diagonal and 1 on it, in base 2 with slope = v·log2(e).
 
-Values are rows H or G; times a factor of their row, 1/deg or deg^-1/2, they are H' or G'. The columns that the caller
-brings hold theirs already.
+All matrices that are multiplied are ``operands``: the nodes, whose numbers are h, and the values, rows of H or G times
+a factor of their row, 1/deg or deg^-1/2, then called H' or G'.
 """
 
 import triton
@@ -15,8 +15,8 @@ from gkd_fast.kernels.common.tile import (
     divide_walk,
     edge_tile,
     inner_tile,
-    load_columns,
-    load_rows,
+    load_block,
+    load_numbers,
     load_tile,
     load_vector,
     number,
@@ -37,64 +37,65 @@ INVERSE_ROOT = tl.constexpr(2)
 
 @triton.jit
 def adjacency(
-    c, i, j, offset, column_count, slope, DIAGONAL: tl.constexpr, BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    exponents, i, j, offset, column_count, DIAGONAL: tl.constexpr, BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, EDGE: tl.constexpr = True,
 ):  # fmt: skip
-    """K·2^BOOST of a tile of similarities: at an EDGE DIAGONAL·2^BOOST on the diagonal, 0 in missing columns.
+    """K·2^BOOST of a tile of (c − 1)·slope: at an EDGE DIAGONAL·2^BOOST on the diagonal, 0 in missing columns.
 
     EDGE None: found out when the kernel runs.
     """
-    k = tl.exp2(c * slope - (slope - BOOST))
-    return replace_edges(k, i, j, offset, column_count, DIAGONAL * 2.0**BOOST, 0.0, DIAGONAL != 0, EDGE, BLOCK_ROWS,
+    k = tl.exp2(exponents + BOOST)
+    return replace_edges(k, i, j, offset, column_count, DIAGONAL * 2.0**BOOST, 0.0, True, EDGE, BLOCK_ROWS,
                          BLOCK_COLUMNS)  # fmt: skip
 
 
 @triton.jit
-def add_degrees(
-    total, rows, column_nodes, i, j, stop, offset, dim, slope, EDGE: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+def walked_adjacency(
+    rows, level, columns, column_numbers, i, j, column_count, offset, slope, DIAGONAL: tl.constexpr,
+    BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
-    columns = load_columns(column_nodes, j, stop, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
+    """``adjacency`` of a block of rows, whose ``level`` is h·slope, and a block of columns."""
     c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    return total + tl.sum(adjacency(c, i, j, offset, stop, slope, 1.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, EDGE), 1)
+    near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
+    return adjacency(c * slope - near, i, j, offset, column_count, DIAGONAL, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
 
 
 @triton.jit
-def degree_sums(
-    rows, column_nodes, i, start, stop, offset, dim, slope, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+def add_degrees(
+    total, rows, level, column_nodes, column_numbers, i, j, stop, offset, slope, EDGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j K_ij of a loaded block of rows over columns start … stop."""
-    total = tl.zeros([BLOCK_ROWS], SUM)
-    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
-    for k in range(0, whole - crossed):
-        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
-        total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, False, ALIGNED, BLOCK_ROWS,
-                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION)  # fmt: skip
-    for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
-        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
-        total = add_degrees(total, rows, column_nodes, i, j, stop, offset, dim, slope, True, ALIGNED, BLOCK_ROWS,
-                            BLOCK_COLUMNS, WIDTH, TYPE, PRECISION)  # fmt: skip
-    return total
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
+    k = walked_adjacency(rows, level, columns, column_numbers, i, j, stop, offset, slope, 1.0, 0, BLOCK_ROWS,
+                         BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
+    return total + tl.sum(k, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_degree_sums(
-    nodes, column_nodes, degrees, inverse_variance, dim, row_count, column_count, offset, parts, accumulate,
-    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    nodes, numbers, column_nodes, column_numbers, degrees, inverse_variance, row_count, column_count, offset, parts,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """degrees[part, i] = Σ_j K_ij over the part's columns."""
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
-    rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
-    total = degree_sums(rows, column_nodes, i, start, stop, offset, dim, slope, ALIGNED, BLOCK_ROWS, BLOCK_COLUMNS,
-                        WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
-    out = degrees + number(part, tl.int64) * row_count
-    store_vector(out, total + load_vector(out, i, row_count * accumulate, BLOCK_ROWS), i, row_count, BLOCK_ROWS)
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    level = load_numbers(numbers, i, BLOCK_ROWS) * slope
+    total = tl.zeros([BLOCK_ROWS], SUM)
+    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in range(0, whole - crossed):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        total = add_degrees(total, rows, level, column_nodes, column_numbers, i, j, stop, offset, slope, False,
+                            BLOCK_ROWS, BLOCK_COLUMNS, WIDTH, PRECISION)  # fmt: skip
+    for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        total = add_degrees(total, rows, level, column_nodes, column_numbers, i, j, stop, offset, slope, True,
+                            BLOCK_ROWS, BLOCK_COLUMNS, WIDTH, PRECISION)  # fmt: skip
+    store_vector(degrees + number(part, tl.int64) * row_count, total, i, row_count, BLOCK_ROWS)
 
 
 @triton.jit
@@ -108,50 +109,30 @@ def row_factor(degrees, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def load_values(
-    values, degrees, power, start, count, dim, FACTOR: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    """A block of rows times their factor and, if SCALED, a power of two."""
-    if FACTOR == ONE and not SCALED:
-        return load_rows(values, start, count, dim, BLOCK, WIDTH, TYPE)
-    else:
-        factor = tl.full([BLOCK], 1.0, SUM)
-        if FACTOR != ONE:
-            row = tl.arange(0, BLOCK)
-            factor = row_factor(tl.load(degrees + start + row, mask=row < count - start, other=1), FACTOR)
-        if SCALED:
-            factor = factor * tl.load(power)
-        return convert(load_rows(values, start, count, dim, BLOCK, WIDTH, SUM) * factor[:, None], TYPE)
-
-
-@triton.jit
 def add_values(
-    total, degrees, rows, column_nodes, values, i, j, column_count, offset, dim, width, slope, EDGE: tl.constexpr,
-    DEGREES: tl.constexpr, BOOST: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope,
+    EDGE: tl.constexpr, BOOST: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ K_ij values_j and Σ K_ij with those of the tile at (i, j) added."""
-    columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
-    v = load_columns(values, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
-    c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    k = adjacency(c, i, j, offset, column_count, slope, 1.0, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
-    if DEGREES:
-        degrees += tl.sum(k, 1)
-    return add_product(convert(k, TYPE), v, total, PRECISION), degrees
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
+    v = load_block(values, j, BLOCK_COLUMNS, VALUE_WIDTH)
+    k = walked_adjacency(rows, level, columns, column_numbers, i, j, column_count, offset, slope, 1.0, BOOST,
+                         BLOCK_ROWS, BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
+    return add_product(convert(k, TYPE), v, total, PRECISION), degrees + tl.sum(k, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_sums(
-    nodes, column_nodes, values, row_degrees, output, sums, power, inverse_variance, dim, width, row_count,
-    column_count, offset, parts, accumulate, is_last, DEGREES: tl.constexpr, ROW_FACTOR: tl.constexpr,
-    SCALED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    nodes, numbers, column_nodes, column_numbers, values, centre, row_degrees, output, sums, power, inverse_variance,
+    width, row_count, column_count, offset, parts, DEGREES: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output_i = f_i Σ_j K_ij values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij.
 
-    The row factor f is applied to complete sums alone. power: what the values were multiplied by if SCALED.
+    The row factor f is applied to complete sums alone. centre: the values'. power: what they were multiplied by if
+    SCALED.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
@@ -159,37 +140,36 @@ def graph_sums(
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
     # Small weights keep their precision in float16 when all are scaled up.
     BOOST: tl.constexpr = 14 if SCALED else 0
-    rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
-    part_rows = number(part, tl.int64) * row_count
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    level = load_numbers(numbers, i, BLOCK_ROWS) * slope
     degrees = tl.zeros([BLOCK_ROWS], SUM)
     total = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], SUM)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in range(0, whole - crossed):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
-            total, degrees, rows, column_nodes, values, i, j, column_count, offset, dim, width, slope, False, DEGREES,
-            BOOST, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope, False,
+            BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
-            total, degrees, rows, column_nodes, values, i, j, column_count, offset, dim, width, slope, True, DEGREES,
-            BOOST, ALIGNED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope, True,
+            BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     if SCALED:
         total = total * (2.0**-BOOST / tl.load(power))
         degrees = degrees * 2.0**-BOOST
-    before = output + part_rows * width
-    total += load_rows(before, i, row_count * accumulate, width, BLOCK_ROWS, VALUE_WIDTH, SUM)
+    total += degrees[:, None] * load_numbers(centre, 0, VALUE_WIDTH)[None, :]
+    part_rows = number(part, tl.int64) * row_count
     if DEGREES:
-        degrees += load_vector(sums + part_rows, i, row_count * accumulate, BLOCK_ROWS)
         store_vector(sums + part_rows, degrees, i, row_count, BLOCK_ROWS)
     elif ROW_FACTOR != ONE:
         row = tl.arange(0, BLOCK_ROWS)
         degrees = tl.load(row_degrees + i + row, mask=row < row_count - i, other=1)
-    if (is_last != 0) & (parts == 1):
+    if parts == 1:
         total = total * row_factor(degrees, ROW_FACTOR)[:, None]
-    store_rows(before, total, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH)
+    store_rows(output + part_rows * width, total, i, row_count, width, BLOCK_ROWS, VALUE_WIDTH)
 
 
 @triton.jit
@@ -221,42 +201,44 @@ def graph_terms(
 
 @triton.jit
 def add_nodes(
-    total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_terms, i, j, column_count, offset, dim,
-    width, slope, v, unscale, EDGE: tl.constexpr, HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    total, sums, rows, level, h, g, d, column_nodes, column_numbers, column_messages, column_upstream, column_terms, i,
+    j, column_count, offset, slope, v, unscale, EDGE: tl.constexpr, HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ M_ij e_j with that of the tile at (i, j) added."""
+    """Σ M_ij e_j and Σ M_ij with those of the tile at (i, j) added."""
     # Loaded first, although used last: of nodes narrower than values, loaded after these, ptxas 12.8 (in the wheels of
     # Triton 3.6 and 3.7) sets the second product's descriptors at the end of a step only, so that the first step reads
     # elsewhere.
-    columns = load_columns(column_nodes, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
-    other = load_columns(column_messages, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
+    other = load_block(column_messages, j, BLOCK_COLUMNS, VALUE_WIDTH)
     m = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     if HAS_UPSTREAM:
-        other = load_columns(column_upstream, j, column_count, width, BLOCK_COLUMNS, VALUE_WIDTH, TYPE, ALIGNED)
+        other = load_block(column_upstream, j, BLOCK_COLUMNS, VALUE_WIDTH)
         m = add_product(h, tl.trans(other), m, PRECISION)
     if SCALED:
         m = m * unscale
     m += d[:, None]
     if HAS_UPSTREAM:
         m += load_vector(column_terms, j, column_count, BLOCK_COLUMNS)[None, :]
-    c = product(rows, tl.trans(columns), PRECISION)
-    k = adjacency(c, i, j, offset, column_count, slope, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
-    return add_product(convert(k * m * v, TYPE), columns, total, PRECISION)
+    k = walked_adjacency(rows, level, columns, column_numbers, i, j, column_count, offset, slope, 0.0, 0, BLOCK_ROWS,
+                         BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
+    weights = k * m * v
+    return add_product(convert(weights, TYPE), columns, total, PRECISION), sums + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_gradients(
-    nodes, column_nodes, messages, upstream, column_messages, column_upstream, row_degrees, terms, column_terms,
-    gradient, powers, inverse_variance, dim, width, row_count, column_count, offset, parts, accumulate,
-    HAS_UPSTREAM: tl.constexpr, MESSAGE_FACTOR: tl.constexpr, UPSTREAM_FACTOR: tl.constexpr, SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    nodes, numbers, column_nodes, column_numbers, centre, messages, upstream, column_messages, column_upstream, terms,
+    column_terms, gradient, powers, inverse_variance, dim, row_count, column_count, offset, parts,
+    HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dE_i = Σ_j M_ij e_j, M_ij = v K_ij (G'_i·H'_j + H'_i·G'_j + d_i + d_j) off the diagonal, over the part's columns.
 
-    powers: those of H', of G' and of M. Without HAS_UPSTREAM the columns' G' and terms are zero.
+    terms: d and the numbers of G' and H'. powers: those of H', of G' and of M. Without HAS_UPSTREAM the columns' G' and
+    terms are zero.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1)
@@ -267,54 +249,57 @@ def graph_gradients(
     if SCALED:
         unscale = 1 / (tl.load(powers) * tl.load(powers + 1))
         v = v * tl.load(powers + 2)
-    rows = load_rows(nodes, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
-    g = load_values(upstream, row_degrees, powers + 1, i, row_count, width, UPSTREAM_FACTOR, SCALED, BLOCK_ROWS,
-                    VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    level = load_numbers(numbers, i, BLOCK_ROWS) * slope
+    g = load_block(upstream, i, BLOCK_ROWS, VALUE_WIDTH)
     h = g
     if HAS_UPSTREAM:
-        h = load_values(messages, row_degrees, powers, i, row_count, width, MESSAGE_FACTOR, SCALED, BLOCK_ROWS,
-                        VALUE_WIDTH, TYPE, SUM)  # fmt: skip
+        h = load_block(messages, i, BLOCK_ROWS, VALUE_WIDTH)
     d = load_vector(terms, i, row_count, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
+    sums = tl.zeros([BLOCK_ROWS], SUM)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in tl.range(0, whole - crossed, disable_licm=True):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
-        total = add_nodes(
-            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_terms, i, j, column_count,
-            offset, dim, width, slope, v, unscale, False, HAS_UPSTREAM, SCALED, ALIGNED, WIDTH, VALUE_WIDTH,
-            BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        total, sums = add_nodes(
+            total, sums, rows, level, h, g, d, column_nodes, column_numbers, column_messages, column_upstream,
+            column_terms, i, j, column_count, offset, slope, v, unscale, False, HAS_UPSTREAM, SCALED, WIDTH,
+            VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
-        total = add_nodes(
-            total, rows, h, g, d, column_nodes, column_messages, column_upstream, column_terms, i, j, column_count,
-            offset, dim, width, slope, v, unscale, True, HAS_UPSTREAM, SCALED, ALIGNED, WIDTH, VALUE_WIDTH,
-            BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        total, sums = add_nodes(
+            total, sums, rows, level, h, g, d, column_nodes, column_numbers, column_messages, column_upstream,
+            column_terms, i, j, column_count, offset, slope, v, unscale, True, HAS_UPSTREAM, SCALED, WIDTH,
+            VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
+    total += sums[:, None] * load_numbers(centre, 0, WIDTH)[None, :]
     if SCALED:
         total = total * (1 / tl.load(powers + 2))
     out = gradient + number(part, tl.int64) * row_count * dim
-    before = load_rows(out, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
-    store_rows(out, before + total, i, row_count, dim, BLOCK_ROWS, WIDTH)
+    store_rows(out, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_strip(
-    similarities, products, weights, sums, terms, column_terms, powers, inverse_variance, row_count, column_count,
-    offset, accumulate, GRADIENT: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    similarities, products, weights, sums, numbers, column_numbers, terms, column_terms, powers, inverse_variance,
+    row_count, column_count, offset, accumulate, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Wide rows: weights K and sums_i = Σ_j K_ij, or with GRADIENT weights M, from strips [row_count, column_count].
+    """Wide rows: weights K, or with GRADIENT M, from strips [row_count, column_count], and their sums over columns.
 
     products: strips of G'_i·H'_j + H'_i·G'_j.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     v = tl.load(inverse_variance).to(SUM)
+    slope = v * LOG2E
     BOOST: tl.constexpr = 14 if SCALED and not GRADIENT else 0
+    level = load_numbers(numbers, i, BLOCK_ROWS) * slope
     total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
     for j in range(0, column_count, BLOCK_COLUMNS):
         c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-        k = adjacency(c, i, j, offset, column_count, v * LOG2E, 0.0 if GRADIENT else 1.0, BOOST, BLOCK_ROWS,
+        near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
+        k = adjacency(c * slope - near, i, j, offset, column_count, 0.0 if GRADIENT else 1.0, BOOST, BLOCK_ROWS,
                       BLOCK_COLUMNS, None)  # fmt: skip
         if GRADIENT:
             m = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -325,8 +310,6 @@ def graph_strip(
             k = k * m * v
             if SCALED:
                 k = k * tl.load(powers + 2)
-        else:
-            total += tl.sum(k, 1) * 2.0**-BOOST
+        total += tl.sum(k, 1) * 2.0**-BOOST
         store_tile(weights, convert(k, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-    if not GRADIENT:
-        store_vector(sums, total, i, row_count, BLOCK_ROWS)
+    store_vector(sums, total, i, row_count, BLOCK_ROWS)

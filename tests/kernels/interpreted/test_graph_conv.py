@@ -29,6 +29,13 @@ def test_widths(normalization, dims, small_or_large):
     judge(graph_conv(normalization), features(17, *dims))
 
 
+@pytest.mark.parametrize(
+    "dims", [(16, 64), (8, 64), (4, 64), (16, 32), (64, 16), (128, 64), (200, 40), (1, 300)], ids=str
+)
+def test_unequal_widths(normalization, dims, division):
+    judge(graph_conv(normalization), features(17, *dims, dtype=torch.float32), division("whole"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["small", "whole", "programs"])
 def test_types(normalization, dtype, division, name):

@@ -1,0 +1,203 @@
+"""Rows as matrix products take them: about a centre, in the product's type, with a number per row.
+
+Rounding a row to a short type errs by a part of its length, and exponents (c − 1)/σ² magnify that where cosines are
+near 1. But x − m, with m the mean row, is as short as the rows differ. With x̂ = x − m, rounded, distances are
+
+    1 − c_ij = h_i + h_j − x̂_i·x̂_j,   h = ‖x̂‖²/2,
+
+of unit rows; a zero row, whose cosines are 0, has h = (1 + ‖m‖²)/2. Products of rows about two centres m and n are
+
+    x_i·y_j = x̂_i·ŷ_j + p_i + q_j,   p = (x − m/2)·n,   q = (y − n/2)·m,
+
+and what weights gather is Σ_j w_ij x_j = Σ_j w_ij x̂_j + m Σ_j w_ij. Any m will do, so every call takes its columns'
+mean. Two launches make the operands of all stages of a call: partial sums of the rows, added in a fixed order, and the
+rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gkd_fast.kernels.common.launch import Product, on_device, padded_width
+from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.tile import COUNTS, convert, number, pick
+
+# Operands are whole tiles of any size.
+ROW_MULTIPLE = 128
+WIDTH_MULTIPLE = 16
+MOST_PARTS = 32
+BLOCK_ROWS, BLOCK_WIDTH = 32, 64
+
+# Bits of a stage's kind: its numbers are products with another centre; its rows have factors; they have a power.
+ALONG, FACTOR, POWER = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Rows in the product's type [whole tiles, width], zero beyond the matrix; their numbers and their centre, in the
+    type of the sums.
+    """
+
+    rows: Tensor
+    numbers: Tensor
+    centre: Tensor
+
+    def __getitem__(self, rows: slice) -> "Operand":
+        return Operand(self.rows[rows], self.numbers[rows], self.centre)
+
+
+@triton.jit
+def load_piece(matrix, factors, kind, i, k, count, dim, SUM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows i … of a contiguous [count, dim] matrix at columns k …, times the factors that some have; zero beyond."""
+    row, column = i + tl.arange(0, ROWS), k + tl.arange(0, WIDTH)
+    mask = (row[:, None] < count) & (column[None, :] < dim)
+    x = tl.load(matrix + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask, other=0).to(SUM)
+    return x * tl.load(factors + row, mask=(row < count) & ((kind & FACTOR) != 0), other=1)[:, None]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def row_sums(
+    rows, factors, dims, widths, kinds, partial, count, parts, SUM: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """partial[part, :] = (1/count) Σ_i x_i of the part's rows of every stage; rows that are not finite count as 0, so
+    that they spoil no others.
+    """
+    part, stage = tl.program_id(0), tl.program_id(1)
+    x, f, dim, width = pick(rows, stage), pick(factors, stage), pick(dims, stage), pick(widths, stage)
+    kind, out = number(pick(kinds, stage), tl.int32), pick(partial, stage) + part * width
+    per_part = tl.cdiv(tl.cdiv(count, ROWS), parts) * ROWS
+    first = part * per_part
+    column = tl.arange(0, WIDTH)
+    for k in range(0, width, WIDTH):
+        total = tl.zeros([WIDTH], SUM)
+        for i in range(first, tl.minimum(first + per_part, count), ROWS):
+            piece = load_piece(x, f, kind, i, k, count, dim, SUM, ROWS, WIDTH)
+            total += tl.sum(tl.where(piece - piece == 0, piece, 0.0), 0)
+        tl.store(out + k + column, total / number(count, SUM), mask=k + column < width)
+
+
+@triton.jit
+def load_centre(partial, k, width, parts, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns k … of a centre, the sum of its parts."""
+    part, column = tl.arange(0, PARTS), k + tl.arange(0, WIDTH)
+    mask = (part[:, None] < parts) & (column[None, :] < width)
+    return tl.sum(tl.load(partial + part[:, None] * width + column[None, :], mask=mask, other=0), 0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def round_rows(
+    rows, factors, powers, dims, widths, kinds, centres, others, out, numbers, own_centres, count, parts,
+    SCALED: tl.constexpr, CENTRED: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """x̂, the rows' numbers of the kind that ``kinds`` says, and the centre of every stage.
+
+    centres, others: parts of the own centre, that CENTRED rows are about, and of the one that numbers ALONG are taken
+    with. powers: what float16 rows are multiplied by.
+    """
+    i, stage = tl.program_id(0) * ROWS, tl.program_id(1)
+    x, f, dim, width = pick(rows, stage), pick(factors, stage), pick(dims, stage), pick(widths, stage)
+    own, other, rounded, centre = (
+        pick(centres, stage), pick(others, stage), pick(out, stage), pick(own_centres, stage)
+    )  # fmt: skip
+    kind = number(pick(kinds, stage), tl.int32)
+    row, column = i + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    squares = tl.zeros([ROWS], SUM)
+    distances = tl.zeros([ROWS], SUM)
+    along = tl.zeros([ROWS], SUM)
+    length = number(0.0, SUM)
+    for k in range(0, width, WIDTH):
+        piece = load_piece(x, f, kind, i, k, count, dim, SUM, ROWS, WIDTH)
+        squares += tl.sum(piece * piece, 1)
+        n = load_centre(other, k, width, parts, PARTS, WIDTH)
+        centred = piece
+        if CENTRED:
+            m = load_centre(own, k, width, parts, PARTS, WIDTH)
+            if i == 0:
+                tl.store(centre + k + column, m, mask=k + column < width)
+            length += tl.sum(m * m, 0)
+            centred = tl.where((row < count)[:, None], piece - m[None, :], 0.0)
+            piece = piece - 0.5 * m[None, :]
+        along += tl.sum(piece * n[None, :], 1)
+        if SCALED:
+            centred = centred * tl.load(pick(powers, stage), mask=(kind & POWER) != 0, other=1)
+        centred = convert(centred, TYPE)
+        place = rounded + row.to(tl.int64)[:, None] * width + (k + column)[None, :]
+        tl.store(place, centred, mask=(k + column < width)[None, :])
+        distances += tl.sum(centred.to(SUM) * centred.to(SUM), 1)
+    halves = 0.5 * tl.where(squares == 0, 1 + length, distances)
+    tl.store(pick(numbers, stage) + row, tl.where(row < count, tl.where((kind & ALONG) == 0, halves, along), 0.0))
+
+
+def stored_width(dim: int, is_wide: bool = False) -> int:
+    """Columns of an operand; ``is_wide``: of rows that cuBLAS multiplies, not a program."""
+    return triton.cdiv(dim, WIDTH_MULTIPLE) * WIDTH_MULTIPLE if is_wide else padded_width(dim)
+
+
+def means(
+    stages: Sequence[Tensor], product: Product, widths: Sequence[int], factors: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """Each stage's mean row, as partial sums [parts, width]."""
+    count, factors = len(stages[0]), factors or [None] * len(stages)
+    parts = min(MOST_PARTS, triton.cdiv(count, BLOCK_ROWS))
+    partial = [x.new_empty(parts, width) for x, width in zip(stages, widths, strict=True)]
+    with on_device(stages[0]):
+        launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
+            (parts, len(stages)), tuple(stages), _or_else(factors, stages), tuple(x.shape[1] for x in stages),
+            tuple(widths), tuple(0 if f is None else FACTOR.value for f in factors), tuple(partial), count, parts,
+        )  # fmt: skip
+    return partial
+
+
+def operands(
+    stages: Sequence[Tensor], product: Product, widths: Sequence[int], centres: Sequence[Tensor] | None, *,
+    others: Sequence[Tensor | None] | None = None, factors: Sequence[Tensor | None] | None = None,
+    powers: Sequence[Tensor | None] | None = None,
+) -> list[Operand]:  # fmt: skip
+    """The stages, contiguous and of one number of rows, times their factors, about their centres.
+
+    centres: as ``means`` gives them, or of other operands; None: the rows are rounded as they are.
+    others: the centres that rows' numbers are taken along; None where they are distances.
+    powers: what rows, but not numbers, are multiplied by in float16.
+    """
+    first, count, none = stages[0], len(stages[0]), [None] * len(stages)
+    others, factors, powers = others or none, factors or none, powers or none
+    length = triton.cdiv(count, ROW_MULTIPLE) * ROW_MULTIPLE
+    made = [
+        Operand(x.new_empty(length, width, dtype=product.torch_type), x.new_empty(length), x.new_empty(width))
+        for x, width in zip(stages, widths, strict=True)
+    ]
+    own = tuple(others if centres is None else centres)
+    kinds = (
+        ALONG.value * (n is not None) + FACTOR.value * (f is not None) + POWER.value * (p is not None)
+        for n, f, p in zip(others, factors, powers, strict=True)
+    )
+    with on_device(first):
+        launch(
+            round_rows, SCALED=product.scaled, CENTRED=centres is not None, PARTS=MOST_PARTS, TYPE=product.TYPE,
+            SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH,
+        )(
+            (length // BLOCK_ROWS, len(stages)), tuple(stages), _or_else(factors, stages), _or_else(powers, stages),
+            tuple(x.shape[1] for x in stages), tuple(widths), tuple(kinds), own, _or_else(others, own),
+            tuple(x.rows for x in made), tuple(x.numbers for x in made), tuple(x.centre for x in made), count,
+            _parts(own[0]),
+        )  # fmt: skip
+    return made
+
+
+def centred(stages: Sequence[Tensor], product: Product, widths: Sequence[int]) -> list[Operand]:
+    """Unit rows about their mean."""
+    return operands(stages, product, widths, means(stages, product, widths))
+
+
+def _parts(centre: Tensor) -> int:
+    return len(centre) if centre.dim() == 2 else 1
+
+
+def _or_else(given: Sequence[Tensor | None], stages: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Something in the place of what is not read."""
+    return tuple(x if y is None else y for x, y in zip(stages, given, strict=True))

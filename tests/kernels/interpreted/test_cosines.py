@@ -1,0 +1,53 @@
+"""Short product types where rows are alike: against float64 of the rows themselves, not of rounded ones."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from gkd_fast import functional
+from gkd_fast.kernels.common import table
+from tests.second_order_cases import second_order
+
+from .judge import values_and_gradients
+
+FUNCTIONS = {
+    "graph_conv symmetric": partial(functional.graph_conv, bandwidth="auto"),
+    "graph_conv row": partial(functional.graph_conv, bandwidth="auto", normalization="row"),
+}
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def alike(count: int, cosine: float) -> list[torch.Tensor]:
+    """Matrices of rows 1 + s·randn, whose mean cosine is 1/(1 + s²)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(52, 24, dtype=torch.float64, generator=generator) for _ in range(count)]
+    return [(x if cosine == 0 else 1 + (1 / cosine - 1) ** 0.5 * x).requires_grad_() for x in noise]
+
+
+def largest_errors(name: str, cosine: float, tiles: dict, results) -> list[float]:
+    """Of every result, relative to its largest entry, with products in bfloat16."""
+    inputs = alike(2, cosine)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    upstream = torch.randn(52, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    truth = results(FUNCTIONS[name], inputs, upstream, backend="reference")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with table.forced(16, 16, **tiles):
+            found = results(FUNCTIONS[name], single, upstream, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return [((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, truth, strict=True)]
+
+
+@each_function
+@pytest.mark.parametrize("cosine", [0, 0.9, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("divided", ["small", "programs", "strips"])
+def test_values_and_gradients(name, cosine, division, divided):
+    assert max(largest_errors(name, cosine, division(divided), values_and_gradients)) <= 1e-2
+
+
+@each_function
+@pytest.mark.parametrize("cosine", [0, 0.99, 0.9999])
+def test_second_order(name, cosine, division):
+    assert max(largest_errors(name, cosine, division("whole"), second_order)) <= 1e-2
