@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test test-installed test-kernels test-machine-code sanitize bench lint format clean
+.PHONY: install demo test test-installed test-kernels test-machine-code test-ptx sanitize bench lint format clean
 
 install: $(VENV)/installed
 
@@ -30,6 +30,10 @@ test-kernels: install
 # Hopper's machine code of every kernel, at all tile configurations and pairs of widths; about an hour.
 test-machine-code: install
 	GKD_FAST_MACHINE_CODE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_machine_code.py
+
+# Hopper's PTX of every kernel and type, run on numpy against the reference; some minutes.
+test-ptx: install
+	GKD_FAST_PTX_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_ptx.py
 
 OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py \
 	test_graph_conv.py test_affinities.py test_bfloat16.py test_second_order.py)

@@ -76,8 +76,8 @@ class Instruction:
         for place, operand in enumerate(self.operands[self.results :]):
             if operand.startswith("gdesc"):
                 found |= {name for pair in self.descriptors for name in pair}
-            elif operand in self.writes and self._clears_a_bit():
-                continue  # predicates are packed bit by bit into a register that nothing set before
+            elif operand in self.writes and self._keeps_the_rest():
+                continue
             elif "[" in operand:
                 # Addresses, and the descriptor of a memory: a pair of uniform registers.
                 for kind, number, long in _REGISTER.findall(operand):
@@ -141,7 +141,10 @@ class Instruction:
         is_long_sum = self.opcode == "UIADD3.64" or (".WIDE" in self.opcode and place == 2)
         return 2 if is_double or is_long_sum else 1
 
-    def _clears_a_bit(self) -> bool:
+    def _keeps_the_rest(self) -> bool:
+        """Whether it changes a part of a register: a bit (predicates are packed so) or the lower half."""
+        if self.is_a("PRMT"):
+            return self.operands[2] in ("0x7632", "0x7610")
         if not self.opcode.startswith("LOP3.LUT") or self.operands[-2] != "0xc0":
             return False
         bits = [~int(x, 16) & 0xFFFFFFFF for x in self.operands[1:-2] if x.startswith("0x")]

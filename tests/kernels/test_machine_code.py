@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import textwrap
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from gkd_fast.kernels import compile, specializations
 from gkd_fast.kernels.common.table import largest_width
 from gkd_fast.kernels.graph_conv import launches as graph_conv
 
-from .launched import assembler, launches, ptxas_version
+from .launched import assembler, float32_precision, launches, ptxas_version
 from .machine_code import faults
 from .sass import disassemble
 
@@ -30,17 +29,6 @@ PAIRS = (
 QUICK = ("relation_gradients", "contrast_gradients of students", "graph_gradients", "graph_sums, row")
 # Beyond what the kernels of small batches take.
 ROWS = 300
-
-
-@contextmanager
-def float32_precision(value: str):
-    """``torch.backends.cuda.matmul.fp32_precision``; "ieee" asks for float32's own products."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = value
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def faults_of(kernel: CompiledKernel, folder) -> list[str]:
@@ -173,6 +161,8 @@ def test_a_wait_for_all_but_the_last_group():
         (("@P0 MOV R2, 0x1", "@!P0 BRA `(.L_x_0)", "MOV R3, R2", ".L_x_0:"), ""),
         (("CS2R R2, SRZ", "DADD R4, R2, R2", "STG.E.64 desc[UR4][R2.64], R4"), "UR4, UR5"),
         (("LOP3.LUT R2, R2, 0xfffffffe, RZ, 0xc0, !PT", "MOV R3, R2"), ""),
+        (("PRMT R2, R0, 0x7632, R2", "MOV R3, R2"), ""),
+        (("PRMT R2, R0, 0x3210, R3", "MOV R4, R2"), "R3"),
         (("{ MOV R2, 0x1", "MOV R3, R2"), ""),
     ],
 )
