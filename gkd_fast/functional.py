@@ -30,6 +30,7 @@ from gkd_fast._arguments import (
     product_precision,
     select_backend,
 )
+from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast._pairs import all_of, blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
 from gkd_fast.ops.autograd import saveable
@@ -70,6 +71,7 @@ def graph_conv(
 ) -> list[Tensor]: ...
 
 
+@leaves_graphs(meets_columns)
 def graph_conv(
     nodes: Tensor | Sequence[Tensor],
     messages: Tensor | Sequence[Tensor],
@@ -154,6 +156,7 @@ def _convolve_stages(nodes, messages, bandwidth, normalization: str, backend: st
         return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision)
 
 
+@leaves_graphs(meets_columns)
 def node_contrast(
     students: Tensor | Sequence[Tensor],
     teachers: Tensor | Sequence[Tensor],
@@ -225,6 +228,7 @@ def node_contrast(
         return losses_of_blocks(losses_of, blocks, students, teachers, dtype)
 
 
+@leaves_graphs(meets_columns)
 def relation_kl(
     students: Tensor | Sequence[Tensor],
     teachers: Tensor | Sequence[Tensor],
@@ -291,6 +295,7 @@ def relation_kl(
         return losses_of_blocks(losses_of, blocks, students, teachers, dtype)
 
 
+@leaves_graphs(meets_columns)
 def adaptive_bandwidth(nodes: Tensor, *, process_group: Group = None) -> Tensor:
     """The bandwidth that suits a batch: σ² = ½ · mean over i ≠ j of (1 − c_ij), without gradient.
 
@@ -328,6 +333,7 @@ def adaptive_bandwidth(nodes: Tensor, *, process_group: Group = None) -> Tensor:
         return (BANDWIDTH_SHARE * distances / (batch * (batch - 1))).sqrt().clamp(min=MIN_BANDWIDTH)
 
 
+@leaves_graphs(meets_columns)
 def effective_neighbors(
     nodes: Tensor, bandwidth: float | Tensor | str = "auto", *, backend: str = "auto", process_group: Group = None
 ) -> Tensor:

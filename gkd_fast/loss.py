@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from gkd_fast import functional
 from gkd_fast._arguments import check_bandwidth, check_count, check_factor, check_positive, is_whole
 from gkd_fast._column_bank import ColumnBank
+from gkd_fast._compilation import leaves_graphs
 from gkd_fast._diagnostics import LastCall, Report, graph_report, vacuous
 from gkd_fast._group import GroupHolder
 from gkd_fast._inputs import Features, Weights, check_devices, nodes_of, stages_of, target_of, weights_of_pairs
@@ -28,6 +29,10 @@ from gkd_fast._training import (
 from gkd_fast.distributed import checking, shards_of
 from gkd_fast.modules import BatchGCN, graph_embeddings
 from gkd_fast.ops.autograd import saveable
+
+
+def _meets_columns(criterion: "GraphKDLoss", *arguments, **options) -> bool:
+    return criterion.bank is not None or criterion.process_group is not None
 
 
 class GraphKDLoss(nn.Module):
@@ -223,6 +228,7 @@ class GraphKDLoss(nn.Module):
                 self._watch.look(self, weights)
         return loss
 
+    @leaves_graphs(_meets_columns)
     def terms(
         self, student_feats: Features, teacher_feats: Features, target: Tensor | None = None, *, weights: Weights = None
     ) -> dict[str, Tensor]:
@@ -247,6 +253,7 @@ class GraphKDLoss(nn.Module):
             self.bank.mark_call(features, self.parameters())
         return terms
 
+    @leaves_graphs(_meets_columns)
     def embed(self, student_feats: Features, teacher_feats: Features) -> tuple[list[Tensor], list[Tensor]]:
         """Graph embeddings of the student's and of the teacher's stages, lists of ``[B, embed_dim]``.
 
@@ -274,6 +281,7 @@ class GraphKDLoss(nn.Module):
         embeddings = graph_embeddings([*self.student_heads, *self.teacher_heads], [*students, *teachers], shards)
         return embeddings[: len(students)], embeddings[len(students) :]
 
+    @leaves_graphs(_meets_columns)
     def terms_from_embeddings(
         self,
         student_embeddings: Sequence[Tensor],
