@@ -51,7 +51,7 @@ def select_backend(backend: str, tensor: Tensor) -> str:
         reason = None if backend == "reference" else ops.missing(backend, device)
         if reason is None:
             return backend
-        _warn_once(f"gkd_fast computes on {device.type} with the slow reference: {reason}")
+        warn_once(f"gkd_fast computes on {device.type} with the slow reference: {reason}")
         return "reference"
     if backend != "reference" and (reason := ops.missing(backend, device)) is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
@@ -61,7 +61,8 @@ def select_backend(backend: str, tensor: Tensor) -> str:
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """A RuntimeWarning, the first time that it is given."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

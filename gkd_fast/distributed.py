@@ -223,6 +223,22 @@ class _Own(torch.autograd.Function):
         return None, _Gather.apply(ctx.shards, upstream)
 
 
+def total(shards: Shards | None, x: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks, on all of them, differentiable any number of times."""
+    return x if shards is None else _Sum.apply(shards, x)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shards, x):
+        ctx.shards = shards
+        return shards.sum(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, _Sum.apply(ctx.shards, upstream)
+
+
 def average(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """The mean over ranks of each tensor; all of one type travel together."""
     result = [x.detach() for x in tensors]
@@ -295,6 +311,11 @@ def unit_columns(shards: Shards, stages: Sequence[Tensor], dtype: torch.dtype, b
 
     more = None if bank is None else [prepare(x) for x in bank]
     return Columns(shards, list(stages), prepare, more, GATHER_BUDGET, shards.gathered)
+
+
+def row_columns(shards: Shards | None, rows: Sequence[Tensor]) -> Columns | None:
+    """Rows as they are, on all ranks."""
+    return None if shards is None else Columns(shards, list(rows), lambda x, place: x, None, GATHER_BUDGET)
 
 
 def graph_columns(shards: Shards, rows: list[Tensor], dtype: torch.dtype) -> Columns:

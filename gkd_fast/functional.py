@@ -34,10 +34,20 @@ from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast._pairs import all_of, blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
 from gkd_fast.ops.autograd import saveable
+from gkd_fast.relations import (
+    correlation_congruence,
+    info_nce,
+    kd_divergence,
+    pkt,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
+)
 
 __all__ = [
-    "BACKENDS", "NORMALIZATIONS", "adaptive_bandwidth", "effective_neighbors", "graph_conv", "node_contrast",
-    "relation_kl",
+    "BACKENDS", "NORMALIZATIONS", "adaptive_bandwidth", "correlation_congruence", "effective_neighbors", "graph_conv",
+    "info_nce", "kd_divergence", "node_contrast", "pkt", "relation_kl", "rkd_angle", "rkd_distance",
+    "similarity_preserving",
 ]  # fmt: skip
 
 Bandwidth: TypeAlias = float | Tensor | str

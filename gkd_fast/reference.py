@@ -1,15 +1,22 @@
-"""The three functions in plain PyTorch: the definition that every fast path is judged against.
+"""The functions in plain PyTorch: the definition that every fast path is judged against.
 
 Simple and obviously right, never optimised: each builds its B×B matrices, and is differentiable
-any number of times because it is ordinary PyTorch. The formulas are those of Yang et al.,
-*Graph-Based Representation Knowledge Distillation for Image Classification*, 2024,
-DOI 10.12263/DZXB.20230976; the inside of the graph convolution is this library's own choice.
+any number of times because it is ordinary PyTorch. The formulas of graph_conv, node_contrast and relation_kl are those
+of Yang et al., *Graph-Based Representation Knowledge Distillation for Image Classification*, 2024,
+DOI 10.12263/DZXB.20230976; the inside of the graph convolution is this library's own choice. Those of the losses over a
+batch's relations, from ``info_nce`` on, are named in :mod:`gkd_fast.functional`; they return losses per sample, whose
+mean is the loss.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Squared distances are at least this.
+LEAST_SQUARE = 1e-12
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -66,3 +73,99 @@ def relation_kl(
         return (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(dim=1)
 
     return torch.stack([torch.stack([loss(s, t) for t in teachers], dim=1) for s in students], dim=1)
+
+
+def one_sided_info_nce(students: Tensor, teachers: Tensor, temperature: float | Tensor) -> Tensor:
+    """ℓ_i = −log softmax_j(s_i·t_j/τ)[i] of unit rows; there may be more teachers than students."""
+    logits = unit_rows(students) @ unit_rows(teachers).T / temperature
+    return -torch.log_softmax(logits, dim=1).diagonal()
+
+
+def info_nce(students: Tensor, teachers: Tensor, temperature: float | Tensor, symmetric: bool = True) -> Tensor:
+    """ℓ_i = −log softmax_j(s_i·t_j/τ)[i], with ``symmetric`` the mean of this and −log softmax_j(s_j·t_i/τ)[i]."""
+    losses = one_sided_info_nce(students, teachers, temperature)
+    return (losses + one_sided_info_nce(teachers, students, temperature)) / 2 if symmetric else losses
+
+
+def similarity_preserving(students: Tensor, teachers: Tensor, norm: int = 1) -> Tensor:
+    """ℓ_i = Σ_j (Q^s_ij − Q^t_ij)²/B of the products x_i·x_j, each row divided by its norm."""
+
+    def relations(x: Tensor) -> Tensor:
+        products = x @ x.T
+        sizes = (products.abs() if norm == 1 else products.square()).sum(dim=1, keepdim=True)
+        safe = torch.where(sizes > 0, sizes, 1)
+        return torch.where(sizes > 0, products / (safe if norm == 1 else safe.sqrt()), 0)
+
+    return (relations(students) - relations(teachers)).square().mean(dim=1)
+
+
+def correlation_congruence(
+    students: Tensor, teachers: Tensor, kernel: str = "bilinear", gamma: float = 0.4, order: int = 2
+) -> Tensor:
+    """ℓ_i = Σ_j (K^s_ij − K^t_ij)²/B of unit rows' c = e_i·e_j; K = c or e^−2γ Σ_p≤order (2γc)^p/p!."""
+
+    def relations(x: Tensor) -> Tensor:
+        e = unit_rows(x)
+        c = e @ e.T
+        if kernel == "bilinear":
+            return c
+        terms = [(2 * gamma * c) ** p / math.factorial(p) for p in range(order + 1)]
+        return math.exp(-2 * gamma) * torch.stack(terms).sum(dim=0)
+
+    return (relations(students) - relations(teachers)).square().mean(dim=1)
+
+
+def pkt(students: Tensor, teachers: Tensor, eps: float = 1e-7) -> Tensor:
+    """ℓ_i = Σ_j P^t_ij log((P^t_ij + ε)/(P^s_ij + ε))/B; P's rows are cosines, shifted to [0, 1], over their sum."""
+
+    def relations(x: Tensor) -> Tensor:
+        e = unit_rows(x)
+        largest = x.detach().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        norms = torch.linalg.vector_norm(x / largest, dim=1, keepdim=True) * largest
+        e = torch.where(e == 0, e, e / (1 + eps / torch.where(norms > 0, norms, 1)))
+        shifted = (e @ e.T + 1) / 2
+        return shifted / shifted.sum(dim=1, keepdim=True)
+
+    p, q = relations(students), relations(teachers)
+    return (q * ((q + eps) / (p + eps)).log()).mean(dim=1)
+
+
+def distances(x: Tensor) -> Tensor:
+    """d_ij = ‖x_i − x_j‖, at least 1e-6 off the diagonal."""
+    squares = x.square().sum(dim=1)
+    d = (squares[:, None] + squares[None, :] - 2 * x @ x.T).clamp(min=LEAST_SQUARE).sqrt()
+    return d.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
+
+
+def rkd_distance(students: Tensor, teachers: Tensor) -> Tensor:
+    """ℓ_i = Σ_j ρ(d^s_ij/μ^s − d^t_ij/μ^t)/B, ρ Huber's function and μ the mean of d off the diagonal."""
+
+    def relations(x: Tensor) -> Tensor:
+        d = distances(x)
+        return d / (d.sum() / max(len(x) * (len(x) - 1), 1)).clamp(min=LEAST_SQUARE)
+
+    return F.smooth_l1_loss(relations(students), relations(teachers), reduction="none").mean(dim=1)
+
+
+def rkd_angle(students: Tensor, teachers: Tensor) -> Tensor:
+    """ℓ_i = Σ_jk ρ(cos^s_ijk − cos^t_ijk)/B² of the cosines of the angles at i between j and k, ρ Huber's function."""
+
+    def relations(x: Tensor) -> Tensor:
+        differences = x[None, :, :] - x[:, None, :]
+        squares = differences.square().sum(dim=2, keepdim=True)
+        directions = torch.where(squares > 0, differences, 0) / torch.where(squares > 0, squares, 1).sqrt()
+        return directions @ directions.transpose(1, 2)
+
+    return F.smooth_l1_loss(relations(students), relations(teachers), reduction="none").mean(dim=(1, 2))
+
+
+def kd_divergence(students: Tensor, teachers: Tensor, temperature: float = 4.0, standardize: bool = False) -> Tensor:
+    """ℓ_i = τ² KL(softmax(t_i/τ) ‖ softmax(s_i/τ)) of logits, ``standardize``: brought to mean 0 and deviation 1."""
+
+    def log_probabilities(x: Tensor) -> Tensor:
+        if standardize:
+            x = (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-7)
+        return torch.log_softmax(x / temperature, dim=1)
+
+    log_p, log_q = log_probabilities(students), log_probabilities(teachers)
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim=1)

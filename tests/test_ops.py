@@ -65,7 +65,10 @@ def op_calls() -> list[tuple[str, tuple]]:
     relation_tangents = calls.relation_kl_tangent(*moving, *relation, *settings)
     contrast_tangents = calls.node_contrast_tangent(*moving, *contrast[1:], [True], 0.4, "float64")
     unit, norms = calls.unit_rows([x, y], D64)
-    part = slice(2, 5)
+    part, row_upstream = slice(2, 5), upstream.flatten()
+    info = calls.info_nce(x, y, 0.4, "float64")
+    pairs = [x, y], torch.rand(2, 7, dtype=D64) / 7, torch.tensor([1e-7], dtype=D64)
+    along = [tangent], [True, False], torch.rand(2, 7, dtype=D64), torch.zeros(1, dtype=D64)
     return [
         ("unit_rows", ([x.clone().requires_grad_(), y], D64)),
         ("unit_rows_backward", (unit, unit, norms, torch.float32)),
@@ -82,6 +85,15 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("graph_conv", (columns, column_messages, variance, "row", "float64", x, messages, 2)),
         ("graph_conv_keep", (x, messages, variance, "symmetric", "float64")),
         ("graph_conv_backward", (messages, x, messages, *conv, variance, "symmetric", "float64", both)),
+        ("info_nce", (x.clone().requires_grad_(), y, 0.4, "float64")),
+        ("info_nce_backward", (row_upstream, x, y, info[1], 0.4, "float64", both)),
+        ("pair_sums", ("pkt", *pairs, "float64")),
+        ("pair_sums", ("pkt", [columns, y[part]], pairs[1][:, part], pairs[2], "float64", *pairs[:2], 2)),
+        ("pair_sums_backward", ("pkt", row_upstream, *pairs, "float64", both)),
+        ("pair_sums_tangent", ("pkt", *pairs, *along, "float64")),
+        ("pair_sums_double_backward", ("pkt", row_upstream, *pairs, *along, "float64", both)),
+        ("rkd_angle", (x.clone().requires_grad_(), y)),
+        ("rkd_angle_backward", (row_upstream, x, y, both)),
         ("relation_kl_tangent", (*moving, *relation, *settings)),
         ("relation_kl_double_backward", (upstream, *moving, *relation, *relation_tangents, *settings, both)),
         ("node_contrast_tangent", (*moving, *contrast[1:], [True], 0.4, "float64")),

@@ -163,6 +163,52 @@ struct NodeGradientTangent {
   Terms<T> left_rates, right_rates, extra, terms;  // Ġ' = left_rates ⊙ G', Ḣ' = right_rates ⊙ H' + extra; ḋ
 };
 
+// Students against teachers, both ways.
+template <class T>
+struct InfoNce {
+  Sides<T> sides;  // students and teachers, as many; walked as if symmetric
+  T scale;         // log2(e)/τ
+  const T *row_shift, *column_shift;    // base 2, [row_count], or null: `scale`
+  T *row_maxima, *column_maxima;        // only the largest c of each are wanted, or null
+  double *row_sums, *column_sums;       // forward: [row_count], cleared by the caller, or null
+  T* own_products;                      // forward: c_ii, of the roundings that the sums have
+  const T *row_factor, *column_factor;  // backward: a, b, [row_count]
+  const T* own;                         // taken from the weight of row i and column i
+  T* gradients[2];                      // [row_count, dim], cleared by the caller, or null
+};
+
+enum class PairKind { absolute_sums, distances, rkd_distance, polynomial, pkt };
+
+constexpr int kMaxPairTerms = 2, kMaxPairSums = 3;
+
+// A loss over pairs of rows, pair_kinds.h, of one or two graphs with the same nodes: sums over each row's partners, or
+// the gradients of Σ g·sum. With directions, which may be null, of rows, terms and constants: their tangents.
+template <class T>
+struct PairSums {
+  PairKind kind;
+  bool moving;      // tangents are wanted
+  Sides<T> sides[2];
+  Terms<T> tangents[2];  // [count, dim] or null
+  Terms<T> terms[kMaxPairTerms], term_tangents[kMaxPairTerms];  // [count]
+  const T *constants, *constant_tangents;
+  int64_t constant_count;
+  double* sums;         // forward: [sums][row_count], cleared by the caller
+  Terms<T> upstream;    // backward: g, [count]
+  T* gradients[2];      // [row_count, dim], cleared by the caller, or null
+  double* term_sums;    // gradients of the terms, [terms][row_count], cleared by the caller
+};
+
+// Angles at every node between every two others, of two graphs with the same nodes.
+template <class T>
+struct RkdAngle {
+  Sides<T> sides[2];
+  const T* norms[2];       // x_i·x_i, [row_count]
+  double* sums;            // forward: [row_count], cleared by the caller, or null
+  const T* upstream;       // backward: [row_count]
+  T* gradients[2];         // [row_count, dim], cleared by the caller, or null
+  double* weight_sums[2];  // of the wanted gradients: [row_count], cleared by the caller
+};
+
 template <class T>
 struct UnitRows {
   const T* rows;
@@ -200,6 +246,10 @@ struct Kernels {
   void (*softmax_tangent)(const Host&, const SoftmaxTangent<T>&);
   void (*kernel_sums_tangent)(const Host&, const KernelSumsTangent<T>&);
   void (*node_gradient_tangent)(const Host&, const NodeGradientTangent<T>&);
+  void (*info_nce)(const Host&, const InfoNce<T>&);
+  void (*pair_sums)(const Host&, const PairSums<T>&);
+  void (*pair_sums_backward)(const Host&, const PairSums<T>&);
+  void (*rkd_angle)(const Host&, const RkdAngle<T>&);
   void (*unit_rows)(const Host&, const UnitRows<T>&);
   void (*unit_rows_backward)(const Host&, const UnitRowsBackward<T>&);
   void (*row_dots)(const Host&, const RowDots<T>&);

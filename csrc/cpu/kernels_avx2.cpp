@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #define GKD_ISA isa_avx2
 #define GKD_VECTOR_BYTES 32
+#include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

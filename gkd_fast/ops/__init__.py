@@ -10,18 +10,22 @@ brings the columns' statistics and upstream.
 
 import torch
 
-from gkd_fast.ops.autograd import register_loop
-from gkd_fast.ops.backends import HOW_TO_BUILD, missing
+from gkd_fast.ops.autograd import refuse_forward_mode, register_loop
+from gkd_fast.ops.backends import HOW_TO_BUILD, has_kernels, missing
 from gkd_fast.ops.graph_conv import graph_conv
 from gkd_fast.ops.graph_conv_columns import graph_degrees, node_terms
 from gkd_fast.ops.graph_conv_stages import graph_conv_stages
+from gkd_fast.ops.info_nce import info_nce, one_sided
 from gkd_fast.ops.node_contrast import node_contrast
+from gkd_fast.ops.pair_sums import Fixed, MeanDistances, pair_losses
 from gkd_fast.ops.relation_kl import relation_kl
-from gkd_fast.ops.unit_rows import unit_rows
+from gkd_fast.ops.rkd_angle import rkd_angle
+from gkd_fast.ops.unit_rows import unit_rows, unit_rows_and_norms
 
 __all__ = [
-    "HOW_TO_BUILD", "graph_conv", "graph_conv_stages", "graph_degrees", "missing", "node_contrast", "node_terms",
-    "relation_kl", "unit_rows",
+    "HOW_TO_BUILD", "Fixed", "MeanDistances", "graph_conv", "graph_conv_stages", "graph_degrees", "has_kernels",
+    "info_nce", "missing", "node_contrast", "node_terms", "one_sided", "pair_losses", "refuse_forward_mode",
+    "relation_kl", "rkd_angle", "unit_rows", "unit_rows_and_norms",
 ]  # fmt: skip
 
 for _name in torch._C._dispatch_get_all_op_names():

@@ -70,3 +70,11 @@ def missing(backend: str, device: torch.device) -> str | None:
     if TRITON_MISSING is None and device.type != served:
         return f"it computes on {served.upper()} devices here, the tensors are on {device}"
     return TRITON_MISSING
+
+
+def has_kernels(op: str, device: torch.device) -> bool:
+    """Whether the library that computes on ``device`` has kernels of ``op``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gkd_fast::{op}", device.type.upper())
+
+
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in gkd_fast._arguments

@@ -24,6 +24,14 @@ FUNCTIONS = {
         (3, 2, 4, 5),
     ),
     "relation_kl, own shifts": (lambda x, **o: functional.relation_kl(*x, temperature=0.01, **o), (5, 4)),
+    "info_nce": (lambda x, **o: functional.info_nce(*x, 0.4, reduction="none", **o), (4, 4)),
+    "pkt": (lambda x, **o: functional.pkt(*x, reduction="none", **o), (5, 4)),
+    "rkd_distance": (lambda x, **o: functional.rkd_distance(*x, reduction="none", **o), (5, 4)),
+    "similarity_preserving": (lambda x, **o: functional.similarity_preserving(*x, reduction="none", **o), (5, 4)),
+    "correlation_congruence": (
+        lambda x, **o: functional.correlation_congruence(*x, kernel="gaussian", squared=True, reduction="none", **o),
+        (5, 4),
+    ),
 }
 SHARDS = {
     "one": [41],

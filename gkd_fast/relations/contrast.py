@@ -1,0 +1,132 @@
+"""info_nce: which teacher's sample is the own one, and which student's."""
+
+import torch
+from torch import Tensor
+
+from gkd_fast import ops, reference
+from gkd_fast._arguments import (
+    autocast_disabled,
+    bank_size,
+    check_bank,
+    check_positive,
+    compute_dtype,
+    product_precision,
+    select_backend,
+)
+from gkd_fast.distributed import Group, Shards, checking, shards_of, union, unit_columns
+from gkd_fast.relations.common import check_pair, check_reduction, mean
+
+
+def info_nce(
+    students: Tensor,
+    teachers: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    symmetric: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    process_group: Group = None,
+    bank: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE (van den Oord et al., 2018): −log softmax_j(ŝ_i·t̂_j/τ)[i], and with ``symmetric`` the mean of this and of
+    −log softmax_j(ŝ_j·t̂_i/τ)[i], as in CLIP (Radford et al., 2021) and CLIP-KD (Yang et al., 2024).
+
+    Rows are L2-normalised. Students and teachers need not be of one kind: the rows of an image and a text encoder do as
+    well. :func:`gkd_fast.functional.node_contrast` is the one-sided form for several stages. In the symmetric loss of
+    one process both directions come of one product of the rows.
+
+    Args:
+        students: ``[B, D]``.
+        teachers: ``[B, D]``.
+        temperature: τ > 0, a number, or a 0-dim tensor or parameter, which then has its gradient; a tensor's value is
+            read on the host.
+        symmetric: both directions.
+        reduction: ``"mean"`` over the batch, or ``"none"``: ``[B]``.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
+            such that its mean over ranks is the global loss.
+        bank: further teachers ``[N, D]`` to tell the own one from, without gradient; the same on all ranks.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type, device or value.
+        RuntimeError: the chosen backend is not available here.
+    """
+    with checking(process_group, "info_nce"):
+        check_reduction(reduction)
+        check_pair(students, teachers, process_group is not None)
+        if students.shape[1] != teachers.shape[1]:
+            raise ValueError(f"teachers must have the students' width {students.shape[1]}, got {teachers.shape[1]}")
+        dtype = compute_dtype({"students": students, "teachers": teachers})
+        value = _number(temperature)
+        more = None if bank is None else check_bank("bank", [bank], [teachers])
+        fused = select_backend(backend, students) != "reference"
+    told = "info_nce", value, symmetric, reduction, bank_size(more), fused
+    shards = shards_of(process_group, [students, teachers], told, more)
+    precision = product_precision(students)
+    with autocast_disabled(students):
+        s, t = students.to(dtype), teachers.to(dtype)
+        if fused:
+            # Its value is 1, its gradient that by the temperature.
+            scale = temperature.detach() / temperature if isinstance(temperature, Tensor) else None
+            scale = None if scale is None else scale.to(dtype)
+            losses = _fused(s, t, value, scale, symmetric, precision, shards, more)
+        else:
+            losses = _definition(s, t, temperature, symmetric, shards, more)
+    return losses if reduction == "none" else mean(losses, shards)
+
+
+def _number(temperature: float | Tensor) -> float:
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return temperature
+    if temperature.dim() != 0 or not temperature.is_floating_point():
+        raise ValueError(
+            f"temperature must be a number or a 0-dim floating point tensor, got {tuple(temperature.shape)}"
+        )
+    value = float(temperature.detach())
+    check_positive("temperature", value)
+    return value
+
+
+def _fused(
+    students: Tensor,
+    teachers: Tensor,
+    temperature: float,
+    scale: Tensor | None,
+    symmetric: bool,
+    precision: str,
+    shards: Shards | None,
+    bank: list[Tensor] | None,
+) -> Tensor:
+    dtype = students.dtype
+    if shards is None and symmetric and ops.has_kernels("info_nce", students.device):
+        return ops.info_nce(students, teachers, temperature, scale, precision)
+
+    def half(rows: Tensor, others: Tensor, more: list[Tensor] | None) -> Tensor:
+        columns = None
+        if shards is not None:
+            # The rows' columns are for the others' gradients alone.
+            met = [others, rows] if others.requires_grad else [others]
+            columns = unit_columns(shards, met, dtype, more)
+        return ops.one_sided(rows, others, temperature, scale, precision, columns)
+
+    losses = half(students, teachers, bank)
+    return (losses + half(teachers, students, None)) / 2 if symmetric else losses
+
+
+def _definition(
+    students: Tensor,
+    teachers: Tensor,
+    temperature: float | Tensor,
+    symmetric: bool,
+    shards: Shards | None,
+    bank: list[Tensor] | None,
+) -> Tensor:
+    if shards is None:
+        return reference.info_nce(students, teachers, temperature, symmetric)
+    s, t = union(shards, [students, teachers])
+    columns = t if bank is None else torch.cat([t, bank[0].to(t.dtype)])
+    losses = reference.one_sided_info_nce(s, columns, temperature)
+    if symmetric:
+        losses = (losses + reference.one_sided_info_nce(t, s, temperature)) / 2
+    return shards.own(losses)

@@ -1,0 +1,77 @@
+"""similarity_preserving: differences of products, each sample's divided by their norm."""
+
+import torch
+from torch import Tensor
+
+from gkd_fast import ops, reference
+from gkd_fast.distributed import Group
+from gkd_fast.relations.common import Batch, relation_losses
+from gkd_fast.relations.gram import gram_dots
+
+
+def similarity_preserving(
+    students: Tensor,
+    teachers: Tensor,
+    *,
+    norm: int = 1,
+    reduction: str = "mean",
+    backend: str = "auto",
+    process_group: Group = None,
+) -> Tensor:
+    """Similarity-preserving distillation (Tung & Mori, *Similarity-Preserving Knowledge Distillation*, 2019).
+
+    ‖Q^s − Q^t‖²/B², where row i of Q are the products x_i·x_j divided by their norm: with ``norm=1`` the sum of
+    absolute values, as common code has it, with ``norm=2`` the root of the sum of squares, which is the paper's.
+    Neither needs a B×B matrix: Σ_j (s_i·s_j)(t_i·t_j) = s_iᵀ(SᵀT)t_i, and so are the squares; absolute values are
+    summed in tiles. With ``norm=2`` all of it are ordinary PyTorch operations in O(B·D²), differentiable any number of
+    times. The terms cancel where both nearly agree, so that in float32 a loss below about 1e-6 of them is not resolved.
+
+    Args:
+        students: ``[B, D_s]``.
+        teachers: ``[B, D_t]``.
+        norm: 1 or 2.
+        reduction: ``"mean"`` over the batch, or ``"none"``: ``[B]``.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
+            such that its mean over ranks is the global loss.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type, device or value.
+        RuntimeError: the chosen backend is not available here.
+    """
+    if norm not in (1, 2):
+        raise ValueError(f"norm must be 1 or 2, got {norm!r}")
+
+    def inverse_norms(x: Tensor, squares: Tensor, batch: Batch) -> Tensor:
+        if norm == 2:
+            positive = squares > 0
+            return torch.where(positive, torch.where(positive, squares, 1).rsqrt(), 0)
+        fixed = ops.Fixed(x.new_empty(0, dtype=torch.float64))
+        # Products of the rows' own type: those of the Gram matrices are.
+        precision = str(x.dtype).removeprefix("torch.")
+        sums = ops.pair_losses("absolute_sums", [x], x.new_empty(0, len(x)), fixed, precision, batch.columns([x]))
+        sums = sums.to(x.dtype)
+        positive = sums > 0
+        return torch.where(positive, 1 / torch.where(positive, sums, 1), 0)
+
+    def fused(batch: Batch) -> Tensor:
+        s, t = (_scaled(x, batch) for x in batch.sides)
+        squares = gram_dots(s, s, batch), gram_dots(t, t, batch)
+        a, b = (inverse_norms(x, square, batch) for x, square in zip((s, t), squares))
+        losses = a.square() * squares[0] + b.square() * squares[1] - 2 * a * b * gram_dots(s, t, batch)
+        return losses / batch.size
+
+    def definition(s: Tensor, t: Tensor) -> Tensor:
+        return reference.similarity_preserving(s, t, norm)
+
+    told = "similarity_preserving", norm
+    op = "pair_sums" if norm == 1 else None
+    return relation_losses(told, definition, fused, students, teachers, reduction, backend, process_group, op)
+
+
+def _scaled(x: Tensor, batch: Batch) -> Tensor:
+    """Rows of size 1 at most, of which products of four neither over- nor underflow; the loss does not depend on it."""
+    largest = x.detach().abs().amax() if len(x) else x.new_zeros(())
+    if batch.shards is not None:
+        largest = batch.shards.stack(largest).amax()
+    return x / torch.where(largest > 0, largest, 1)

@@ -1,0 +1,62 @@
+"""pkt: the divergence of cosines as probabilities."""
+
+import torch
+from torch import Tensor
+
+from gkd_fast import ops, reference
+from gkd_fast._arguments import check_positive
+from gkd_fast.distributed import Group
+from gkd_fast.relations.common import Batch, as_multiplied, constants, relation_losses
+
+
+def pkt(
+    students: Tensor,
+    teachers: Tensor,
+    *,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+    backend: str = "auto",
+    process_group: Group = None,
+) -> Tensor:
+    """Probabilistic knowledge transfer (Passalis & Tefas, *Learning Deep Representations with Probabilistic Knowledge
+    Transfer*, 2018): the mean over all B² pairs of P^t_ij log((P^t_ij + ε)/(P^s_ij + ε)).
+
+    Row i of P are the cosines (r_i·r_j + 1)/2 divided by their sum, r = x/(‖x‖ + ε); the diagonal takes part.
+
+    Args:
+        students: ``[B, D_s]``.
+        teachers: ``[B, D_t]``.
+        eps: ε > 0.
+        reduction: ``"mean"`` over the batch, or ``"none"``: ``[B]``, the means over j.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
+            such that its mean over ranks is the global loss.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type, device or value.
+        RuntimeError: the chosen backend is not available here.
+    """
+    check_positive("eps", eps)
+
+    def fused(batch: Batch) -> Tensor:
+        sides = [as_multiplied(x, batch.precision) for x in _rows(list(batch.sides), eps)]
+        # Σ_j (1 + r_i·r_j) = B + r_i·Σ_j r_j
+        terms = torch.stack([1 / (batch.size + r @ batch.total(r.sum(dim=0))) for r in sides])
+        fixed = ops.Fixed(constants([eps], terms))
+        losses = ops.pair_losses("pkt", sides, terms, fixed, batch.precision, batch.columns(sides))
+        return losses / batch.size
+
+    def definition(s, t):
+        return reference.pkt(s, t, eps)
+
+    told = "pkt", eps
+    return relation_losses(told, definition, fused, students, teachers, reduction, backend, process_group, "pair_sums")
+
+
+def _rows(features: list[Tensor], eps: float) -> list[Tensor]:
+    """x/(‖x‖ + ε); a zero row stays zero."""
+    unit, inverse_norms = ops.unit_rows_and_norms(features, features[0].dtype)
+    return [
+        e / (1 + eps * (inverse if x.requires_grad else inverse.detach()))[:, None]
+        for x, e, inverse in zip(features, unit, inverse_norms)
+    ]
