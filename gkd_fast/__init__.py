@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gkd_fast import functional
+from gkd_fast import functional, losses
 from gkd_fast.features import StageFeatures
 from gkd_fast.loss import GraphKDLoss
 from gkd_fast.meta import UnrolledSGD
@@ -21,6 +21,7 @@ __all__ = [
     "UnrolledSGD",
     "__version__",
     "functional",
+    "losses",
     "micro_batched",
 ]
 
