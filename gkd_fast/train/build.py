@@ -9,7 +9,7 @@ from gkd_fast import GraphKDLoss, PairWeightNetwork
 from gkd_fast.train.config import Config, NetworkConfig, TrainError, TrainingConfig
 from gkd_fast.train.data import Splits
 from gkd_fast.train.engine import Distiller
-from gkd_fast.train.methods import METHODS, remove_graphs, stream_seed
+from gkd_fast.train.methods import METHODS, Relations, remove_graphs, stream_seed
 from gkd_fast.train.models import StagedNetwork, build_network, load_weights
 
 
@@ -76,10 +76,16 @@ def build_distiller(
     student = build_network_for(network, splits, config.seed)
     if network.weights is not None:
         load_weights(student, weights_file(network.weights))
-    criterion = pair_weights = meta_optimizer = None
+    criterion = pair_weights = meta_optimizer = relations = None
+    several = accelerator is not None and accelerator.num_processes > 1
+    group = torch.distributed.group.WORLD if several else None
+    if method.relations:
+        if several and method.relations == "rkd":
+            raise TrainError(f"method {method_name} runs in one process: its angles are those of one process's samples")
+        widths = student.feature_dims[-1], teacher.feature_dims[-1]
+        with random_stream(config.seed, "relations"):
+            relations = Relations(method.relations, *widths, config.graph.backend, group)
     if method.graph:
-        several = accelerator is not None and accelerator.num_processes > 1
-        group = torch.distributed.group.WORLD if several else None
         criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution, group)
     if method.meta:
         meta = config.meta
@@ -95,7 +101,7 @@ def build_distiller(
             weight_decay=meta.weight_decay,
         )
     optimizer = torch.optim.SGD(
-        [*student.parameters(), *(criterion.parameters() if criterion else [])],
+        [p for module in (student, criterion, relations) if module is not None for p in module.parameters()],
         lr=training.lr,
         momentum=training.momentum,
         nesterov=training.nesterov,
@@ -113,6 +119,7 @@ def build_distiller(
         meta=config.meta,
         seed=config.seed,
         micro_batch=config.micro_batch,
+        relations=relations,
         accelerator=accelerator,
     )
 

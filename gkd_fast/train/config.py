@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from gkd_fast.meta import SECOND_DERIVATIVES
 from gkd_fast.train.data import DataConfig
 
-METHOD_NAMES = ("ce", "kd", "gkd", "gkd-constant", "gkd-permuted", "gkd-nograph", "gkd-nokd")
+RELATION_NAMES = ("sp", "cc", "pkt", "rkd", "info-nce")
+METHOD_NAMES = (
+    "ce", "kd", "gkd", "gkd-constant", "gkd-permuted", "gkd-nograph", "gkd-nokd", *RELATION_NAMES,
+    *(f"kd+{name}" for name in RELATION_NAMES),
+)  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "fp16")
 OUTER_BATCHES = ("current", "held-out")
 
@@ -162,7 +166,8 @@ class CompareConfig:
     """What compare runs and measures.
 
     Args:
-        methods: the arms: ce, kd, gkd and the controls gkd-constant, gkd-permuted, gkd-nograph, gkd-nokd.
+        methods: the arms: ce, kd, gkd and the controls gkd-constant, gkd-permuted, gkd-nograph, gkd-nokd;
+            and losses over relations alone or beside kd: sp, cc, pkt, rkd, info-nce, kd+sp, ….
         seeds: number of paired seeds: seed, seed + 1, …
         workers: student trainings that run at once, one thread each; above 1 on CPUs alone.
         cost_batch_sizes: batch sizes at which time and memory of a step are measured; [] measures nothing.
@@ -192,7 +197,8 @@ class Config:
     Args:
         output: folder of the run: configuration, checkpoints, metrics, weights and results.
         seed: of initialisation, data order, augmentation and training noise, each with a stream of its own.
-        method: what student trains with: ce, kd, gkd, gkd-constant, gkd-permuted, gkd-nograph or gkd-nokd.
+        method: what student trains with: ce, kd, gkd, gkd-constant, gkd-permuted, gkd-nograph, gkd-nokd, or a
+            loss over relations, alone or beside kd: sp, cc, pkt, rkd, info-nce, kd+sp, ….
         teacher: the teacher's weights for student and compare; compare trains one where there is none.
         resume: go on from the last good checkpoint in output.
         precision: fp32, bf16 or fp16 (autocast; with fp16 the meta-step is in fp32).

@@ -25,6 +25,7 @@ class Objective(nn.Module):
         method: Method,
         distillation: DistillationConfig,
         micro_batch: int | None = None,
+        relations: nn.Module | None = None,
     ):
         super().__init__()
         self.student = student
@@ -32,12 +33,15 @@ class Objective(nn.Module):
         self.method = method
         self.distillation = distillation
         self.micro_batch = micro_batch
+        self.relations = relations
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher_outputs=None, pair_weights: nn.Module | None = None
     ) -> dict[str, Tensor]:
         outputs = self.student_outputs(images)
         terms = self.label_terms(outputs, teacher_outputs, labels)
+        if self.relations is not None:
+            terms["relations"] = self.relations(outputs.features, teacher_outputs.features)
         if self.method.graph:
             embeddings = self.criterion.embed(outputs.features, teacher_outputs.features)
             terms |= self.criterion.terms_from_embeddings(*embeddings, labels, weights=pair_weights)
@@ -90,6 +94,7 @@ class Distiller:
         meta: constants of the meta-step.
         seed: of the permutation of weights, for the method that permutes them.
         micro_batch: images that the networks take at a time, as in gkd_fast.micro_batched; None: the whole batch.
+        relations: the loss over relations; None for methods without.
         accelerator: places modules on devices, wraps them for several processes and scales gradients; without one,
             everything runs where and as it is.
 
@@ -111,6 +116,7 @@ class Distiller:
         meta: MetaConfig = MetaConfig(),
         seed: int = 0,
         micro_batch: int | None = None,
+        relations: nn.Module | None = None,
         accelerator=None,
     ):
         self.student = student
@@ -125,7 +131,7 @@ class Distiller:
         self.micro_batch = micro_batch
         self.step = 0
         self.accelerator = accelerator
-        self.plain_objective = Objective(student, criterion, method, distillation, micro_batch)
+        self.plain_objective = Objective(student, criterion, method, distillation, micro_batch, relations)
         self.objective: nn.Module = self.plain_objective
         if teacher is not None:
             teacher.eval().requires_grad_(False)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gkd_fast import BatchGCN, GraphKDLoss, PairWeightNetwork
+from gkd_fast import BatchGCN, GraphKDLoss, PairWeightNetwork, losses
+from gkd_fast.distributed import Group
+from gkd_fast.train.config import RELATION_NAMES
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Method:
         graph: the node and relation terms are there.
         convolution: they look at graph embeddings; else at the plain features.
         weights: of the stage pairs: "meta", "permuted" (meta weights of another sample of the batch) or "constant".
+        relations: the loss over the batch's relations in the last stage, by its name; None: there is none.
     """
 
     teacher: bool = True
@@ -26,6 +29,7 @@ class Method:
     graph: bool = True
     convolution: bool = True
     weights: str = "meta"
+    relations: str | None = None
 
     @property
     def meta(self) -> bool:
@@ -41,7 +45,42 @@ METHODS = {
     "gkd-permuted": Method(weights="permuted"),
     "gkd-nograph": Method(convolution=False),
     "gkd-nokd": Method(kd=False),
+    **{name: Method(kd=False, graph=False, relations=name) for name in RELATION_NAMES},
+    **{f"kd+{name}": Method(graph=False, relations=name) for name in RELATION_NAMES},
 }
+
+# Weights of the losses over relations: the papers' for sp and rkd (25 and 50, in the loss), what is usual for pkt, and
+# for cc one that brings a norm over B² to the other terms' size at a batch of 64.
+RELATION_WEIGHTS = {"sp": 3000.0, "cc": 100.0, "pkt": 30000.0, "rkd": 1.0, "info-nce": 1.0}
+
+
+class Relations(nn.Module):
+    """The weighted loss over the batch's relations in the last stage of both networks.
+
+    Args:
+        name: one of RELATION_NAMES.
+        student_dim: width of the student's last stage.
+        teacher_dim: of the teacher's.
+        backend: as in :mod:`gkd_fast.functional`.
+        process_group: the samples of all its ranks are the batch; angles know none.
+    """
+
+    def __init__(self, name: str, student_dim: int, teacher_dim: int, backend: str, process_group: Group = None):
+        super().__init__()
+        options = {"backend": backend, "process_group": process_group}
+        make = {
+            "sp": lambda: losses.SimilarityPreserving(norm=2, **options),
+            "cc": lambda: losses.CorrelationCongruence("gaussian", **options),
+            "pkt": lambda: losses.PKT(**options),
+            "rkd": lambda: losses.RKD(**options),
+            "info-nce": lambda: losses.InfoNCE(student_dim, teacher_dim, **options),
+        }
+        self.loss = make[name]()
+        self.weight = RELATION_WEIGHTS[name]
+
+    def forward(self, student_features: list[Tensor], teacher_features: list[Tensor]) -> Tensor:
+        """The loss of the stages' features."""
+        return self.weight * self.loss(student_features[-1], teacher_features[-1])
 
 
 class PlainHead(nn.Module):

@@ -15,7 +15,7 @@ from rich.console import Console
 from gkd_fast.meta import SECOND_DERIVATIVES
 from gkd_fast.train import cli, compare
 from gkd_fast.train.build import build_distiller, build_network_for
-from gkd_fast.train.config import METHOD_NAMES, Config, TrainError
+from gkd_fast.train.config import METHOD_NAMES, RELATION_NAMES, Config, TrainError
 from gkd_fast.train.cost import available_backends, measure_costs, peak_bytes
 from gkd_fast.train.data import load_splits
 from gkd_fast.train.engine import Distiller
@@ -51,6 +51,8 @@ EXPECTED_TERMS = {
     "ce": {"cross_entropy"},
     "kd": {"cross_entropy", "kd"},
     "gkd-nokd": {"cross_entropy", "node", "relation", "teacher_graph"},
+    **{name: {"cross_entropy", "relations"} for name in RELATION_NAMES},
+    **{f"kd+{name}": {"cross_entropy", "kd", "relations"} for name in RELATION_NAMES},
 }
 ALL_TERMS = {"cross_entropy", "kd", "node", "relation", "teacher_graph"}
 
