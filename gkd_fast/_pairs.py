@@ -19,7 +19,7 @@ def all_of(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[Block
 
 
 def used_of(pairs: Iterable[tuple[int, int]]) -> list[Block]:
-    """The block of all stages that have a wanted pair, with the unwanted pairs between them too; none without a pair."""
+    """The block of all stages that have a wanted pair, with the unwanted pairs between them; none without a pair."""
     students, teachers = ({pair[side] for pair in pairs} for side in (0, 1))
     return [(sorted(students), sorted(teachers))] if students else []
 
@@ -49,7 +49,7 @@ def losses_of_blocks(
     teachers: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    """``[B, S, T]``: ``compute(students' numbers, teachers' numbers)``, ``[B, s, t]``, of every block, 0 for other pairs.
+    """``compute(students' numbers, teachers' numbers)``, ``[B, s, t]``, of every block as ``[B, S, T]``, else 0.
 
     A stage in no block has no part in anything, whatever it holds, and a gradient of zeros."""
     if blocks == all_of(students, teachers):

@@ -47,12 +47,17 @@ def graph_conv(nodes: Tensor, messages: Tensor, bandwidth: float | Tensor, norma
     return (adjacency * degrees.rsqrt()[:, None] * degrees.rsqrt()[None, :]) @ messages
 
 
+def at_least_zero(losses: Tensor) -> Tensor:
+    """Losses that are ≥ 0 but for their roundings; the gradient stays that of their formula."""
+    return losses + losses.detach().neg().clamp(min=0)
+
+
 def node_contrast(students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float = 0.1) -> Tensor:
     """ℓ_bst = −log softmax_j(s_b·t_j/τ)[b] of unit rows, ``[B, S, T]``."""
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         logits = unit_rows(student) @ unit_rows(teacher).T / temperature
-        return -torch.log_softmax(logits, dim=1).diagonal()
+        return at_least_zero(-torch.log_softmax(logits, dim=1).diagonal())
 
     return torch.stack([torch.stack([loss(s, t) for t in teachers], dim=1) for s in students], dim=1)
 
@@ -70,7 +75,7 @@ def relation_kl(
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         log_p_student, log_p_teacher = log_relations(student), log_relations(teacher)
-        return (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(dim=1)
+        return at_least_zero((log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(dim=1))
 
     return torch.stack([torch.stack([loss(s, t) for t in teachers], dim=1) for s in students], dim=1)
 

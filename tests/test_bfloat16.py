@@ -1,17 +1,27 @@
-"""Tiles that the CPU multiplies in bfloat16, against the float64 definition of rounded unit rows.
+"""Tiles that the CPU multiplies in bfloat16, against the float64 definition of the rows as they are given.
 
 Tests of such products are skipped where the processor has none; the accuracy rule of the other files holds everywhere.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from gkd_fast import ops, reference
-from tests.ops_cases import D64, FUNCTIONS, MISSING, requires_cpp, results, rows, same_bits, threads, with_rounded_rows
+from gkd_fast import functional, ops, reference
+from tests.ops_cases import D64, FUNCTIONS, MISSING, requires_cpp, results, rows, same_bits, threads
+from tests.precision_cases import (
+    BOUND,
+    CASES,
+    COSINES,
+    MODES,
+    assert_keeps_bound,
+    first_order_results,
+    near_rows,
+    second_order_results,
+)
 from tests.second_order_cases import FUNCTIONS as SECOND_ORDER
 from tests.second_order_cases import assert_errs_no_more_than_plain, matrices
 
@@ -32,36 +42,57 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor], rounding: float, 
         assert error <= rounding * size + absolute, f"error {error:.3g}, size {size:.3g}"
 
 
-def of_rounded_rows(definition: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    return with_rounded_rows(lambda: results(definition, [x.double() for x in inputs], BF16))
-
-
-# The batch, and widths of graph_conv's nodes and messages, of contrasted stages, of relations.
-SHAPES = [
-    (1, (3, 5), (1, 1), (7, 1)),
-    (33, (1, 33), (33, 33), (1, 31)),
-    (67, (31, 1), (5, 5), (33, 5)),
-    (97, (130, 17), (65, 65), (5, 129)),
-]
+@with_products
+@pytest.mark.parametrize("cosine", COSINES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_results_of_the_true_rows_whatever_their_cosines(tile_rows, name, mode, cosine):
+    """Outputs and the gradients of all inputs; tiles are crossed."""
+    tile_rows(32)
+    assert_keeps_bound(name, cosine, "cpp", BF16, mode)
 
 
 @with_products
-@pytest.mark.parametrize(("batch", "graph", "contrast", "relation"), SHAPES)
-def test_products_of_rounded_rows(tile_rows, batch, graph, contrast, relation):
-    """Tiles, the last pair of an odd depth: losses to float32, what is gathered under rounded weights to bfloat16."""
+@pytest.mark.parametrize("cosine", COSINES[:4])
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_at_the_true_rows(tile_rows, name, cosine):
+    """The gradients of inputs and upstream. At 0.9999 the float32 products of the second order are what errs."""
     tile_rows(32)
-    for name, widths in {"relation_kl": relation, "node_contrast": contrast}.items():
-        make, _ = FUNCTIONS[name]
-        inputs = [x.to(BF16) for width in widths for x in rows(batch, width, width, seed=width)]
-        output, *gradients = results(make("cpp"), inputs, BF16)
-        exact, *expected = of_rounded_rows(make("reference"), inputs)
-        close([output], [exact], 1e-5, 1e-5)
-        # Each entry is a sum of weights that are rounded, and is rounded itself; all may cancel, but for the weights.
-        close(gradients, expected, 2 * EPS, EPS * 0.05)
-    for name in ("graph_conv symmetric", "graph_conv row"):
-        make, _ = FUNCTIONS[name]
-        inputs = [x.to(BF16) for x in rows(batch, *graph)]
-        close(results(make("cpp"), inputs, BF16), of_rounded_rows(make("reference"), inputs), 2 * EPS)
+    assert_keeps_bound(name, cosine, "cpp", BF16, results=second_order_results)
+
+
+@with_products
+@pytest.mark.parametrize("cosine", [0.9, 0.999])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "graph_conv row"])
+def test_zero_rows_among_rows_that_are_nearly_alike(tile_rows, name, cosine):
+    tile_rows(32)
+    assert_keeps_bound(name, cosine, "cpp", BF16, zero_rows=True)
+
+
+@with_products
+@pytest.mark.parametrize("name", CASES)
+def test_the_blocks_that_the_kernels_choose_and_any_number_of_threads(name):
+    """With as many rows as have blocks of the largest size; the same bits whoever works."""
+    function, widths = CASES[name]
+    inputs = [x.to(BF16) for x in near_rows(800, 0.99, *widths)]
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
+            found.append(first_order_results(function, inputs, "cpp"))
+    assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
+    truth = first_order_results(function, [x.double() for x in inputs], "reference")
+    for x, y in zip(found[0], truth, strict=True):
+        assert (x.double() - y).abs().max() <= BOUND * y.abs().max()
+
+
+@with_products
+def test_a_zero_row_is_orthogonal_to_all_rows_to_the_last_bit(tile_rows):
+    """Of losses that a temperature of 1 makes of cosines: those of zero students are log B."""
+    tile_rows(32)
+    student, teacher = near_rows(67, 0.999, 65, 65)
+    student[3] = student[40] = 0
+    losses = functional.node_contrast(student.to(BF16), teacher.to(BF16), temperature=1.0, backend="cpp")
+    torch.testing.assert_close(losses[[3, 40]], torch.full((2, 1, 1), 67.0).log(), rtol=0, atol=1e-6)
 
 
 @with_products

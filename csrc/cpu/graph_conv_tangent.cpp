@@ -6,10 +6,7 @@ namespace gkd {
 namespace {
 
 Graph second_order(Graph graph) {
-  for (at::Tensor* x : {&graph.nodes, &graph.columns}) {
-    if (x->defined()) *x = as_multiplied(*x, graph.product);
-  }
-  graph.product = Product::own;
+  graph.product = second_order_product;
   return graph;
 }
 

@@ -10,7 +10,8 @@ struct KernelTangentTiles {
   static constexpr int N = Lanes<T>::count;
 
   const KernelSumsTangent<T>& args;
-  Operand<T> rows, columns, row_tangents, column_tangents, values[2], extra;
+  Operand<T> rows, columns, row_tangents, column_tangents;
+  Values<T> values[2], extra;
   T *tiles, *column_sums;
   int64_t stride;
 
@@ -21,7 +22,7 @@ struct KernelTangentTiles {
     for (int g = 0; g < G; ++g) totals[g] = Vec<T>{};
     for (int64_t x = 0; x < t.columns; x += N) {
       Vec<T> kernel[G], column = load(below + x);
-      kernel_of(c + r * stride + x, stride, args.scale, kernel);
+      kernel_of(c + r * stride + x, stride, args.scale, args.scale, kernel);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         T* out = moving + (r + g) * stride + x;
@@ -90,11 +91,13 @@ void kernel_sums_tangent(const Host& host, const KernelSumsTangent<T>& args) {
                            rows_of(host, args.tangents.row, sides.row_count, sides.dim, stride),
                            columns_of(host, args.tangents.column, count, sides.dim, stride),
                            {},
-                           values_of(host, args.extra, count, args.widths[0]),
+                           values_of(host, args.extra, count, args.widths[0], sides.row_count),
                            allocate<T>(host, host.workers * 3 * tile_elements(stride)),
                            allocate<T>(host, host.workers * stride),
                            stride};
-  for (int64_t p = 0; p < args.parts; ++p) op.values[p] = values_of(host, args.values[p].column, count, args.widths[p]);
+  for (int64_t p = 0; p < args.parts; ++p) {
+    op.values[p] = values_of(host, args.values[p].column, count, args.widths[p], sides.row_count);
+  }
   walk(host, sides, op);
 }
 
@@ -107,7 +110,7 @@ struct NodeTangentTiles {
   const NodeGradientTangent<T>& args;
   Operand<T> rows, row_tangents, left_rows, right_rows, extra_rows;
   Operand<T> columns, column_tangents, left_columns, right_columns, extra_columns;
-  Operand<T> values, tangent_values;
+  Values<T> values, tangent_values;
   T* tiles;
   int64_t stride;
 
@@ -119,7 +122,7 @@ struct NodeTangentTiles {
     T *moving = c + size, *ahead = moving + size, *behind = ahead + size, *more = behind + size;
     for (int64_t x = 0; x < t.columns; x += N) {
       Vec<T> kernel[G];
-      kernel_of(c + r * stride + x, stride, first.scale, kernel);
+      kernel_of(c + r * stride + x, stride, first.scale, first.scale, kernel);
       const Vec<T> term = load(first.terms.column + j + x), term_tangent = load(args.terms.column + j + x);
       const Vec<T> left_rate = load(args.left_rates.column + j + x), right_rate = load(args.right_rates.column + j + x);
 #pragma GCC unroll 4
@@ -180,8 +183,8 @@ void node_gradient_tangent(const Host& host, const NodeGradientTangent<T>& args)
                          columns(first.left.column, first.width),
                          columns(first.right.column, first.width),
                          columns(args.extra.column, first.width),
-                         values_of(host, sides.columns, count, sides.dim),
-                         values_of(host, args.tangents.column, count, sides.dim),
+                         values_of(host, sides.columns, count, sides.dim, sides.row_count),
+                         values_of(host, args.tangents.column, count, sides.dim, sides.row_count),
                          allocate<T>(host, host.workers * 5 * tile_elements(stride)),
                          stride};
   walk(host, sides, op);

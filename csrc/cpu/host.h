@@ -56,9 +56,8 @@ enum class Product { own, bfloat16 };
 // What product_precision means for rows of this type on this processor.
 Product product_of(c10::string_view product_precision, at::ScalarType type);
 
-// Rows as tiles multiply them. The second order, whose directions lose too much in bfloat16 where they are orthogonal to
-// rows that are all alike, multiplies these in their own type.
-at::Tensor as_multiplied(const at::Tensor& rows, Product product);
+// Directions lose too much in bfloat16 where they are orthogonal to rows that are all alike.
+constexpr Product second_order_product = Product::own;
 
 // Threads and memory of one call; the memory lives as long as this object.
 class Call {
@@ -104,6 +103,12 @@ void scale_rows(T* x, const S* scales, int64_t rows, int64_t width, const F& f) 
       for (int64_t k = i * width; k < (i + 1) * width; ++k) x[k] *= factor;
     }
   });
+}
+
+// A loss that is ≥ 0 but for its roundings; NaN stays NaN.
+template <class T>
+T not_below_zero(T loss) {
+  return loss < 0 ? T(0) : loss;
 }
 
 // Checks rank and type and makes contiguous; the tensor that the pointers point into.

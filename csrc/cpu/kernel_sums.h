@@ -1,16 +1,16 @@
 // graph_conv's tiles: K_ij = exp((c_ij − 1)/σ²), K_ii = 1; degrees, Σ_j K_ij values_j, and the nodes' gradient.
 #pragma once
-#include "tile.h"
+#include "centre.h"
 
 namespace gkd::GKD_ISA {
 
 constexpr int kGraphGroup = 4;  // rows at a time
 
-// w ← K_ij of G rows at column x, from their similarities.
+// w ← K_ij of G rows at column x, from their tile; `one`: what a cosine of 1 is in it, times the scale.
 template <int G, class T>
-GKD_INLINE void kernel_of(const T* c, int64_t stride, T scale, Vec<T> (&w)[G]) {
+GKD_INLINE void kernel_of(const T* c, int64_t stride, T scale, T one, Vec<T> (&w)[G]) {
 #pragma GCC unroll 4
-  for (int g = 0; g < G; ++g) w[g] = load(c + g * stride) * scale - scale;
+  for (int g = 0; g < G; ++g) w[g] = load(c + g * stride) * scale - one;
   exp2_nonpositive<T>(w);
 }
 
@@ -19,7 +19,8 @@ struct KernelTiles {
   static constexpr int N = Lanes<T>::count;
 
   const KernelSums<T>& args;
-  Operand<T> rows, columns, values;
+  UnitSides<T> units;
+  Values<T> values;
   T *tiles, *column_sums;
   int64_t stride;
 
@@ -30,7 +31,7 @@ struct KernelTiles {
     for (int64_t x = 0; x < t.columns; x += N) {
       Vec<T> w[G], column = load(below + x);
       T* row = c + r * stride + x;
-      kernel_of(row, stride, args.scale, w);
+      kernel_of(row, stride, args.scale, args.scale * units.one, w);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         store(row + g * stride, w[g]);
@@ -45,10 +46,10 @@ struct KernelTiles {
 
   // The tile's K, and what it adds to the degrees.
   void weigh(const Tile& t, T* c, T* below) const {
-    similarities(t, rows, columns, args.sides.dim, c, stride);
+    similarities(t, units.rows, units.columns, args.sides.dim, c, stride);
     for (int64_t x = 0; x < stride; ++x) below[x] = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
-      if (const int64_t own = own_column(t, r); own >= 0) c[r * stride + own] = 1;
+      if (const int64_t own = own_column(t, r); own >= 0) c[r * stride + own] = units.one;
     }
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r, below); });
     if (args.degrees && t.mirror) {
@@ -70,14 +71,15 @@ template <class T>
 void kernel_sums(const Host& host, const KernelSums<T>& args) {
   const Sides<T>& sides = args.sides;
   const int64_t stride = block_rows(host, sides.row_count);
+  const Centre<T> centre = centre_of(host, args.values, sides.column_count, args.width, args.factors);
   KernelTiles<T> op{args,
-                    rows_of(host, args.known ? nullptr : sides.rows, sides.row_count, sides.dim, stride),
-                    columns_of(host, args.known ? nullptr : sides.columns, sides.column_count, sides.dim, stride),
-                    values_of(host, args.values, sides.column_count, args.width, args.factors),
+                    UnitSides<T>(host, sides, stride, args.known),
+                    values_of(host, args.values, sides.column_count, args.width, sides.row_count, centre, args.factors),
                     allocate<T>(host, host.workers * tile_elements(stride)),
                     allocate<T>(host, host.workers * stride),
                     stride};
   walk(host, sides, op);
+  if (args.output) add_centre(host, op.values, sides.row_count, args.width, args.output);
 }
 
 // M_ij = K_ij/σ² (G'_i·H'_j + H'_i·G'_j + d_i + d_j), M_ii = 0;  dE_i = Σ_j M_ij e_j, and Σ_j K_ij G'_j.
@@ -86,17 +88,21 @@ struct NodeTiles {
   static constexpr int N = Lanes<T>::count;
 
   const NodeGradient<T>& args;
-  Operand<T> rows, columns, left_columns, right_columns, values;
+  Terms<T> terms;  // d, and what the centres of G' and H' take from the products
+  UnitSides<T> units;
+  Centre<T> left, right;
+  Operand<T> left_columns, right_columns;
+  Values<T> values;
   T* tiles;
   Operand<T> tile_rows;  // a block per worker
-  Operand<T> messages;   // G' of the columns, for the messages' gradient
+  Values<T> messages;    // G' of the columns, for the messages' gradient
   int64_t stride;
 
   // m (+)= G'_i·H'_j or H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares
   // the memory.
-  GKD_INLINE void multiply_rows(const Tile& t, int64_t worker, const T* rows, const T* factors,
+  GKD_INLINE void multiply_rows(const Tile& t, int64_t worker, const T* rows, const T* factors, const Centre<T>& centre,
                                 const Operand<T>& columns, T* m, bool accumulate) const {
-    pack_block(tile_rows, worker, rows, factors, t.i, t.i + t.rows, args.width, stride);
+    pack_block(tile_rows, worker, rows, factors, t.i, t.i + t.rows, args.width, stride, centre);
     Tile packed = t;
     packed.i = worker * stride;
     similarities(packed, tile_rows, columns, args.width, m, stride, accumulate);
@@ -111,14 +117,14 @@ struct NodeTiles {
       if (args.affinities) {
         for (int g = 0; g < G; ++g) kernel[g] = load(row + g * stride);
       } else {
-        kernel_of(row, stride, args.scale, kernel);
+        kernel_of(row, stride, args.scale, args.scale * units.one, kernel);
         for (int g = 0; messages && g < G; ++g) store(row + g * stride, kernel[g]);
       }
-      const Vec<T> other = load(args.terms.column + t.j + x);
+      const Vec<T> other = load(terms.column + t.j + x);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         T* out = m + (r + g) * stride + x;
-        store(out, kernel[g] * args.inverse_variance * (load(out) + (other + args.terms.row[t.i + r + g])));
+        store(out, kernel[g] * args.inverse_variance * (load(out) + (other + terms.row[t.i + r + g])));
       }
     }
   }
@@ -126,9 +132,9 @@ struct NodeTiles {
   void tile(const Tile& t, int64_t worker) const {
     T* m = tiles + worker * 2 * tile_elements(stride);
     T* c = args.affinities ? args.affinities + t.place * stride * stride : m + tile_elements(stride);
-    if (!args.affinities) similarities(t, rows, columns, args.sides.dim, c, stride);
-    multiply_rows(t, worker, args.left.row, args.left_factors.row, right_columns, m, false);
-    if (left_columns) multiply_rows(t, worker, args.right.row, args.right_factors.row, left_columns, m, true);
+    if (!args.affinities) similarities(t, units.rows, units.columns, args.sides.dim, c, stride);
+    multiply_rows(t, worker, args.left.row, args.left_factors.row, left, right_columns, m, false);
+    if (left_columns) multiply_rows(t, worker, args.right.row, args.right_factors.row, right, left_columns, m, true);
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });
     for (int64_t r = 0; r < t.rows; ++r) {
       if (const int64_t own = own_column(t, r); own >= 0) m[r * stride + own] = 0, c[r * stride + own] = 1;
@@ -141,23 +147,52 @@ struct NodeTiles {
   }
 };
 
+// With G' = Ĝ + g and H' = Ĥ + h, g and h being the centres:
+// G'_i·H'_j + H'_i·G'_j = Ĝ_i·Ĥ_j + Ĥ_i·Ĝ_j + z_i + z_j, z_i = G'_i·h + H'_i·g − g·h, which joins the terms. Without an
+// upstream of the columns G'_j and g are 0.
+template <class T>
+Terms<T> centred_terms(const Host& host, const NodeGradient<T>& args, const Centre<T>& left, const Centre<T>& right) {
+  if (!right.row) return args.terms;
+  const Sides<T>& sides = args.sides;
+  auto side = [&](const T* terms, const T* g, const T* g_factors, const T* h, const T* h_factors, int64_t count) {
+    double* total = cleared<double>(host, count);
+    T* out = cleared<T>(host, count);
+    if (g) add_dots(host, g, g_factors, right.row, count, args.width, total);
+    if (left.row) add_dots(host, h, h_factors, left.row, count, args.width, total);
+    const double both = left.row ? wide_dot(left.row, right.row, args.width) : 0;
+    for (int64_t i = 0; i < count; ++i) out[i] = T(terms[i] + total[i] - both);
+    return out;
+  };
+  const Terms<T>&g = args.left_factors, &h = args.right_factors;
+  const T* row = side(args.terms.row, args.left.row, g.row, args.right.row, h.row, sides.row_count);
+  if (sides.symmetric) return {row, row};
+  return {row, side(args.terms.column, args.left.column, g.column, args.right.column, h.column, sides.column_count)};
+}
+
 template <class T>
 void node_gradient(const Host& host, const NodeGradient<T>& args) {
   const Sides<T>& sides = args.sides;
-  const Terms<T>&left = args.left_factors, &right = args.right_factors;
-  const int64_t stride = block_rows(host, sides.row_count), count = sides.column_count;
-  const bool known = args.affinities != nullptr;
+  const Terms<T>&g = args.left_factors, &h = args.right_factors;
+  const int64_t stride = block_rows(host, sides.row_count), rows = sides.row_count, count = sides.column_count;
+  const UnitSides<T> units(host, sides, stride, args.affinities != nullptr);
+  const Centre<T> left = centre_of(host, args.left.column, count, args.width, g.column);
+  const Centre<T> right = centre_of(host, args.right.column, count, args.width, h.column);
+  const T* messages = args.messages_gradient ? args.left.column : nullptr;
   NodeTiles<T> op{args,
-                  rows_of(host, known ? nullptr : sides.rows, sides.row_count, sides.dim, stride),
-                  columns_of(host, known ? nullptr : sides.columns, count, sides.dim, stride),
-                  columns_of(host, args.left.column, count, args.width, stride, left.column),
-                  columns_of(host, args.right.column, count, args.width, stride, right.column),
-                  values_of(host, sides.columns, count, sides.dim),
+                  centred_terms(host, args, left, right),
+                  units,
+                  left,
+                  right,
+                  columns_of(host, args.left.column, count, args.width, stride, left, g.column),
+                  columns_of(host, args.right.column, count, args.width, stride, right, h.column),
+                  values_of(host, sides.columns, count, sides.dim, rows, units.centre),
                   allocate<T>(host, host.workers * 2 * tile_elements(stride)),
-                  row_blocks<T>(host, host.workers, args.width, stride),
-                  values_of(host, args.messages_gradient ? args.left.column : nullptr, count, args.width, left.column),
+                  row_blocks<T>(host, host.workers, args.width, stride, left),
+                  values_of(host, messages, count, args.width, rows, left, g.column),
                   stride};
   walk(host, sides, op);
+  add_centre(host, op.values, rows, sides.dim, args.gradient);
+  if (messages) add_centre(host, op.messages, rows, args.width, args.messages_gradient);
 }
 
 }  // namespace gkd::GKD_ISA

@@ -65,7 +65,8 @@ struct RelationKl {
   Terms<T> shifts[kMaxStages];
   // Forward: Z per stage and Q per pair, each [row_count], cleared by the caller.
   double* sums;       // [students + teachers][row_count]
-  double* pair_sums;  // [students · teachers][row_count]
+  double* pair_sums;  // [students · teachers][row_count], or with divergences [students · teachers][2][row_count]
+  bool divergences;   // see relation_kl.h; only where products are rounded
   // Backward: factors of U, see relation_kl.h, and gradients [row_count, dim] or null, cleared by the caller.
   Terms<T> alpha[kMaxStages];  // per student
   const Terms<T>* beta;        // per pair
@@ -102,6 +103,9 @@ struct SoftmaxSums {
   double* weight_sums;     // of the weights as they are multiplied with the values: likewise
   T* weighted;             // [row_count, dim], cleared by the caller; with values
   T* maxima;               // [row_count]: only the largest c of each row is wanted, or null
+  T* own_cosines;          // [row_count]: of the own columns, as tiles have them, or null
+  const T* centred_on;     // rows, [centred_on_count, dim], whose mean is the centre, or null: the columns'
+  int64_t centred_on_count;
 };
 
 // Second order: with ċ_ij = ẋ_i·y_j + x_i·ẏ_j the moving part of w_ij is w_ij (ċ_ij/τ − row_term_i − column_term_j).

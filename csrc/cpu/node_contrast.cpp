@@ -25,7 +25,8 @@ T* row_shifts(Call& call, SoftmaxSums<T> args, double temperature) {
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, const std::vector<at::Tensor>& columns,
-                                                       bool own_teacher, double temperature, bool keep_weighted) {
+                                                       bool own_teacher, int64_t offset, double temperature,
+                                                       bool keep_weighted) {
   const int64_t rows = stages.rows, dim = stages.dim, S = stages.students.size(), R = stages.teachers.size();
   const int64_t pairs = stages.pairs.size();
   const auto options = stages.students[0].options();
@@ -43,9 +44,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
       args.weighted = weighted.mutable_data_ptr<T>() + pair.place * rows * dim;
       if (stages.product == Product::bfloat16) args.weight_sums = call.template zeros<double>(rows);
     }
+    // Rounded tiles' own cosines cancel with those that the sums are made of.
+    if (own_teacher && stages.product == Product::bfloat16) {
+      args.own_cosines = call.template zeros<T>(rows);
+      args.sides.offset = offset;
+    }
     kernels<T>().softmax_sums(call.host(), args);
     double* own = call.template zeros<double>(rows);
-    if (own_teacher) {
+    if (args.own_cosines) {
+      std::copy(args.own_cosines, args.own_cosines + rows, own);
+    } else if (own_teacher) {
       const T* partners = stages.teachers[pair.teacher].const_data_ptr<T>();
       kernels<T>().row_dots(call.host(), {args.sides.rows, partners, rows, dim, own});
     }
@@ -54,7 +62,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
     for (int64_t i = 0; i < rows; ++i) {
       const double log_z = std::log(args.sums[i]) + args.row_shift[i] * kLn2;
       log_sum[i] = log_z;
-      loss[i * S * R] = T(log_z - own[i] / temperature);
+      // Without the own column this is the log-sum alone.
+      const T ell = T(log_z - own[i] / temperature);
+      loss[i * S * R] = own_teacher ? not_below_zero(ell) : ell;
     }
     // The mean under the weights as they were multiplied: their roundings cancel where columns are alike.
     const double* divisors = args.weight_sums ? args.weight_sums : args.sums;
@@ -71,7 +81,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> node_contrast(
   const auto columns = columns_of("teacher_columns", teacher_columns, stages.teachers, stages);
   const bool own_teacher = includes_own(teacher_columns, stages, offset);
   return GKD_DISPATCH(stages.type,
-                      [&] { return forward<scalar_t>(stages, columns, own_teacher, temperature, keep_weighted); });
+                      [&] {
+                        return forward<scalar_t>(stages, columns, own_teacher, teacher_columns ? offset : 0, temperature,
+                                                 keep_weighted);
+                      });
 }
 
 std::vector<at::Tensor> node_contrast_backward(

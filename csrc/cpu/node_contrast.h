@@ -21,13 +21,6 @@ struct Stages {
   Product product;
 };
 
-// As they are multiplied: the own similarities and columns, which are no tile's, cancel with those of tiles.
-inline std::vector<at::Tensor> matrices(const char* name, at::TensorList list, const Stages& stages, int64_t rows) {
-  std::vector<at::Tensor> out = gkd::matrices(name, list, stages.type, rows);
-  for (at::Tensor& x : out) x = as_multiplied(x, stages.product);
-  return out;
-}
-
 inline Stages stages_of(at::TensorList students, at::TensorList teachers, const c10::List<bool>& wanted,
                         c10::string_view product_precision) {
   TORCH_CHECK(!students.empty() && !teachers.empty(), "node_contrast needs a student and a teacher");
@@ -36,8 +29,8 @@ inline Stages stages_of(at::TensorList students, at::TensorList teachers, const 
   stages.product = product_of(product_precision, stages.type);
   stages.rows = students[0].size(0);
   stages.dim = students[0].size(-1);
-  stages.students = matrices("students", students, stages, stages.rows);
-  stages.teachers = matrices("teachers", teachers, stages, stages.rows);
+  stages.students = matrices("students", students, stages.type, stages.rows);
+  stages.teachers = matrices("teachers", teachers, stages.type, stages.rows);
   for (const auto* side : {&stages.students, &stages.teachers}) {
     for (const at::Tensor& x : *side) TORCH_CHECK(x.size(1) == stages.dim, "all stages must have width ", stages.dim);
   }
@@ -53,7 +46,7 @@ inline std::vector<at::Tensor> columns_of(const char* name, const std::optional<
                                    const std::vector<at::Tensor>& rows, const Stages& stages) {
   if (!columns) return rows;
   TORCH_CHECK(columns->size() == rows.size(), name, " must have ", rows.size(), " stages, got ", columns->size());
-  std::vector<at::Tensor> out = matrices(name, *columns, stages, (*columns)[0].size(0));
+  std::vector<at::Tensor> out = matrices(name, *columns, stages.type, (*columns)[0].size(0));
   for (const at::Tensor& x : out) TORCH_CHECK(x.size(1) == stages.dim, name, " must have width ", stages.dim);
   return out;
 }
@@ -149,6 +142,9 @@ struct Backward {
     SoftmaxSums<T> args = arguments<T>(stages.teachers[pair.teacher], students, temperature);
     if (column_upstream.defined()) {
       weigh_columns(call, pair, args);
+      // As the pass rounded that the log-sums are of, whose columns these were.
+      args.centred_on = teacher_columns[pair.teacher].template const_data_ptr<T>();
+      args.centred_on_count = teacher_columns[pair.teacher].size(0);
       args.weighted = out;
       kernels<T>().softmax_sums(call.host(), args);
       return;

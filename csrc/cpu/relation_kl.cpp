@@ -1,78 +1,11 @@
 #include <torch/library.h>
 
-#include <cmath>
+#include "relation_kl_ops.h"
 
-#include "host.h"
-
-namespace gkd {
+namespace gkd::relation {
 namespace {
 
-// Up to this 1/τ the sums of exp(L − 1/τ) cannot underflow in float32.
-constexpr double kLargestSharedShift = 80;
-
-struct Stages {
-  std::vector<at::Tensor> rows, columns;
-  int64_t students, teachers, row_count, column_count;
-  bool symmetric;
-  at::ScalarType type;
-  Product product;
-  int64_t count() const { return students + teachers; }
-};
-
-Stages stages_of(at::TensorList students, at::TensorList teachers, const std::optional<at::TensorList>& student_columns,
-                 const std::optional<at::TensorList>& teacher_columns, c10::string_view product_precision) {
-  TORCH_CHECK(!students.empty() && !teachers.empty(), "relation_kl needs a student and a teacher");
-  Stages stages;
-  stages.students = students.size();
-  stages.teachers = teachers.size();
-  TORCH_CHECK(stages.count() <= kMaxStages, "relation_kl takes at most ", kMaxStages, " stages, got ", stages.count());
-  stages.type = row_type(students[0]);
-  stages.product = product_of(product_precision, stages.type);
-  stages.row_count = students[0].size(0);
-  stages.rows = matrices("students", students, stages.type, stages.row_count);
-  for (at::Tensor& x : matrices("teachers", teachers, stages.type, stages.row_count)) stages.rows.push_back(x);
-  stages.symmetric = !student_columns.has_value();
-  TORCH_CHECK(stages.symmetric == !teacher_columns.has_value(), "student_columns and teacher_columns go together");
-  stages.column_count = stages.row_count;
-  if (stages.symmetric) return stages;
-  TORCH_CHECK(student_columns->size() == students.size() && teacher_columns->size() == teachers.size(),
-              "the column set must have the stages of the row set");
-  stages.column_count = (*student_columns)[0].size(0);
-  stages.columns = matrices("student_columns", *student_columns, stages.type, stages.column_count);
-  for (at::Tensor& x : matrices("teacher_columns", *teacher_columns, stages.type, stages.column_count)) {
-    stages.columns.push_back(x);
-  }
-  for (int64_t q = 0; q < stages.count(); ++q) {
-    TORCH_CHECK(stages.rows[q].size(1) == stages.columns[q].size(1), "rows and columns of a stage must share a width");
-  }
-  return stages;
-}
-
-Stages second_order(Stages stages) {
-  for (auto* side : {&stages.rows, &stages.columns}) {
-    for (at::Tensor& x : *side) x = as_multiplied(x, stages.product);
-  }
-  stages.product = Product::own;
-  return stages;
-}
-
-template <class T>
-RelationKl<T> arguments(const Stages& stages, double temperature, double bandwidth, int64_t offset) {
-  RelationKl<T> args{};
-  args.students = stages.students;
-  args.teachers = stages.teachers;
-  args.inner = T(kLog2E / (bandwidth * bandwidth));
-  args.outer = T(kLog2E / temperature);
-  args.inverse_temperature = T(1 / temperature);
-  for (int64_t q = 0; q < stages.count(); ++q) {
-    args.stages[q] = sides_of<T>(stages.rows[q], stages.symmetric ? nullptr : &stages.columns[q], offset);
-  }
-  return args;
-}
-
-bool shares_shift(double temperature) { return 1 / temperature <= kLargestSharedShift; }
-
-// Each row's own shift: its largest logit, in base 2. The diagonal's logit is 0.
+// Each row's own shift: its largest logit, in base 2, of its largest inner exponent. The diagonal's logit is 0.
 template <class T>
 void set_own_shifts(Call& call, RelationKl<T>& args, const Stages& sizes) {
   const int64_t rows = sizes.row_count;
@@ -85,7 +18,7 @@ void set_own_shifts(Call& call, RelationKl<T>& args, const Stages& sizes) {
   kernels<T>().relation_kl_maxima(call.host(), args, maxima);
   for (int64_t q = 0; q < stages; ++q) {
     T* shift = maxima[q];
-    for (int64_t i = 0; i < rows; ++i) shift[i] = std::exp2(std::min(maxima[q][i] - T(1), T(0)) * args.inner) * args.outer;
+    for (int64_t i = 0; i < rows; ++i) shift[i] = std::exp2(std::min(maxima[q][i], T(0))) * args.outer;
     args.shifts[q] = {shift, shift};
     if (sizes.symmetric) continue;
     // Nothing of the columns' own is summed: any shift will do that keeps V finite.
@@ -104,7 +37,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
   if (!shares_shift(temperature)) set_own_shifts(call, args, stages);
   args.affinities = kept<T>(affinities, rows, count);
   args.sums = call.zeros<double>(count * rows);
-  args.pair_sums = call.zeros<double>(S * stages.teachers * rows);
+  args.divergences = stages.product == Product::bfloat16;
+  args.pair_sums = call.zeros<double>((args.divergences ? 2 : 1) * S * stages.teachers * rows);
   kernels<T>().relation_kl(call.host(), args);
 
   const auto options = stages.rows[0].options();
@@ -113,216 +47,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
   T* loss = losses.mutable_data_ptr<T>();
   double* log_sum = log_sums.mutable_data_ptr<double>();
   for (int64_t i = 0; i < rows; ++i) {
-    double log_z[kMaxStages];
     for (int64_t q = 0; q < count; ++q) {
       const double shift = args.shifts[q].row ? args.shifts[q].row[i] : double(args.outer);
-      log_z[q] = std::log(args.sums[q * rows + i]);
-      log_sum[q * rows + i] = log_z[q] + shift * kLn2;
+      log_sum[q * rows + i] = std::log(args.sums[q * rows + i]) + shift * kLn2;
     }
-    // ℓ = ln2·Q/Z^t − log Z^t + log Z^s: the shifts cancel.
+    // ℓ = ln2·Q/Z^t + log Z^s/Z^t: the shifts cancel. With the divergences' sum and y = Z^s/Z^t − 1 it is that sum over
+    // Z^t less y − log(1 + y), of which small y leave little.
     for (int64_t p = 0; p < S * stages.teachers; ++p) {
       const int64_t s = p / stages.teachers, q = S + p % stages.teachers;
-      loss[i * S * stages.teachers + p] =
-          T(kLn2 * args.pair_sums[p * rows + i] / args.sums[q * rows + i] - log_z[q] + log_z[s]);
+      const double z = args.sums[q * rows + i], student_z = args.sums[s * rows + i], y = (student_z - z) / z;
+      const double* sums = args.pair_sums + (args.divergences ? 2 : 1) * p * rows + i;
+      const double ell = args.divergences && std::abs(y) < 0.5 ? sums[rows] / z - (y - std::log1p(y))
+                                                               : kLn2 * sums[0] / z - std::log(z) + std::log(student_z);
+      loss[i * S * stages.teachers + p] = not_below_zero(T(ell));
     }
   }
   return {losses, log_sums.slice(0, 0, S).clone(), log_sums.slice(0, S, count).clone()};
-}
-
-// Upstream, losses and log-sums of one side, and for the second order the tangents of losses and log-sums.
-template <class T>
-struct Statistics {
-  const T* upstream;  // [count, S, T], or null: zero
-  const T* losses;    // [count, S, T], or null
-  const double *student_log_sums, *teacher_log_sums;
-  int64_t count;
-  const T* loss_tangents;
-  const double *student_log_sum_tangents, *teacher_log_sum_tangents;
-};
-
-// Each stage's direction, undefined where it stands still, of rows and columns.
-struct Directions {
-  std::vector<at::Tensor> rows, columns;
-};
-
-Directions directions_of(const Stages& stages, at::TensorList tangents, const c10::List<bool>& moving,
-                         const std::optional<at::TensorList>& column_tangents) {
-  TORCH_CHECK(int64_t(moving.size()) == stages.count(), "moving must have ", stages.count(), " entries, got ",
-              moving.size());
-  TORCH_CHECK(stages.symmetric == !column_tangents.has_value(), "column_tangents and the column set go together");
-  auto spread = [&](const char* name, at::TensorList given, int64_t rows) {
-    std::vector<at::Tensor> out(stages.count());
-    size_t next = 0;
-    for (int64_t q = 0; q < stages.count(); ++q) {
-      if (!moving.get(q)) continue;
-      TORCH_CHECK(next < given.size(), name, " must have one for each moving stage, got ", given.size());
-      out[q] = matrix(name, given[next++], stages.type, rows, stages.rows[q].size(1));
-    }
-    TORCH_CHECK(next == given.size(), name, " must have one for each moving stage, got ", given.size());
-    return out;
-  };
-  Directions directions;
-  directions.rows = spread("tangents", tangents, stages.row_count);
-  directions.columns =
-      stages.symmetric ? directions.rows : spread("column_tangents", *column_tangents, stages.column_count);
-  return directions;
-}
-
-template <class T>
-void set_directions(RelationKlTangent<T>& second, const Directions& directions, double bandwidth) {
-  second.inverse_variance = T(1 / (bandwidth * bandwidth));
-  for (size_t q = 0; q < directions.rows.size(); ++q) {
-    if (!directions.rows[q].defined()) continue;
-    second.tangents[q] = {directions.rows[q].template const_data_ptr<T>(),
-                          directions.columns[q].template const_data_ptr<T>()};
-  }
-}
-
-// The factors of U on one side: α, β, η of relation_kl.h with 1/(σ²τ). With each row's own shift U is nearly P already.
-// Their tangents, for the second order:  α̇ = −α (log Z^s)˙,  β̇ = −β (log Z^t)˙,  η = Σ_s β_s h_s.
-template <class T>
-struct Factors {
-  T *alpha[kMaxStages], *eta[kMaxStages];
-  T *alpha_tangents[kMaxStages], *eta_tangents[kMaxStages];
-  std::vector<T*> beta, beta_tangents;
-  T* shifts[kMaxStages];
-
-  Factors(Call& call, const RelationKl<T>& args, const Statistics<T>& side, double scale, bool shared) {
-    const int64_t S = args.students, R = args.teachers, count = side.count;
-    for (int64_t s = 0; s < S; ++s) alpha[s] = call.zeros<T>(count), alpha_tangents[s] = call.zeros<T>(count);
-    for (int64_t t = 0; t < R; ++t) eta[t] = call.zeros<T>(count), eta_tangents[t] = call.zeros<T>(count);
-    for (int64_t p = 0; p < S * R; ++p) {
-      beta.push_back(call.zeros<T>(count));
-      beta_tangents.push_back(call.zeros<T>(count));
-    }
-    for (int64_t q = 0; q < S + R; ++q) {
-      shifts[q] = shared ? nullptr : call.zeros<T>(count);
-      // R/τ ≤ 1/τ: without an upstream any shift will do that keeps U finite.
-      if (!shared) std::fill(shifts[q], shifts[q] + count, args.outer);
-    }
-    if (!side.upstream) return;
-    for (int64_t i = 0; i < count; ++i) {
-      double inverse[kMaxStages], log_z[kMaxStages];
-      for (int64_t q = 0; q < S + R; ++q) {
-        log_z[q] = q < S ? side.student_log_sums[q * count + i] : side.teacher_log_sums[(q - S) * count + i];
-        if (!shared) shifts[q][i] = T(log_z[q] * kLog2E);
-        // P over U: 1/Z of a shared shift, and what the own one was rounded by.
-        inverse[q] = std::exp((shared ? args.outer : shifts[q][i]) * kLn2 - log_z[q]);
-      }
-      for (int64_t p = 0; p < S * R; ++p) {
-        const int64_t s = p / R, t = p % R;
-        const double g = side.upstream[i * S * R + p] * scale, b = g * inverse[S + t];
-        // h = ℓ + log Z^t/Z^s
-        const double h = side.losses ? side.losses[i * S * R + p] + log_z[S + t] - log_z[s] : 0;
-        alpha[s][i] += T(g * inverse[s]);
-        beta[p][i] = T(b);
-        eta[t][i] += T(b * h);
-        if (!side.loss_tangents) continue;
-        const double moved_s = side.student_log_sum_tangents[s * count + i];
-        const double moved_t = side.teacher_log_sum_tangents[t * count + i];
-        alpha_tangents[s][i] -= T(g * inverse[s] * moved_s);
-        beta_tangents[p][i] = T(-b * moved_t);
-        eta_tangents[t][i] += T(b * (side.loss_tangents[i * S * R + p] + moved_t - moved_s - moved_t * h));
-      }
-    }
-  }
-};
-
-// The gradients, or along directions their tangents.
-template <class T>
-std::vector<at::Tensor> backward(const Stages& stages, double temperature, double bandwidth, int64_t offset,
-                                 const Statistics<T>& row_side, const Statistics<T>& column_side,
-                                 const c10::List<bool>& needs, const Directions* directions,
-                                 const at::Tensor& affinities) {
-  Call call(stages.product);
-  RelationKlTangent<T> second{};
-  RelationKl<T>& args = second.relations = arguments<T>(stages, temperature, bandwidth, offset);
-  const bool shared = shares_shift(temperature);
-  const double scale = 1 / (bandwidth * bandwidth * temperature);
-  const Factors<T> row(call, args, row_side, scale, shared);
-  std::optional<Factors<T>> other;
-  if (!stages.symmetric) other.emplace(call, args, column_side, scale, shared);
-  const Factors<T>& column = stages.symmetric ? row : *other;
-  std::vector<Terms<T>> beta, beta_tangents;
-  for (size_t p = 0; p < row.beta.size(); ++p) {
-    beta.push_back({row.beta[p], column.beta[p]});
-    beta_tangents.push_back({row.beta_tangents[p], column.beta_tangents[p]});
-  }
-  args.beta = beta.data();
-  second.beta = beta_tangents.data();
-  std::vector<at::Tensor> gradients;
-  for (int64_t q = 0; q < stages.count(); ++q) {
-    if (const int64_t t = q - args.students; t < 0) {
-      args.alpha[q] = {row.alpha[q], column.alpha[q]};
-      second.alpha[q] = {row.alpha_tangents[q], column.alpha_tangents[q]};
-    } else {
-      args.eta[t] = {row.eta[t], column.eta[t]};
-      second.eta[t] = {row.eta_tangents[t], column.eta_tangents[t]};
-    }
-    if (!shared) args.shifts[q] = {row.shifts[q], column.shifts[q]};
-    if (!needs.get(q)) continue;
-    gradients.push_back(at::zeros_like(stages.rows[q]));
-    args.gradients[q] = gradients.back().template mutable_data_ptr<T>();
-  }
-  if (gradients.empty()) return gradients;
-  if (!directions) {
-    args.affinities = kept<T>(affinities, stages.row_count, stages.count());
-    kernels<T>().relation_kl_backward(call.host(), args);
-  } else {
-    set_directions(second, *directions, bandwidth);
-    kernels<T>().relation_kl_double_backward(call.host(), second);
-  }
-  return gradients;
-}
-
-// The tangents of losses and log-sums.
-template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, double temperature, double bandwidth,
-                                                       int64_t offset, const Statistics<T>& side,
-                                                       const Directions& directions) {
-  Call call(stages.product);
-  RelationKlTangent<T> second{};
-  RelationKl<T>& args = second.relations = arguments<T>(stages, temperature, bandwidth, offset);
-  const int64_t rows = stages.row_count, S = stages.students, R = stages.teachers, count = stages.count();
-  const bool shared = shares_shift(temperature);
-  set_directions(second, directions, bandwidth);
-  auto log_sum = [&](int64_t q) {
-    return (q < S ? side.student_log_sums + q * rows : side.teacher_log_sums + (q - S) * rows);
-  };
-  for (int64_t q = 0; !shared && q < count; ++q) {
-    T* shifts = call.zeros<T>(rows);
-    for (int64_t i = 0; i < rows; ++i) shifts[i] = T(log_sum(q)[i] * kLog2E);
-    args.shifts[q] = {shifts, stages.symmetric ? shifts : call.zeros<T>(stages.column_count)};
-  }
-  args.sums = call.zeros<double>(2 * count * rows);
-  args.pair_sums = call.zeros<double>(S * R * rows);
-  kernels<T>().relation_kl_tangent(call.host(), second);
-
-  const auto options = stages.rows[0].options();
-  at::Tensor losses = at::empty({rows, S, R}, options);
-  const auto wide = options.dtype(at::kDouble);
-  at::Tensor log_sums[] = {at::empty({S, rows}, wide), at::empty({R, rows}, wide)};
-  T* loss = losses.mutable_data_ptr<T>();
-  double* out[] = {log_sums[0].mutable_data_ptr<double>(), log_sums[1].mutable_data_ptr<double>()};
-  for (int64_t i = 0; i < rows; ++i) {
-    double inverse[kMaxStages], moved[kMaxStages], log_z[kMaxStages];
-    for (int64_t q = 0; q < count; ++q) {
-      // Z of the same roundings as its tangent where the columns are all; else of the log-sums, so that tangents add up.
-      const double shift = shared ? args.outer : args.shifts[q].row[i];
-      const double z = stages.symmetric ? args.sums[(count + q) * rows + i] : std::exp(log_sum(q)[i] - shift * kLn2);
-      log_z[q] = std::log(z) + shift * kLn2;
-      inverse[q] = 1 / (temperature * z);
-      moved[q] = args.sums[q * rows + i] * inverse[q];
-      (q < S ? out[0][q * rows + i] : out[1][(q - S) * rows + i]) = moved[q];
-    }
-    // ℓ̇ = Σ_j P^t [Δ L̇^t − L̇^s] − h (log Z^t)˙ + (log Z^s)˙, h = ℓ + log Z^t/Z^s
-    for (int64_t p = 0; p < S * R; ++p) {
-      const int64_t s = p / R, q = S + p % R;
-      const double h = side.losses[i * S * R + p] + log_z[q] - log_z[s];
-      loss[i * S * R + p] = T(args.pair_sums[p * rows + i] * inverse[q] - h * moved[q] + moved[s]);
-    }
-  }
-  return {losses, log_sums[0], log_sums[1]};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(
@@ -343,63 +83,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relation_kl_keep(
       std::make_tuple(affinities));
 }
 
-// The tensors of one side: upstream, losses, log-sums, and for the second order the tangents of the last three.
-struct Side {
-  at::Tensor upstream, losses, student_log_sums, teacher_log_sums;
-  at::Tensor loss_tangents, student_log_sum_tangents, teacher_log_sum_tangents;
-
-  // Checks those that are there.
-  void check(const char* side, const Stages& stages, int64_t count) {
-    const int64_t S = stages.students, R = stages.teachers;
-    const std::string prefix = side;
-    auto take = [&](const char* name, at::Tensor& x, at::ScalarType type, std::vector<int64_t> shape) {
-      if (x.defined()) x = vector((prefix + name).c_str(), x, type, std::move(shape));
-    };
-    take("upstream", upstream, stages.type, {count, S, R});
-    take("losses", losses, stages.type, {count, S, R});
-    take("student_log_sums", student_log_sums, at::kDouble, {S, count});
-    take("teacher_log_sums", teacher_log_sums, at::kDouble, {R, count});
-    take("loss_tangents", loss_tangents, stages.type, {count, S, R});
-    take("student_log_sum_tangents", student_log_sum_tangents, at::kDouble, {S, count});
-    take("teacher_log_sum_tangents", teacher_log_sum_tangents, at::kDouble, {R, count});
-  }
-
-  template <class T>
-  Statistics<T> statistics(int64_t count) const {
-    auto data = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<T>() : nullptr; };
-    auto wide = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<double>() : nullptr; };
-    return {data(upstream), data(losses), wide(student_log_sums), wide(teacher_log_sums), count,
-            data(loss_tangents), wide(student_log_sum_tangents), wide(teacher_log_sum_tangents)};
-  }
-};
-
-at::Tensor given(const std::optional<at::Tensor>& x) { return x ? *x : at::Tensor(); }
-
-std::vector<at::Tensor> gradients_of(const Stages& stages, Side own, Side columns, double temperature,
-                                     double bandwidth, const c10::List<bool>& needs, int64_t offset,
-                                     const Directions* directions, const at::Tensor& affinities = {}) {
-  TORCH_CHECK(int64_t(needs.size()) == stages.count(), "needs must have ", stages.count(), " entries, got ",
-              needs.size());
-  bool needs_teacher = false;
-  for (int64_t q = stages.students; q < stages.count(); ++q) needs_teacher = needs_teacher || needs.get(q);
-  own.check("", stages, stages.row_count);
-  if (stages.symmetric || !columns.upstream.defined()) columns = {};
-  columns.check("column_", stages, stages.column_count);
-  if (columns.upstream.defined()) {
-    TORCH_CHECK(columns.student_log_sums.defined() && columns.teacher_log_sums.defined() &&
-                    (columns.losses.defined() || !needs_teacher),
-                "column_upstream needs the columns' log-sums, and their losses for a teacher's gradient");
-    TORCH_CHECK(!directions || (columns.losses.defined() && columns.loss_tangents.defined() &&
-                                columns.student_log_sum_tangents.defined() &&
-                                columns.teacher_log_sum_tangents.defined()),
-                "column_upstream needs the columns' losses and the tangents of losses and log-sums");
-  }
-  return GKD_DISPATCH(stages.type, [&] {
-    return backward<scalar_t>(stages, temperature, bandwidth, offset, own.statistics<scalar_t>(stages.row_count),
-                              columns.statistics<scalar_t>(stages.column_count), needs, directions, affinities);
-  });
-}
-
 std::vector<at::Tensor> relation_kl_backward(
     const at::Tensor& upstream, at::TensorList students, at::TensorList teachers, const at::Tensor& losses,
     const at::Tensor& student_log_sums, const at::Tensor& teacher_log_sums, double temperature, double bandwidth,
@@ -415,55 +98,12 @@ std::vector<at::Tensor> relation_kl_backward(
                       temperature, bandwidth, needs, offset, nullptr, given(affinities));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl_tangent(
-    at::TensorList students, at::TensorList teachers, at::TensorList tangents, c10::List<bool> moving,
-    const at::Tensor& losses, const at::Tensor& student_log_sums, const at::Tensor& teacher_log_sums,
-    double temperature, double bandwidth, c10::string_view product_precision,
-    std::optional<at::TensorList> student_columns, std::optional<at::TensorList> teacher_columns,
-    std::optional<at::TensorList> column_tangents, int64_t offset) {
-  const Stages stages =
-      second_order(stages_of(students, teachers, student_columns, teacher_columns, product_precision));
-  const Directions directions = directions_of(stages, tangents, moving, column_tangents);
-  Side own{{}, losses, student_log_sums, teacher_log_sums};
-  own.check("", stages, stages.row_count);
-  return GKD_DISPATCH(stages.type, [&] {
-    return tangent<scalar_t>(stages, temperature, bandwidth, offset, own.statistics<scalar_t>(stages.row_count),
-                             directions);
-  });
-}
-
-std::vector<at::Tensor> relation_kl_double_backward(
-    const at::Tensor& upstream, at::TensorList students, at::TensorList teachers, at::TensorList tangents,
-    c10::List<bool> moving, const at::Tensor& losses, const at::Tensor& student_log_sums,
-    const at::Tensor& teacher_log_sums, const at::Tensor& loss_tangents, const at::Tensor& student_log_sum_tangents,
-    const at::Tensor& teacher_log_sum_tangents, double temperature, double bandwidth,
-    c10::string_view product_precision, c10::List<bool> needs, std::optional<at::TensorList> student_columns,
-    std::optional<at::TensorList> teacher_columns, std::optional<at::TensorList> column_tangents, int64_t offset,
-    const std::optional<at::Tensor>& column_upstream, const std::optional<at::Tensor>& column_losses,
-    const std::optional<at::Tensor>& column_student_log_sums, const std::optional<at::Tensor>& column_teacher_log_sums,
-    const std::optional<at::Tensor>& column_loss_tangents,
-    const std::optional<at::Tensor>& column_student_log_sum_tangents,
-    const std::optional<at::Tensor>& column_teacher_log_sum_tangents) {
-  const Stages stages =
-      second_order(stages_of(students, teachers, student_columns, teacher_columns, product_precision));
-  const Directions directions = directions_of(stages, tangents, moving, column_tangents);
-  return gradients_of(stages,
-                      {upstream, losses, student_log_sums, teacher_log_sums, loss_tangents, student_log_sum_tangents,
-                       teacher_log_sum_tangents},
-                      {given(column_upstream), given(column_losses), given(column_student_log_sums),
-                       given(column_teacher_log_sums), given(column_loss_tangents),
-                       given(column_student_log_sum_tangents), given(column_teacher_log_sum_tangents)},
-                      temperature, bandwidth, needs, offset, &directions);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("relation_kl", &relation_kl);
   library.impl("relation_kl_keep", &relation_kl_keep);
   library.impl("relation_kl_backward", &relation_kl_backward);
-  library.impl("relation_kl_tangent", &relation_kl_tangent);
-  library.impl("relation_kl_double_backward", &relation_kl_double_backward);
 }
 
-}  // namespace gkd
+}  // namespace gkd::relation

@@ -2,7 +2,7 @@
 // The shift is 1/τ ≥ R/τ for everybody (shared), or each row's own where that one could underflow: then a tile has
 // a U for its rows and another, V, for its columns.
 #pragma once
-#include "tile.h"
+#include "centre.h"
 
 namespace gkd::GKD_ISA {
 
@@ -10,7 +10,8 @@ namespace gkd::GKD_ISA {
 template <class T>
 constexpr T kFar = T(-1e30);
 
-constexpr int kMostSums = 2;  // per stage
+constexpr int kMostSums = 2;      // per stage
+constexpr int kMostPairSums = 2;  // per pair
 
 // Fixed: S = T = Fixed, known to the compiler, so that 1 lives in registers; 0: any S and T.
 template <class T, bool Shared, int Fixed>
@@ -26,11 +27,12 @@ struct RelationTiles {
   struct Relations {
     Vec<T> r[kStages][G], log_u[kStages][G], log_v[kStages][G], u[kStages][G], v[kStages][G];
     GKD_INLINE const Vec<T>& mirrored(int64_t q, int g) const { return Shared ? u[q][g] : v[q][g]; }
-    GKD_INLINE const Vec<T>& mirrored_log(int64_t q, int g) const { return Shared ? log_u[q][g] : log_v[q][g]; }
   };
 
   const RelationKl<T>& args;
-  Operand<T> rows[kMaxStages], columns[kMaxStages], values[kMaxStages];
+  Operand<T> rows[kMaxStages], columns[kMaxStages];
+  Values<T> values[kMaxStages];
+  T inner_one;  // what the inner exponent's product is where rows coincide
   T* tiles;
   T* partial;  // column sums of one tile
   int64_t stride;
@@ -62,15 +64,15 @@ struct RelationTiles {
   // Of the stages [first, first + Q) at row r and column x of the tile.
   template <int Q, int G>
   GKD_INLINE void relate(const Tile& t, T* c, int64_t r, int64_t x, int64_t first, Relations<G>& out) const {
-    const T inner = args.inner, outer = args.outer;
+    const T inner = args.inner, one = inner_one, outer = args.outer;
     Vec<T> w[Q * G], mirrored[Q * G];
     auto place = [&](int k) GKD_LAMBDA { return c + (first + k / G) * step + (r + k % G) * stride + x; };
 #pragma GCC unroll 8
     for (int k = 0; k < Q * G; ++k) w[k] = load(place(k));
     if (!known) {
 #pragma GCC unroll 8
-      // Rounded rows can be longer than 1, and R/τ − 1/τ large.
-      for (int k = 0; k < Q * G; ++k) w[k] = at_most<T>(w[k] * inner - inner, 0);
+      // Cosines can exceed 1 by roundings, and R/τ − 1/τ large.
+      for (int k = 0; k < Q * G; ++k) w[k] = at_most<T>(w[k] * inner - one, 0);
       exp2_nonpositive<T>(w);
       if (args.affinities) {
 #pragma GCC unroll 8
@@ -115,16 +117,17 @@ struct RelationTiles {
     Vec<T> own, mirrored;
   };
 
-  // Adds op's summands of G rows, Op::kSums per stage and one per pair, to the rows' sums, and to `below` for the columns.
+  // Adds op's summands of G rows, Op::kSums per stage and Op::kPairSums per pair, to the rows' sums, and to `below` for
+  // the columns.
   template <int G, class Op>
   GKD_INLINE void add_rows(const Op& op, const Tile& t, T* c, int64_t r, T* below) const {
-    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages();
-    constexpr int kFixedSums = Op::kSums * kFixedStages;
-    Vec<T> stage_totals[Op::kSums * kStages][G], pair_totals[kPairs][G];
+    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages(), pair_sums = Op::kPairSums * pairs();
+    constexpr int kFixedSums = Op::kSums * kFixedStages, kFixedPairSums = Op::kPairSums * kFixedPairs;
+    Vec<T> stage_totals[Op::kSums * kStages][G], pair_totals[Op::kPairSums * kPairs][G];
     repeat<kFixedSums>(sums, [&](int64_t q) GKD_LAMBDA {
       for (int g = 0; g < G; ++g) stage_totals[q][g] = Vec<T>{};
     });
-    repeat<kFixedPairs>(pairs(), [&](int64_t p) GKD_LAMBDA {
+    repeat<kFixedPairSums>(pair_sums, [&](int64_t p) GKD_LAMBDA {
       for (int g = 0; g < G; ++g) pair_totals[p][g] = Vec<T>{};
     });
     for (int64_t x = 0; x < t.columns; x += N) {
@@ -144,23 +147,25 @@ struct RelationTiles {
       repeat<kFixedSums>(sums, [&](int64_t q) GKD_LAMBDA {
         add(stage_totals[q], below + q * stride, [&](int g) GKD_LAMBDA { return summands.stage(q, g); });
       });
-      repeat<kFixedPairs>(pairs(), [&](int64_t p) GKD_LAMBDA {
+      repeat<kFixedPairSums>(pair_sums, [&](int64_t k) GKD_LAMBDA {
+        const int64_t p = k / Op::kPairSums, which = k % Op::kPairSums;
         const int64_t s = p / teachers(), q = students() + p % teachers();
-        add(pair_totals[p], below + (sums + p) * stride, [&](int g) GKD_LAMBDA { return summands.pair(s, q, g); });
+        add(pair_totals[k], below + (sums + k) * stride, [&](int g) GKD_LAMBDA { return summands.pair(s, q, g, which); });
       });
     }
     for (int g = 0; g < G; ++g) {
       const int64_t i = t.i + r + g;
       for (int64_t q = 0; q < sums; ++q) args.sums[q * count + i] += sum<T>(stage_totals[q][g]);
-      for (int64_t p = 0; p < pairs(); ++p) args.pair_sums[p * count + i] += sum<T>(pair_totals[p][g]);
+      for (int64_t p = 0; p < pair_sums; ++p) args.pair_sums[p * count + i] += sum<T>(pair_totals[p][g]);
     }
   }
 
   // The sums of a tile whose similarities are in c.
   template <class Op>
   GKD_INLINE void add_tile(const Op& op, const Tile& t, T* c, int64_t worker) const {
-    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages(), all = sums + pairs();
-    T* below = partial + worker * (kMostSums * stages() + pairs()) * stride;
+    const int64_t count = args.stages[0].row_count, sums = Op::kSums * stages();
+    const int64_t all = sums + Op::kPairSums * pairs();
+    T* below = partial + worker * (kMostSums * stages() + kMostPairSums * pairs()) * stride;
     for (int64_t x = 0; x < all * stride; ++x) below[x] = 0;
     for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { add_rows<G>(op, t, c, r, below); });
     if (!t.mirror) return;
@@ -171,22 +176,44 @@ struct RelationTiles {
   }
 };
 
+// u (e^d − 1 − d) ≥ 0 with d = ln2·x and u e^d = v: for small x by its series, since of a student near its teacher the
+// difference would be the roundings of u and v.
+template <class T>
+GKD_INLINE Vec<T> divergence(Vec<T> x, Vec<T> u, Vec<T> v) {
+  constexpr T ln2 = T(0.6931471805599453);
+  // ln2^n/n!, n = 6 … 2: relative error 5e-7 below 0.35.
+  constexpr T series[] = {T(0.000154035304), T(0.00133335581), T(0.00961812911), T(0.0555041087), T(0.240226507)};
+  Vec<T> p = x * series[0] + series[1];
+#pragma GCC unroll 3
+  for (int term = 2; term < 5; ++term) p = p * x + series[term];
+  const Vec<T> square = x * x;
+  return square < T(0.35 * 0.35) ? u * (square * p) : v - u - u * (x * ln2);
+}
+
 // Z = Σ_j U_ij per stage, Q = Σ_j U^t_ij (log2 U^t_ij − log2 U^s_ij) per pair: of the exponents that U was made of, so that
-// their roundings cancel in the losses.
-template <class T, bool Shared, int Fixed>
+// their roundings cancel in the losses. Divergences: after each Q also Σ_j [U^t_ij (log U^t_ij − log U^s_ij) − U^t_ij +
+// U^s_ij], which keeps its digits where student and teacher are nearly alike.
+template <class T, bool Shared, int Fixed, bool Divergences>
 struct RelationForward : RelationTiles<T, Shared, Fixed> {
   using Tiles = RelationTiles<T, Shared, Fixed>;
   using Summand = typename Tiles::Summand;
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 1, kPairSums = Divergences ? 2 : 1;
 
   template <int G>
   struct Summands {
     const typename Tiles::template Relations<G>& now;
 
     GKD_INLINE Summand stage(int64_t q, int g) const { return {now.u[q][g], now.mirrored(q, g)}; }
-    GKD_INLINE Summand pair(int64_t s, int64_t q, int g) const {
-      return {now.u[q][g] * (now.log_u[q][g] - now.log_u[s][g]),
-              now.mirrored(q, g) * (now.mirrored_log(q, g) - now.mirrored_log(s, g))};
+    GKD_INLINE static Vec<T> summand(Vec<T> x, Vec<T> u, Vec<T> v, int64_t which) {
+      if constexpr (Divergences) {
+        if (which == 1) return divergence<T>(x, u, v);
+      }
+      return -u * x;
+    }
+    GKD_INLINE Summand pair(int64_t s, int64_t q, int g, int64_t which) const {
+      const Vec<T> own = summand(now.log_u[s][g] - now.log_u[q][g], now.u[q][g], now.u[s][g], which);
+      if constexpr (Shared) return {own, own};
+      return {own, summand(now.log_v[s][g] - now.log_v[q][g], now.v[q][g], now.v[s][g], which)};
     }
   };
 
@@ -276,7 +303,7 @@ struct RelationBackward : RelationTiles<T, Shared, Fixed> {
   }
 };
 
-// The largest similarity of each row and column off the diagonal.
+// The largest inner exponent, (c − 1) log2(e)/σ², of each row and column off the diagonal.
 template <class T>
 struct RowMaxima : RelationTiles<T, true, 0> {
   T* const* maxima;
@@ -290,8 +317,9 @@ struct RowMaxima : RelationTiles<T, true, 0> {
       for (int64_t r = 0; r < t.rows; ++r) {
         const T* row = c + q * this->step + r * stride;
         for (int64_t x = 0; x < t.columns; ++x) {
-          if (row[x] > out[t.i + r]) out[t.i + r] = row[x];
-          if (t.mirror && row[x] > out[t.j + x]) out[t.j + x] = row[x];
+          const T exponent = row[x] * this->args.inner - this->inner_one;
+          if (exponent > out[t.i + r]) out[t.i + r] = exponent;
+          if (t.mirror && exponent > out[t.j + x]) out[t.j + x] = exponent;
         }
       }
     }
@@ -303,18 +331,21 @@ RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationK
   const int64_t stages = args.students + args.teachers, pairs = args.students * args.teachers;
   const int64_t stride = block_rows(host, args.stages[0].row_count);
   const bool known = backward && args.affinities;
-  RelationTiles<T, Shared, Fixed> tiles{args, {}, {}, {}, nullptr, nullptr, stride,
+  RelationTiles<T, Shared, Fixed> tiles{args, {}, {}, {}, 0, nullptr, nullptr, stride,
                                          args.affinities ? stride * stride : tile_elements(stride), known};
   for (int64_t q = 0; q < stages; ++q) {
     const Sides<T>& sides = args.stages[q];
-    if (!known) {
-      tiles.rows[q] = rows_of(host, sides.rows, sides.row_count, sides.dim, stride);
-      tiles.columns[q] = columns_of(host, sides.columns, sides.column_count, sides.dim, stride);
-    }
-    if (backward && args.gradients[q]) tiles.values[q] = values_of(host, sides.columns, sides.column_count, sides.dim);
+    const bool gathers = backward && args.gradients[q];
+    if (known && !gathers) continue;
+    const UnitSides<T> units(host, sides, stride, known);
+    tiles.rows[q] = units.rows;
+    tiles.columns[q] = units.columns;
+    tiles.inner_one = units.one * args.inner;
+    if (!gathers) continue;
+    tiles.values[q] = values_of(host, sides.columns, sides.column_count, sides.dim, sides.row_count, units.centre);
   }
   tiles.tiles = allocate<T>(host, host.workers * stages * tile_elements(stride));
-  if (!backward) tiles.partial = allocate<T>(host, host.workers * (kMostSums * stages + pairs) * stride);
+  if (!backward) tiles.partial = allocate<T>(host, host.workers * (kMostSums * stages + kMostPairSums * pairs) * stride);
   return tiles;
 }
 
@@ -335,8 +366,14 @@ void specialise(const RelationKl<T>& args, const F& f) {
 template <class T>
 void relation_kl(const Host& host, const RelationKl<T>& args) {
   specialise(args, [&]<bool Shared, int Fixed>() {
-    RelationForward<T, Shared, Fixed> op{relation_tiles<T, Shared, Fixed>(host, args, false)};
-    walk(host, args.stages[0], op);
+    auto add = [&]<bool Divergences>() {
+      RelationForward<T, Shared, Fixed, Divergences> op{relation_tiles<T, Shared, Fixed>(host, args, false)};
+      walk(host, args.stages[0], op);
+    };
+    if constexpr (kRounds<T>) {
+      if (args.divergences) return add.template operator()<true>();
+    }
+    add.template operator()<false>();
   });
 }
 
@@ -345,6 +382,9 @@ void relation_kl_backward(const Host& host, const RelationKl<T>& args) {
   specialise(args, [&]<bool Shared, int Fixed>() {
     RelationBackward<T, Shared, Fixed> op{relation_tiles<T, Shared, Fixed>(host, args, true)};
     walk(host, args.stages[0], op);
+    for (int64_t q = 0; q < op.stages(); ++q) {
+      if (args.gradients[q]) add_centre(host, op.values[q], args.stages[q].row_count, args.stages[q].dim, args.gradients[q]);
+    }
   });
 }
 

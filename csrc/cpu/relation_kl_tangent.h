@@ -13,7 +13,8 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
   using Relations = typename Tiles::template Relations<G>;
 
   const RelationKlTangent<T>& second;
-  Operand<T> row_tangents[kMaxStages], column_tangents[kMaxStages], tangent_values[kMaxStages];
+  Operand<T> row_tangents[kMaxStages], column_tangents[kMaxStages];
+  Values<T> tangent_values[kMaxStages];
   T* moving_tiles;
   int64_t moving_count;
   int64_t places[kMaxStages];  // of a moving stage's tile, or -1
@@ -28,7 +29,8 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
       if (!tangent.row) continue;
       row_tangents[q] = rows_of(host, tangent.row, sides.row_count, sides.dim, this->stride);
       column_tangents[q] = columns_of(host, tangent.column, sides.column_count, sides.dim, this->stride);
-      if (this->values[q]) tangent_values[q] = values_of(host, tangent.column, sides.column_count, sides.dim);
+      if (!this->values[q]) continue;
+      tangent_values[q] = values_of(host, tangent.column, sides.column_count, sides.dim, sides.row_count);
     }
     moving_tiles = allocate<T>(host, host.workers * moving_count * tile_elements(this->stride));
   }
@@ -88,7 +90,7 @@ struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixe
       if (q >= stages) return {now.u[q - stages][g], now.mirrored(q - stages, g)};
       return both(q, g, rates.relation[q][g]);
     }
-    GKD_INLINE Summand pair(int64_t s, int64_t q, int g) const {
+    GKD_INLINE Summand pair(int64_t s, int64_t q, int g, int64_t) const {
       const Vec<T> difference = (now.r[q][g] - now.r[s][g]) * inverse_temperature;
       return both(q, g, difference * rates.relation[q][g] - rates.relation[s][g]);
     }
@@ -98,7 +100,7 @@ struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixe
   struct Of {
     const RelationSumsTangent& all;
     int64_t worker;
-    static constexpr int kSums = 2;
+    static constexpr int kSums = 2, kPairSums = 1;
 
     template <int G>
     GKD_INLINE Summands<G> summands(const typename All::template Relations<G>& now, int64_t r, int64_t x) const {
@@ -198,7 +200,7 @@ struct RelationDoubleBackward : RelationTangentTiles<T, RelationBackward, Shared
     }
   }
 
-  void gather(const Tile& t, int64_t q, const T* m, const Operand<T>& values) const {
+  void gather(const Tile& t, int64_t q, const T* m, const Values<T>& values) const {
     const Sides<T>& sides = this->args.stages[q];
     T* gradient = this->args.gradients[q];
     add_to_rows(t, m, this->stride, values, sides.column_count, sides.dim, gradient);

@@ -1,7 +1,7 @@
 // node_contrast's tiles: w_ij = exp2(c_ij·scale − row_shift_i − column_shift_j)·column_factor_j, their row sums and
 // Σ_j w_ij values_j. The forward shifts by its row bound, the backward by the log-sums of either side.
 #pragma once
-#include "tile.h"
+#include "centre.h"
 
 namespace gkd::GKD_ISA {
 
@@ -11,7 +11,8 @@ struct SoftmaxTiles {
   static constexpr int kGroup = 4;  // rows at a time
 
   const SoftmaxSums<T>& args;
-  Operand<T> rows, columns, values;
+  UnitSides<T> units;
+  Values<T> values;
   T* tiles;
   int64_t stride;
 
@@ -20,7 +21,8 @@ struct SoftmaxTiles {
     T shift[G];
     Vec<T> totals[G], weight_totals[G];
     for (int g = 0; g < G; ++g) {
-      shift[g] = args.row_shift ? args.row_shift[t.i + r + g] : T(0);
+      // Less what a tile's cosines lack.
+      shift[g] = (args.row_shift ? args.row_shift[t.i + r + g] : T(0)) - (1 - units.one) * args.scale;
       totals[g] = weight_totals[g] = Vec<T>{};
     }
     for (int64_t x = 0; x < t.columns; x += N) {
@@ -53,14 +55,22 @@ struct SoftmaxTiles {
   void find_maxima(const Tile& t, const T* c) const {
     for (int64_t r = 0; r < t.rows; ++r) {
       T& largest = args.maxima[t.i + r];
-      for (int64_t x = 0; x < t.columns; ++x) largest = c[r * stride + x] > largest ? c[r * stride + x] : largest;
+      for (int64_t x = 0; x < t.columns; ++x) {
+        const T cosine = c[r * stride + x] + (1 - units.one);
+        largest = cosine > largest ? cosine : largest;
+      }
     }
   }
 
   void tile(const Tile& t, int64_t worker) const {
     T* c = tiles + worker * tile_elements(stride);
-    similarities(t, rows, columns, args.sides.dim, c, stride);
+    similarities(t, units.rows, units.columns, args.sides.dim, c, stride);
     if (args.maxima) return find_maxima(t, c);
+    for (int64_t r = 0; args.own_cosines && r < t.rows; ++r) {
+      if (const int64_t own = own_column(t, r); own >= 0) {
+        args.own_cosines[t.i + r] = c[r * stride + own] + (1 - units.one);
+      }
+    }
     for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r); });
     take_own(t, c);
     if (values) add_to_rows(t, c, stride, values, args.sides.column_count, args.sides.dim, args.weighted);
@@ -71,13 +81,21 @@ template <class T>
 void softmax_sums(const Host& host, const SoftmaxSums<T>& args) {
   const Sides<T>& sides = args.sides;
   const int64_t stride = block_rows(host, sides.row_count);
+  const UnitSides<T> units(host, sides, stride, false, args.centred_on, args.centred_on_count);
+  Centre<T> centre = centre_of(host, args.values, sides.column_count, sides.dim);
+  centre.shares = units.centre.shares;
   SoftmaxTiles<T> op{args,
-                     rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-                     columns_of(host, sides.columns, sides.column_count, sides.dim, stride),
-                     values_of(host, args.values, sides.column_count, sides.dim),
+                     units,
+                     values_of(host, args.values, sides.column_count, sides.dim, sides.row_count, centre),
                      allocate<T>(host, host.workers * tile_elements(stride)),
                      stride};
   walk(host, sides, op);
+  if (!op.values.sums) return;
+  // What is divided by the sums of the rounded weights has its centre by these too.
+  for (int64_t i = 0; args.weight_sums && i < sides.row_count; ++i) {
+    op.values.sums[i] *= args.weight_sums[i] / args.sums[i];
+  }
+  add_centre(host, op.values, sides.row_count, sides.dim, args.weighted);
 }
 
 }  // namespace gkd::GKD_ISA

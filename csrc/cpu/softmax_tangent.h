@@ -11,7 +11,8 @@ struct SoftmaxTangentTiles {
 
   const SoftmaxTangent<T>& args;
   SoftmaxTiles<T> softmax;
-  Operand<T> row_tangents, column_tangents, tangent_values;
+  Operand<T> row_tangents, column_tangents;
+  Values<T> tangent_values;
   int64_t stride;
 
   template <int G>
@@ -37,8 +38,8 @@ struct SoftmaxTangentTiles {
     const Sides<T>& sides = args.softmax.sides;
     T* w = softmax.tiles + worker * 2 * tile_elements(stride);
     T* moving = w + tile_elements(stride);
-    similarities(t, softmax.rows, softmax.columns, sides.dim, w, stride);
-    moving_similarities(t, softmax.rows, softmax.columns, row_tangents, column_tangents, sides.dim, moving, stride);
+    similarities(t, softmax.units.rows, softmax.units.columns, sides.dim, w, stride);
+    moving_similarities(t, softmax.units.rows, softmax.units.columns, row_tangents, column_tangents, sides.dim, moving, stride);
     for_row_groups<SoftmaxTiles<T>::kGroup>(t.rows, [&]<int G>(int64_t r) {
       softmax.template weigh_rows<G>(t, w, r);
       move_rows<G>(t, w, moving, r);
@@ -60,14 +61,13 @@ void softmax_tangent(const Host& host, const SoftmaxTangent<T>& args) {
   SoftmaxTangentTiles<T> op{
       args,
       {weights,
-       rows_of(host, sides.rows, sides.row_count, sides.dim, stride),
-       columns_of(host, sides.columns, count, sides.dim, stride),
-       values_of(host, args.softmax.values, count, sides.dim),
+       UnitSides<T>(host, sides, stride),
+       values_of(host, args.softmax.values, count, sides.dim, sides.row_count),
        allocate<T>(host, host.workers * 2 * tile_elements(stride)),
        stride},
       rows_of(host, args.tangents.row, sides.row_count, sides.dim, stride),
       columns_of(host, args.tangents.column, count, sides.dim, stride),
-      values_of(host, args.softmax.values ? args.tangents.column : nullptr, count, sides.dim),
+      values_of(host, args.softmax.values ? args.tangents.column : nullptr, count, sides.dim, sides.row_count),
       stride};
   walk(host, sides, op);
 }

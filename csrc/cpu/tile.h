@@ -54,6 +54,15 @@ T* allocate(const Host& host, int64_t count) {
   return static_cast<T*>(host.allocate(host.self, (count + 16) * int64_t(sizeof(T))));
 }
 
+// Zeros, also where vectors read beyond the end.
+template <class T>
+T* cleared(const Host& host, int64_t count) {
+  const int64_t all = round_up(count, 32);
+  T* p = allocate<T>(host, all);
+  for (int64_t k = 0; k < all; ++k) p[k] = 0;
+  return p;
+}
+
 // Whether tiles of T are multiplied in bfloat16.
 template <class T>
 GKD_INLINE bool rounds(const Host& host) {
@@ -162,8 +171,7 @@ void walk(const Host& host, const Sides<T>& sides, Op& op) {
     return;
   }
   const Meetings meetings(blocks);
-  const Progress progress{host, allocate<int64_t>(host, blocks)};
-  for (int64_t a = 0; a < blocks; ++a) progress.done[a] = 0;
+  const Progress progress{host, cleared<int64_t>(host, blocks)};
   take_turns(host, workers, meetings.rows(), [&](int64_t task, int64_t worker) {
     const auto [place, a, k, rows, first, columns] = meetings.row(task);
     if (k >= rows) return;
@@ -198,27 +206,31 @@ template <class T>
 struct Operand {
   T* own;
   Bfloat16* rounded;
+  int64_t depth;  // of a rounded row or column of similarities
   explicit operator bool() const { return own || rounded; }
 };
 
 template <class T>
-Operand<T> operand(const Host& host, int64_t own_elements, int64_t rounded_elements) {
-  if (rounds<T>(host)) return {nullptr, allocate<Bfloat16>(host, rounded_elements)};
-  return {allocate<T>(host, own_elements), nullptr};
+Operand<T> operand(const Host& host, int64_t own_elements, int64_t rounded_elements, int64_t depth = 0) {
+  if (rounds<T>(host)) return {nullptr, allocate<Bfloat16>(host, rounded_elements), depth};
+  return {allocate<T>(host, own_elements), nullptr, 0};
 }
 
 // Memory for `blocks` blocks of rows as left operand of similarities.
 template <class T>
-Operand<T> row_blocks(const Host& host, int64_t blocks, int64_t dim, int64_t block) {
-  return operand<T>(host, blocks * round_up(block, kMicroRows) * dim, blocks * block * even(dim));
+Operand<T> row_blocks(const Host& host, int64_t blocks, int64_t dim, int64_t block, const Centre<T>& centre) {
+  const int64_t depth = rounded_depth(dim, centre);
+  return operand<T>(host, blocks * round_up(block, kMicroRows) * dim, blocks * block * depth, depth);
 }
 
-// Rows [begin, end) as the block `place` of such memory.
+// Rows [begin, end) as the block `place` of such memory. Here and below a centre is taken from rounded rows alone.
 template <class T>
 void pack_block(const Operand<T>& packed, int64_t place, const T* rows, const T* factors, int64_t begin, int64_t end,
-                int64_t dim, int64_t block) {
+                int64_t dim, int64_t block, const Centre<T>& centre) {
   if constexpr (kRounds<T>) {
-    if (packed.rounded) return round_rows(rows, factors, begin, end, dim, packed.rounded + place * block * even(dim));
+    if (packed.rounded) {
+      return round_rows(rows, factors, begin, end, dim, centre, packed.rounded + place * block * packed.depth);
+    }
   }
   pack_rows(rows, factors, begin, end, dim, packed.own + place * round_up(block, kMicroRows) * dim);
 }
@@ -226,12 +238,12 @@ void pack_block(const Operand<T>& packed, int64_t place, const T* rows, const T*
 // A matrix packed once per call as left operand of similarities, a block after the other; of no matrix, none.
 template <class T>
 Operand<T> rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block,
-                   const T* factors = nullptr) {
+                   const Centre<T>& centre = {}, const T* factors = nullptr) {
   if (!rows) return {};
   const int64_t blocks = ceil_div(count, block);
-  const Operand<T> packed = row_blocks<T>(host, blocks, dim, block);
+  const Operand<T> packed = row_blocks<T>(host, blocks, dim, block, centre);
   parallel(host, blocks, [&](int64_t p, int64_t) {
-    pack_block(packed, p, rows, factors, p * block, smaller(count, (p + 1) * block), dim, block);
+    pack_block(packed, p, rows, factors, p * block, smaller(count, (p + 1) * block), dim, block, centre);
   }, grain_of(block * dim));
   return packed;
 }
@@ -239,47 +251,64 @@ Operand<T> rows_of(const Host& host, const T* rows, int64_t count, int64_t dim, 
 // A matrix packed once per call as columns of products.
 template <class T>
 Operand<T> columns_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block,
-                      const T* factors = nullptr) {
+                      const Centre<T>& centre = {}, const T* factors = nullptr) {
   if (!rows) return {};
-  const int64_t blocks = ceil_div(count, block);
-  const Operand<T> packed = operand<T>(host, packed_columns<T>(count, dim), blocks * block * even(dim));
+  const int64_t blocks = ceil_div(count, block), depth = rounded_depth(dim, centre);
+  const Operand<T> packed = operand<T>(host, packed_columns<T>(count, dim), blocks * block * depth, depth);
   parallel(host, blocks, [&](int64_t p, int64_t) {
     const int64_t begin = p * block, end = smaller(count, begin + block);
     if constexpr (kRounds<T>) {
       Bfloat16* rounded = packed.rounded;
-      if (rounded) return round_columns(rows, factors, begin, end, dim, block, rounded + begin * even(dim));
+      if (rounded) return round_columns(rows, factors, begin, end, dim, block, centre, rounded + begin * depth);
     }
     pack_columns(rows, factors, begin, end, dim, packed.own);
   }, grain_of(block * dim));
   return packed;
 }
 
-// A matrix packed once per call as the right operand of weights·rows.
+// A matrix packed once per call as the right operand of weights·rows, and the sums of the weights of every row of the
+// results, times which its centre belongs to them.
 template <class T>
-Operand<T> values_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
+struct Values : Operand<T> {
+  Centre<T> centre;
+  double* sums;  // [results], or null without a centre
+};
+
+template <class T>
+Values<T> values_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t results,
+                    const Centre<T>& centre = {}, const T* factors = nullptr) {
   if (!rows) return {};
   const Operand<T> packed =
       operand<T>(host, packed_values<T>(count, dim), round_up(count, kBfloat16Depth) * dim);
   parallel(host, ceil_div(count, kBlock), [&](int64_t p, int64_t) {
     const int64_t begin = p * kBlock, end = smaller(count, begin + kBlock);
     if constexpr (kRounds<T>) {
-      if (packed.rounded) return round_values(rows, factors, begin, end, dim, packed.rounded + begin * dim);
+      if (packed.rounded) return round_values(rows, factors, begin, end, dim, centre, packed.rounded + begin * dim);
     }
     pack_values(rows, factors, count, dim, begin, end, packed.own);
   }, grain_of(kBlock * dim));
-  return packed;
+  if (!centre.row) return {packed, {}, nullptr};
+  return {packed, centre, cleared<double>(host, results)};
 }
 
 GKD_INLINE void multiply(const Host& host, const Bfloat16Product& product) { host.multiply(host.self, product); }
 
-// c[r][x] = rows[i + r] · columns[j + x] for the whole tile, padded to whole panels; `block`: of the packed operands.
+#ifdef GKD_BFLOAT16
+// Of the results from `result` on, with the values from `value` on.
+GKD_INLINE WeightSums weight_sums(const Values<float>& values, int64_t result, int64_t value) {
+  if (!values.sums) return {nullptr, nullptr};
+  return {values.sums + result, values.centre.shares ? values.centre.shares + value : nullptr};
+}
+#endif
+
+// c[r][x] (+)= rows[i + r] · columns[j + x] for the whole tile, padded to whole panels; `block`: of the packed operands.
 template <class T>
 GKD_INLINE void similarities(const Tile& tile, const Operand<T>& rows, const Operand<T>& columns, int64_t dim, T* c,
                              int64_t block, bool accumulate = false) {
   const int64_t width = round_up(tile.columns, kPanel<T>);
   if constexpr (kRounds<T>) {
     if (rows.rounded) {
-      const int64_t depth = even(dim);
+      const int64_t depth = rows.depth;
       return multiply(tile.host, {round_up(tile.rows, kBfloat16Rows), width, depth, rows.rounded + tile.i * depth,
                                   depth, columns.rounded + tile.j * depth, block, c, block, accumulate});
     }
@@ -298,13 +327,14 @@ GKD_INLINE void moving_similarities(const Tile& t, const Operand<T>& rows, const
   if (column_tangents) similarities(t, rows, column_tangents, dim, c, block, bool(row_tangents));
 }
 
-// out[i + r] += Σ_x w[r][x] values[j + x]; `count`: rows of the matrix that was packed as values.
+// out[i + r] += Σ_x w[r][x] values[j + x], but for the centre's part, see add_centre; `count`: rows of the matrix that was
+// packed as values.
 template <class T>
-GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const Operand<T>& values, int64_t count,
+GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const Values<T>& values, int64_t count,
                             int64_t dim, T* out) {
   if constexpr (kRounds<T>) {
     if (values.rounded) {
-      round_weights(w, block, tile.rows, tile.columns, tile.rounded);
+      round_weights(w, block, tile.rows, tile.columns, weight_sums(values, tile.i, tile.j), tile.rounded);
       return multiply(tile.host, {tile.rows, dim, round_up(tile.columns, kBfloat16Depth), tile.rounded, block,
                                   values.rounded + tile.j * dim, dim, out + tile.i * dim, dim, true});
     }
@@ -313,13 +343,13 @@ GKD_INLINE void add_to_rows(const Tile& tile, const T* w, int64_t block, const O
                              count * kPanel<T>, out + tile.i * dim, dim, true);
 }
 
-// out[j + x] += Σ_r w[r][x] values[i + r].
+// out[j + x] += Σ_r w[r][x] values[i + r], likewise.
 template <class T>
-GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t block, const Operand<T>& values, int64_t count,
+GKD_INLINE void add_to_columns(const Tile& tile, const T* w, int64_t block, const Values<T>& values, int64_t count,
                                int64_t dim, T* out) {
   if constexpr (kRounds<T>) {
     if (values.rounded) {
-      round_mirrored(w, block, tile.rows, tile.columns, tile.rounded);
+      round_mirrored(w, block, tile.rows, tile.columns, weight_sums(values, tile.j, tile.i), tile.rounded);
       return multiply(tile.host, {tile.columns, dim, round_up(tile.rows, kBfloat16Depth), tile.rounded, block,
                                   values.rounded + tile.i * dim, dim, out + tile.j * dim, dim, true});
     }

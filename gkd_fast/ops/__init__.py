@@ -3,8 +3,9 @@
 An op takes unit rows in float32 or float64 and ``product_precision``, the type in which tiles of similarities are
 multiplied: "float64" for float64 rows, else "float32", "tf32" (float32 products may be rounded as PyTorch's "high"
 matmul precision allows), "bfloat16" or "float16". Sums, exponentials and results stay in the rows' type; a backend
-without units for a type multiplies in a wider one. Every backward is an op of its own. The row set and the
-column set of an op are the same unless a column set is given; then gradients are the row set's, and the caller
+without units for a type multiplies in a wider one. What multiplies in a short type first subtracts one vector of its
+choice from rows and columns, call by call (on CPUs the columns' mean). Every backward is an op of its own. The row set
+and the column set of an op are the same unless a column set is given; then gradients are the row set's, and the caller
 brings the columns' statistics and upstream.
 """
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from gkd_fast.ops.backends import INTERPRETED
+
 PT2 = (torch.Tag.pt2_compliant_tag,)
 LIBRARY = torch.library.Library("gkd_fast", "FRAGMENT")
 
@@ -253,3 +255,12 @@ def tangents_of(cotangents: list[Tensor | None], needs: list[bool]) -> tuple[lis
     """
     stages = scatter(cotangents, needs)
     return [x.contiguous() for x in stages if x is not None], [x is not None for x in stages]
+
+
+def second_order_precision(product_precision: str, x: Tensor) -> str:
+    """The product precision in which the second order of these rows needs its statistics: that of its own products.
+
+    The C++ kernels multiply in the rows' own type there; P made of products with one rounding and log-sums of products
+    with another would not add up to 1, and what cancels would not.
+    """
+    return "float32" if x.is_cpu and not INTERPRETED and product_precision == "bfloat16" else product_precision

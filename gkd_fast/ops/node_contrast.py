@@ -58,6 +58,7 @@ from gkd_fast.ops.autograd import (
     refuse_transforms,
     register_autograd,
     scatter,
+    second_order_precision,
     tangents_of,
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns
@@ -176,6 +177,11 @@ def _double_backward(ctx, cotangents):
     *stages, upstream, log_sums, weighted = ctx.saved_tensors
     stages = stages[: ctx.num_students], stages[ctx.num_students :]
     tangents, moving = tangents_of(cotangents, ctx.needed)
+    wanted, temperature, product_precision = ctx.settings
+    precision = second_order_precision(product_precision, upstream)
+    if precision != product_precision:
+        forward = torch.ops.gkd_fast.node_contrast
+        _, log_sums, weighted = forward(*stages, wanted, temperature, precision, weighted.numel() > 0)
     loss_tangents, log_sum_tangents = torch.ops.gkd_fast.node_contrast_tangent(
         *stages, tangents, moving, log_sums, weighted, *ctx.settings
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gkd_fast.ops.autograd import flags, last_derivative, scatter, tangents_of
+from gkd_fast.ops.autograd import flags, last_derivative, scatter, second_order_precision, tangents_of
 from gkd_fast.ops.columns import Block, Columns, add, run
 
 
@@ -25,8 +25,20 @@ def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
     for losses, students, teachers in (one, other):
         share = (teachers - log_sums[1]).exp().T[:, None, :]
         mean += share * (losses + teachers.T[:, None, :] - students.T[:, :, None])
-    losses = mean - log_sums[1].T[:, None, :] + log_sums[0].T[:, :, None]
+    losses = (mean - log_sums[1].T[:, None, :] + log_sums[0].T[:, :, None]).clamp(min=0)
     return [losses.to(one[0].dtype), *log_sums]
+
+
+def _statistics(columns: Columns, num_students: int, settings, stages: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Losses and log-sums of the rows with all columns."""
+    merged = None
+    for block in columns.blocks():
+        part = run(
+            torch.ops.gkd_fast.relation_kl, stages[:num_students], stages[num_students:], *settings,
+            **_sides(block, num_students),
+        )  # fmt: skip
+        merged = part if merged is None else _merge(merged, part)
+    return merged
 
 
 class RelationKl(torch.autograd.Function):
@@ -34,14 +46,7 @@ class RelationKl(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, columns, num_students, settings, *stages):
-        merged = None
-        for block in columns.blocks():
-            part = run(
-                torch.ops.gkd_fast.relation_kl, stages[:num_students], stages[num_students:], *settings,
-                **_sides(block, num_students),
-            )  # fmt: skip
-            merged = part if merged is None else _merge(merged, part)
-        losses, student_log_sums, teacher_log_sums = merged
+        losses, student_log_sums, teacher_log_sums = _statistics(columns, num_students, settings, stages)
         ctx.num_students, ctx.settings = num_students, settings
         columns.save(ctx, losses.clone(), student_log_sums, teacher_log_sums, *stages)  # The caller holds the losses.
         return losses
@@ -88,6 +93,10 @@ class RelationKlBackward(torch.autograd.Function):
         statistics, upstream, stages, num_students = saved[:3], saved[3], saved[4:], ctx.num_students
         tangents, moving = tangents_of(cotangents, ctx.needed)
         along = stages[:num_students], stages[num_students:], tangents, moving
+        *settings, product_precision = ctx.settings
+        precision = second_order_precision(product_precision, upstream)
+        if precision != product_precision:
+            statistics = _statistics(columns, num_students, (*settings, precision), stages)
 
         def column_tangents(block):
             """A bank's columns stand still."""

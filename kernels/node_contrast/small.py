@@ -58,6 +58,7 @@ def contrast_small_losses(
         z = tl.sum(tl.exp2(logits - shift[:, None]), 1)
         own = tl.sum(tl.where(tl.arange(0, BLOCK_COLUMNS)[None, :] == row[:, None], logits, 0.0), 1)
         loss = (tl.log2(z) + (shift - own)) * LN2
+        loss = tl.where(loss < 0, 0.0, loss)
         store_vector(log_sums + place * count, log_sum(z, shift), i, count, BLOCK_ROWS)
         if KEEP:
             out = weighted + place * count * dim

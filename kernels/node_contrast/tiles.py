@@ -127,11 +127,13 @@ def contrast_sums(
 def store_contrast(
     z, row_shift, own_logit, loss, log_sums, i, row_count, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):
-    """log Z and ℓ = log Z − c_own/τ of a block of rows."""
+    """log Z and ℓ = log Z − c_own/τ of a block of rows, ℓ not below 0."""
     row = i + tl.arange(0, BLOCK_ROWS)
     store_vector(log_sums, log_sum(z, row_shift), i, row_count, BLOCK_ROWS)
     # The shift and the own logit first, which nearly cancel where the own column has the largest logit.
-    tl.store(loss + row.to(tl.int64) * PAIRS, (tl.log2(z) + (row_shift - own_logit)) * LN2, mask=row < row_count)
+    difference = (tl.log2(z) + (row_shift - own_logit)) * LN2
+    difference = tl.where(difference < 0, 0.0, difference)
+    tl.store(loss + row.to(tl.int64) * PAIRS, difference, mask=row < row_count)
 
 
 @triton.jit(do_not_specialize=COUNTS)

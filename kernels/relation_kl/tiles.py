@@ -95,14 +95,15 @@ def num_sums(S, T):
 
 @triton.jit
 def pair_loss(q, student_z, teacher_z, v):
-    """ℓ = ln2·(Q/Z^t + log2(Z^s/Z^t)); near 1 the quotient's logarithm is 2 artanh(V/(Z^s + Z^t))."""
+    """ℓ = ln2·(Q/Z^t + log2(Z^s/Z^t)); near 1 the quotient's logarithm is 2 artanh(V/(Z^s + Z^t)). Not below 0."""
     ratio = tl.log2(student_z / teacher_z) * LN2
     if q.dtype != tl.float64:
         x = v / (student_z + teacher_z)
         square = x * x
         near = 2 * x * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7))))
         ratio = tl.where(tl.abs(x) < 1 / 8, near, ratio)
-    return q / teacher_z * LN2 + ratio
+    loss = q / teacher_z * LN2 + ratio
+    return tl.where(loss < 0, 0.0, loss)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -1,0 +1,96 @@
+// Rows that are multiplied in bfloat16 are rounded less their mean, see Centre; what follows from it.
+#pragma once
+#include "row_dots.h"
+#include "tile.h"
+
+namespace gkd::GKD_ISA {
+
+// The mean of the rows x·factor that are not zero. Any row would do; this one depends on no number of threads.
+template <class T>
+T* mean_row(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
+  const int64_t part = larger(64, ceil_div(count, 64)), parts = ceil_div(count, part);
+  T *sums = allocate<T>(host, parts * dim), *mean = allocate<T>(host, dim);
+  int64_t *counts = cleared<int64_t>(host, parts), all = 0;
+  parallel(host, parts, [&](int64_t p, int64_t) {
+    T* sum = sums + p * dim;
+    for (int64_t k = 0; k < dim; ++k) sum[k] = 0;
+    for (int64_t i = p * part; i < smaller(count, (p + 1) * part); ++i) {
+      const T *x = rows + i * dim, factor = factors ? factors[i] : T(1);
+      for (int64_t k = 0; k < dim; ++k) sum[k] += x[k] * factor;
+      counts[p] += wide_dot(x, x, dim) != 0;
+    }
+  }, grain_of(part * dim));
+  for (int64_t p = 0; p < parts; ++p) all += counts[p];
+  for (int64_t k = 0; k < dim; ++k) {
+    double total = 0;
+    for (int64_t p = 0; p < parts; ++p) total += sums[p * dim + k];
+    mean[k] = T(total / larger(1, all));
+  }
+  return mean;
+}
+
+// A centre for any rows: their mean. None where they are not rounded.
+template <class T>
+Centre<T> centre_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
+  if (!rounds<T>(host) || !rows) return {};
+  return {mean_row(host, rows, count, dim, factors), nullptr, nullptr};
+}
+
+// The centre `mean` for these unit rows, with the halves of their squares; zero rows have no share in it.
+template <class T>
+Centre<T> unit_centre(const Host& host, const T* mean, const T* rows, int64_t count, int64_t dim) {
+  T *shares = cleared<T>(host, count), *halves = allocate<T>(host, count);
+  const Centre<T> centre{mean, shares, halves};
+  if constexpr (kRounds<T>) {
+    parallel(host, count, [&](int64_t i, int64_t) {
+      shares[i] = wide_dot(rows + i * dim, rows + i * dim, dim) < 0.5 ? 0 : 1;
+      halves[i] = rounded_square(Row(rows, nullptr, centre, i, dim), dim) / 2;
+    }, grain_of(dim));
+  }
+  return centre;
+}
+
+// The unit rows of both sides as operands of tiles: of cosines, or where they are rounded of cosines less 1.
+template <class T>
+struct UnitSides {
+  Operand<T> rows, columns;
+  Centre<T> centre;  // of the columns
+  T one;             // what a cosine of 1 is in a tile
+
+  // `known`: nothing is multiplied. The centre of both sides is the mean of the columns, or of `others`, so that a pass in
+  // which the sides change places rounds as the one before it.
+  UnitSides(const Host& host, const Sides<T>& sides, int64_t block, bool known = false, const T* others = nullptr,
+            int64_t other_count = 0)
+      : rows{}, columns{}, centre{}, one(rounds<T>(host) ? 0 : 1) {
+    Centre<T> of_rows{};
+    if (rounds<T>(host)) {
+      const T* mean = others ? mean_row(host, others, other_count, sides.dim)
+                             : mean_row(host, sides.columns, sides.column_count, sides.dim);
+      of_rows = centre = unit_centre(host, mean, sides.columns, sides.column_count, sides.dim);
+      if (!sides.symmetric && !known) of_rows = unit_centre(host, mean, sides.rows, sides.row_count, sides.dim);
+    }
+    if (known) return;
+    rows = rows_of(host, sides.rows, sides.row_count, sides.dim, block, of_rows);
+    columns = columns_of(host, sides.columns, sides.column_count, sides.dim, block, centre);
+  }
+};
+
+// The rows of a matrix times the row `other`, each times its factor, are added to out.
+template <class T>
+void add_dots(const Host& host, const T* rows, const T* factors, const T* other, int64_t count, int64_t dim, double* out) {
+  parallel(host, count, [&](int64_t i, int64_t) {
+    out[i] += wide_dot(rows + i * dim, other, dim) * (factors ? double(factors[i]) : 1.0);
+  }, grain_of(dim));
+}
+
+// The centre's part of what weights·values gave: out_i += sums_i·centre.
+template <class T>
+void add_centre(const Host& host, const Values<T>& values, int64_t count, int64_t dim, T* out) {
+  if (!values.sums) return;
+  parallel(host, count, [&](int64_t i, int64_t) {
+    const T total = T(values.sums[i]);
+    for (int64_t k = 0; k < dim; ++k) out[i * dim + k] += total * values.centre.row[k];
+  }, grain_of(dim));
+}
+
+}  // namespace gkd::GKD_ISA
