@@ -10,13 +10,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from gkd_fast.kernels import REGISTERED
 from gkd_fast.ops.autograd import transformed
 from gkd_fast.ops.backends import CPP_MISSING
 
 
 def keeps(inputs: Iterable[Tensor]) -> bool:
     """Whether a backward pass can follow and find kept affinities; ``torch.compile`` and ``torch.func`` keep none."""
-    if CPP_MISSING is not None or torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
+    if CPP_MISSING is not None or "cpu" in REGISTERED:
+        return False
+    if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
         return False
     return any(x.requires_grad and x.is_cpu for x in inputs)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from gkd_fast.kernels import REGISTERED, register
+
 PACKAGE = Path(__file__).resolve().parents[1]
 BUILT_FOR = PACKAGE / "_C.torch-version.txt"
 HOW_TO_BUILD = (
@@ -49,7 +51,7 @@ def _load_triton(key: str) -> str | None:
     """
     if find_spec("triton") is None:
         return "Triton is missing: install the triton package"
-    import_module("gkd_fast.kernels").register(key)
+    register(key)
     return None
 
 
@@ -66,9 +68,8 @@ def missing(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` ("cpp" or "triton") cannot compute on ``device``, or None if it can."""
     if backend == "cpp":
         return CPP_MISSING if device.type == "cpu" else f"it computes on the CPU, the tensors are on {device}"
-    served = "cpu" if INTERPRETED else "cuda"
-    if TRITON_MISSING is None and device.type != served:
-        return f"it computes on {served.upper()} devices here, the tensors are on {device}"
+    if TRITON_MISSING is None and device.type not in REGISTERED:
+        return f"it computes on {'CPU' if INTERPRETED else 'CUDA'} devices here, the tensors are on {device}"
     return TRITON_MISSING
 
 

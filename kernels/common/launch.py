@@ -49,11 +49,17 @@ PRODUCTS = {
 }
 
 
-@cache
+# What CPU tensors stand in for, interpreted or ``offline``.
+stand_in = "sm_90"
+
+
 def architecture(device: torch.device) -> str:
     """The entry of the table that serves this device."""
-    if device.type == "cpu":
-        return "sm_90"
+    return stand_in if device.type == "cpu" else _architecture(device)
+
+
+@cache
+def _architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
@@ -65,10 +71,12 @@ def architecture(device: torch.device) -> str:
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_86")
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return table.MULTIPROCESSORS["sm_90"]
+    return table.MULTIPROCESSORS[stand_in] if device.type == "cpu" else _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

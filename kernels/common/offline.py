@@ -8,7 +8,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from gkd_fast.kernels.common import table
+from gkd_fast.kernels.common import launch, table
 
 # What a kernel may use is compared with this when it is loaded; the largest of today's GPUs.
 SHARED_MEMORY = 256 * 2**10
@@ -67,9 +67,10 @@ def offline(arch: str) -> Iterator[Offline]:
 
     In a process that has no GPU: Triton keeps what it compiled by device number, whatever the driver.
     """
-    before = driver._active
+    before = driver._active, launch.stand_in
     driver.set_active(Offline(arch))
+    launch.stand_in = arch
     try:
         yield driver.active
     finally:
-        driver._active = before
+        driver._active, launch.stand_in = before

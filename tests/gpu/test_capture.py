@@ -5,9 +5,9 @@ import torch
 
 from gkd_fast import GraphKDLoss
 
-from .target import TARGET
+from .target import TARGET, needs_gpu
 
-pytestmark = pytest.mark.skipif(TARGET.device.type != "cuda", reason="CUDA graphs need a CUDA device")
+pytestmark = needs_gpu
 
 BATCH, WIDTHS = 96, (32, 48)
 
