@@ -109,7 +109,9 @@ def op_calls() -> list[tuple[str, tuple]]:
 @requires_cpp
 def test_opcheck_of_every_op():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gkd_fast::")}
-    assert {f"gkd_fast::{name}" for name, _ in op_calls()} == registered
+    # Triton kernels alone, whose tests check these.
+    stages = {f"gkd_fast::graph_{name}" for name in ("inverse_variances", "conv_stages", "conv_stages_backward")}
+    assert {f"gkd_fast::{name}" for name, _ in op_calls()} == registered - stages
     for name, arguments in op_calls():
         opcheck(getattr(torch.ops.gkd_fast, name).default, arguments)
 

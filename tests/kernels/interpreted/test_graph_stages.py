@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from gkd_fast import GraphKDLoss, functional
 from gkd_fast.functional import BANDWIDTH_SHARE, MIN_BANDWIDTH
@@ -107,3 +108,20 @@ def test_the_caller_may_change_what_it_gets(monkeypatch):
         return torch.autograd.grad(total, [*nodes, *messages])
 
     torch.testing.assert_close(gradients(True), gradients(False))
+
+
+def test_opcheck_of_the_ops_of_stages(monkeypatch):
+    monkeypatch.undo()  # opcheck compares what was allocated
+    calls = torch.ops.gkd_fast
+    nodes, messages = ([x.detach() for x in side] for side in stages(9))
+    unit, _ = calls.unit_rows(nodes, torch.float64)
+    variances = calls.graph_inverse_variances(unit, BANDWIDTH_SHARE, MIN_BANDWIDTH)
+    settings = variances, "symmetric", "float64"
+    outputs, degrees = calls.graph_conv_stages(unit, messages, *settings)
+    needs = [True, False, True, True, True, False]
+    for name, arguments in (
+        ("graph_inverse_variances", (unit, BANDWIDTH_SHARE, MIN_BANDWIDTH)),
+        ("graph_conv_stages", (unit, messages, *settings)),
+        ("graph_conv_stages_backward", (messages, unit, messages, outputs, degrees, *settings, needs)),
+    ):
+        opcheck(getattr(calls, name).default, arguments)
