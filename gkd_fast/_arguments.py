@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import operator
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,19 +27,21 @@ def check_bandwidth(bandwidth: float | Tensor | str) -> float | Tensor | str:
     if isinstance(bandwidth, Tensor):
         if bandwidth.dim() != 0:
             raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
+        if bandwidth.is_complex() or bandwidth.dtype == torch.bool:
+            raise TypeError(f"bandwidth must be a real number, got a Tensor of {bandwidth.dtype}")
         return bandwidth
     return check_positive("bandwidth", bandwidth)
 
 
 def check_normalization(normalization: str) -> None:
     """Raises ValueError for a name that is no normalisation."""
-    if normalization not in NORMALIZATIONS:
+    if not isinstance(normalization, str) or normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
 
 
 def check_backend(backend: str) -> None:
     """Raises ValueError for a name that is no backend."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
@@ -47,10 +50,12 @@ def select_backend(backend: str, tensor: Tensor) -> str:
     check_backend(backend)
     device = tensor.device
     if backend == "auto":
-        backend = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
-        reason = None if backend == "reference" else ops.missing(backend, device)
-        if reason is None:
-            return backend
+        chosen = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+        reason = ops.missing(chosen, device) if chosen else "there are no kernels for this device"
+        if chosen and reason is None:
+            return chosen
+        if device.type == "meta":  # Nothing is computed.
+            return "reference"
         warn_once(f"gkd_fast computes on {device.type} with the slow reference: {reason}")
         return "reference"
     if backend != "reference" and (reason := ops.missing(backend, device)) is not None:
@@ -93,8 +98,10 @@ _float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def check_features(name: str, x: Tensor, may_be_empty: bool = False) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got a Tensor of layout {x.layout}")
     if x.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions [batch, width], got shape {tuple(x.shape)}")
     if x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
@@ -131,21 +138,38 @@ def is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _number(name: str, value: float) -> float:
+def _number(name: str, value: float | Tensor) -> float:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a number, got a Tensor of {value.dtype} and shape {tuple(value.shape)}")
+        if value.device.type != "cpu" or value.requires_grad:
+            why = "requires gradient, which it would not get" if value.requires_grad else f"is on {value.device}"
+            raise TypeError(f"{name} must be a number, got a Tensor that {why}: pass {name}.item() if that is meant")
+        return float(value.item())
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
 
 
+def stages_of(name: str, stages: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """A tensor, or several, as a list; TypeError for anything else."""
+    if isinstance(stages, Tensor):
+        return [stages]
+    if isinstance(stages, (str, bytes, dict)) or hasattr(stages, "__array__") or not hasattr(stages, "__iter__"):
+        raise TypeError(f"{name} must be a Tensor or a sequence of tensors, got {type(stages).__name__}")
+    return list(stages)
+
+
 def check_graph_stages(
     nodes: Sequence[Tensor], messages: Tensor | Sequence[Tensor], may_be_empty: bool
 ) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
+    nodes = stages_of("nodes", nodes)
     if isinstance(messages, Tensor):
         raise TypeError(
             f"nodes must be a Tensor, got {type(nodes).__name__}, or "
             "messages must be a sequence of tensors where nodes are one, got a Tensor"
         )
-    nodes, messages = list(nodes), list(messages)
+    messages = stages_of("messages", messages)
     if not nodes or len(messages) != len(nodes):
         raise ValueError(f"messages must hold as many stages as nodes ({len(nodes)}, at least 1), got {len(messages)}")
     named = {f"nodes[{k}]": x for k, x in enumerate(nodes)} | {f"messages[{k}]": x for k, x in enumerate(messages)}
@@ -161,10 +185,9 @@ def check_stages(
 ) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
     sides = {}
     for side, stages in (("students", students), ("teachers", teachers)):
-        stages = [stages] if isinstance(stages, Tensor) else list(stages)
-        if not stages:
+        sides[side] = stages_of(side, stages)
+        if not sides[side]:
             raise ValueError(f"{side} must hold at least one stage, got none")
-        sides[side] = stages
     named = {f"{side}[{k}]": x for side, stages in sides.items() for k, x in enumerate(stages)}
     for name, x in named.items():
         check_features(name, x, may_be_empty)
@@ -181,25 +204,50 @@ def check_pairs(
     """The wanted pairs, sorted and each once; None for all."""
     if pairs is None:
         return None
-    for s, t in pairs:
+    try:
+        found = sorted({(operator.index(s), operator.index(t)) for s, t in pairs})
+    except (TypeError, ValueError):
+        raise TypeError(f"pairs must be a list of (student stage, teacher stage), got {pairs!r}") from None
+    for s, t in found:
         if not (0 <= s < num_students and 0 <= t < num_teachers):
             raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
-    return sorted({(int(s), int(t)) for s, t in pairs})
+    return found
 
 
 def check_bank(name: str, bank: Sequence[Tensor] | None, stages: Sequence[Tensor]) -> list[Tensor] | None:
     """The bank's tensors, None where it is empty."""
     if bank is None:
         return None
+    bank = stages_of(name, bank)
     if len(bank) != len(stages):
         raise ValueError(f"{name} must hold a tensor for each of {len(stages)} stages, got {len(bank)}")
     for k, (x, stage) in enumerate(zip(bank, stages)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}[{k}] must be a floating point Tensor, got {got}")
         if x.dim() != 2 or x.shape[1] != stage.shape[1] or len(x) != len(bank[0]) or x.device != stage.device:
             raise ValueError(
                 f"{name}[{k}] must have shape [{len(bank[0])}, {stage.shape[1]}] on {stage.device}, got "
                 f"{tuple(x.shape)} on {x.device}"
             )
-    return list(bank) if len(bank[0]) else None
+    return bank if len(bank[0]) else None
+
+
+def check_banks(
+    bank: tuple[Sequence[Tensor], Sequence[Tensor]] | None, students: list[Tensor], teachers: list[Tensor]
+) -> list[Tensor] | None:
+    """The bank's tensors of students and then of teachers, None where it is empty."""
+    if bank is None:
+        return None
+    if not isinstance(bank, (tuple, list)) or len(bank) != 2:
+        raise TypeError(f"bank must be a pair, tensors of the students and of the teachers, got {type(bank).__name__}")
+    both: list[Tensor] = []
+    for k, (side, stages) in enumerate(zip(bank, (students, teachers))):
+        tensors = stages_of(f"bank[{k}]", side)
+        if len(tensors) != len(stages):
+            raise ValueError(f"bank[{k}] must hold a tensor for each of {len(stages)} stages, got {len(tensors)}")
+        both += tensors
+    return check_bank("bank", both, [*students, *teachers])
 
 
 def bank_size(bank: list[Tensor] | None) -> int:

@@ -266,6 +266,8 @@ def until_all_end(batches: Iterable[Batch], empty: Batch, group: dist.ProcessGro
         empty: a batch of zero samples.
         group: the process group, all ranks by default.
     """
+    if not hasattr(batches, "__iter__"):
+        raise TypeError(f"batches must be iterable, got {type(batches).__name__}")
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
@@ -279,6 +281,8 @@ def until_all_end(batches: Iterable[Batch], empty: Batch, group: dist.ProcessGro
 @contextmanager
 def checking(group: Group, what: str) -> Iterator[None]:
     """Lets all ranks raise where the checks of one find fault with its arguments."""
+    if group is not None and not isinstance(group, (dist.ProcessGroup, Shards)):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(group).__name__}")
     try:
         yield
     except (TypeError, ValueError) as error:

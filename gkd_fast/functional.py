@@ -20,6 +20,7 @@ from gkd_fast._arguments import (
     bank_size,
     check_bandwidth,
     check_bank,
+    check_banks,
     check_features,
     check_graph_stages,
     check_normalization,
@@ -33,7 +34,7 @@ from gkd_fast._arguments import (
 from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast._pairs import all_of, blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
-from gkd_fast.ops.autograd import saveable
+from gkd_fast.ops.autograd import saveable, transformed
 from gkd_fast.relations import (
     correlation_congruence,
     info_nce,
@@ -154,7 +155,7 @@ def _convolve_stages(nodes, messages, bandwidth, normalization: str, backend: st
             raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(bandwidths)}")
         check_normalization(normalization)
         shares = select_backend(backend, nodes[0]) == "triton" and process_group is None
-    if not shares or torch.compiler.is_compiling():
+    if not shares or torch.compiler.is_compiling() or transformed():
         options = normalization, backend, process_group
         return [_convolve(x, h, b, *options) for x, h, b in zip(nodes, messages, bandwidths)]
     precision = product_precision(nodes[0])
@@ -279,7 +280,7 @@ def relation_kl(
         temperature = check_positive("temperature", temperature)
         bandwidth = check_positive("bandwidth", bandwidth)
         wanted = check_pairs(pairs, len(students), len(teachers))
-        more = None if bank is None else check_bank("bank", [*bank[0], *bank[1]], [*students, *teachers])
+        more = check_banks(bank, students, teachers)
         fused = select_backend(backend, students[0]) != "reference"
     stages = [*students, *teachers]
     told = "relation_kl", temperature, bandwidth, len(students), wanted, bank_size(more), fused

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from gkd_fast._arguments import is_whole
 from gkd_fast._snapshot import Snapshot
 
 Tensors = Sequence[Tensor | None]
@@ -59,13 +60,15 @@ def micro_batched(
     """
     if micro_batch is None:
         return forward(*args, **kwargs)
-    if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
+    if not is_whole(micro_batch) or micro_batch < 1:
         raise ValueError(f"micro_batch must be an int of at least 1 or None, got {micro_batch!r}")
+    if not callable(forward):
+        raise TypeError(f"forward must be a module or a callable, got {type(forward).__name__}")
     roots = _roots(forward, modules)
     parameters = list(dict.fromkeys(p for root in roots for p in root.parameters()))
     leaves, structure = tree_flatten((args, kwargs))
     inputs = [x for x in leaves if isinstance(x, Tensor)]
-    parts = -(-_batch_size(inputs) // micro_batch)
+    parts = -(-_batch_size(inputs) // int(micro_batch))
     call = _Call(forward, leaves, structure, parts)
     if parts <= 1:
         return call.assemble(call.run(inputs))
@@ -250,7 +253,15 @@ def _roots(forward: Callable[..., Any], modules: nn.Module | Iterable[nn.Module]
         if not isinstance(forward, nn.Module):
             raise TypeError(f"modules must be given where forward is no module itself, got {type(forward).__name__}")
         modules = forward
-    return [modules] if isinstance(modules, nn.Module) else list(modules)
+    if isinstance(modules, nn.Module):
+        return [modules]
+    if not hasattr(modules, "__iter__"):
+        raise TypeError(f"modules must be a module or several, got {type(modules).__name__}")
+    roots = list(modules)
+    for root in roots:
+        if not isinstance(root, nn.Module):
+            raise TypeError(f"modules must be a module or several, got {type(root).__name__}")
+    return roots
 
 
 def _batch_size(inputs: Tensors) -> int:
