@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -155,7 +155,7 @@ def stages_of(name: str, stages: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """A tensor, or several, as a list; TypeError for anything else."""
     if isinstance(stages, Tensor):
         return [stages]
-    if isinstance(stages, (str, bytes, dict)) or hasattr(stages, "__array__") or not hasattr(stages, "__iter__"):
+    if isinstance(stages, (str, bytes, Mapping)) or hasattr(stages, "__array__") or not hasattr(stages, "__iter__"):
         raise TypeError(f"{name} must be a Tensor or a sequence of tensors, got {type(stages).__name__}")
     return list(stages)
 

@@ -21,6 +21,7 @@ VACUOUS_MIN_BATCH = 8
 
 Report = dict[str, float | list[float]]
 Sides = tuple[list[Tensor], list[Tensor]]
+Features = tuple[Sequence[Tensor], Sequence[Tensor]] | None
 
 
 class LastCall:
@@ -28,22 +29,21 @@ class LastCall:
 
     Features and embeddings are referred to weakly. Copies and pickles of a loss start afresh.
 
+    Args:
+        features: both networks'.
+        embeddings: both networks', where the features are not known.
+
     Attributes:
         weights, node_losses: ``[B, S, T]``; None: the default, and none.
         shards: how the samples lie on the ranks.
         batch: samples, of all ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, features: Features = None, embeddings: Features = None) -> None:
         self.batch = 0
         self.weights: Tensor | None = None
         self.node_losses: Tensor | None = None
         self.shards: Shards | None = None
-        self._features: list[list[TensorWeakRef]] | None = None
-        self._embeddings: list[list[TensorWeakRef]] | None = None
-
-    def refer(self, features: Sequence[Sequence[Tensor]] | None, embeddings: Sequence[Sequence[Tensor]] | None) -> None:
-        """Remembers both networks' features, or embeddings whose features are not known."""
         self._features, self._embeddings = _references(features), _references(embeddings)
 
     @property
@@ -72,8 +72,11 @@ class LastCall:
         return LastCall, ()
 
 
-def _references(sides: Sequence[Sequence[Tensor]] | None) -> list[list[TensorWeakRef]] | None:
-    return None if sides is None else [[TensorWeakRef(x) for x in side] for side in sides]
+def _references(sides: Features) -> list[list[TensorWeakRef]] | None:
+    """Weak references, of which a compiled call makes none."""
+    if sides is None or torch.compiler.is_compiling():
+        return None
+    return [[TensorWeakRef(x) for x in side] for side in sides]
 
 
 def graph_report(criterion: Any, last: LastCall) -> Report:

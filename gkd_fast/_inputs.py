@@ -1,12 +1,12 @@
 """What a :class:`gkd_fast.GraphKDLoss` is called with: features, weights of the stage pairs, targets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gkd_fast._arguments import autocast_disabled
+from gkd_fast._arguments import autocast_disabled, stages_of
 from gkd_fast._pooling import StagePool, pool_features
 from gkd_fast.modules import PairWeightNetwork
 
@@ -14,11 +14,9 @@ Features = Tensor | Sequence[Tensor]
 Weights = Tensor | PairWeightNetwork | None
 
 
-def stages_of(name: str, features: Features) -> list[Tensor]:
+def tensors_of(name: str, features: Features) -> list[Tensor]:
     """The features as a list of tensors; TypeError where they are none."""
-    if isinstance(features, Mapping) or not isinstance(features, (Tensor, Sequence)):
-        raise TypeError(f"{name} must be a Tensor or a list of them, got {type(features).__name__}")
-    stages = [features] if isinstance(features, Tensor) else list(features)
+    stages = stages_of(name, features)
     for k, x in enumerate(stages):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}[{k}] must be a Tensor, got {type(x).__name__}")
@@ -27,7 +25,7 @@ def stages_of(name: str, features: Features) -> list[Tensor]:
 
 def nodes_of(name: str, features: Features, dims: Sequence[int], pools: Sequence[StagePool]) -> list[Tensor]:
     """The pooled features ``[B, dim]`` of one network's stages."""
-    stages = stages_of(name, features)
+    stages = tensors_of(name, features)
     if len(stages) != len(dims):
         raise ValueError(f"{name} must hold {len(dims)} stages, got {len(stages)}")
     nodes: list[Tensor] = []
@@ -115,7 +113,7 @@ def check_devices(criterion: Any, student_feats: Features, teacher_feats: Featur
     if own is None or is_sharded(own):
         return
     for name, features in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):
-        for k, x in enumerate(stages_of(name, features)):
+        for k, x in enumerate(tensors_of(name, features)):
             if x.device != own.device:
                 raise ValueError(
                     f"{name}[{k}] must be on the device of the loss ({own.device}), got {x.device}: move the loss, "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_fast._pooling import USUAL_LAYOUTS, Pooling, StagePool, pool_features, resolved
+from gkd_fast._pooling import USUAL_LAYOUTS, Pool, Pooling, StagePool, of_side, pool_features, resolved, stage_pools
 from gkd_fast._snapshot import Snapshot
 from gkd_fast.features import StageFeatures
 
@@ -19,7 +19,7 @@ Sample = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def pools_and_widths(
-    side: str, model: nn.Module, stages: Sequence[str], sample: Sample, pools: list[StagePool] | None, select: Any
+    side: str, model: nn.Module, stages: Sequence[str], sample: Sample, pool: Pool | None, select: Any
 ) -> tuple[list[StagePool], list[int]]:
     """The pooling and the width of each of a model's stages, by forward passes that leave no trace in the model.
 
@@ -28,14 +28,15 @@ def pools_and_widths(
         model: in any mode.
         stages: module names.
         sample: what the model takes: a tensor, a sequence of arguments or a mapping of keyword arguments.
-        pools: of each stage, to be checked; None: to be found out.
-        select: as in :class:`StageFeatures`.
+        pool: of one or both sides, to be checked; None: to be found out.
+        select: as in :class:`StageFeatures`, of one or both sides.
 
     Raises:
         ValueError: a stage whose layout cannot be told, or for which a pooling does not give rows of one width.
     """
+    pools = None if pool is None else stage_pools(pool, len(stages), side)
     snapshot = Snapshot([model], _tensors(sample))
-    recorder = _Recorder(model, stages, select=select)
+    recorder = _Recorder(model, stages, select=of_side("select", select, side))
     try:
         model.eval()
         with torch.no_grad():
@@ -52,9 +53,9 @@ def pools_and_widths(
         stage = _Stage(
             f"{side} stage {name!r}", base[k], fewer[k], sized.get(k), batch, other_batch, _is_square(sample)
         )
-        pool = stage.inferred() if pools is None else pools[k]
-        widths.append(stage.width(pool, sample, explicit=pools is not None, size_counts=all_ran))
-        chosen.append(pool)
+        chosen_pool = stage.inferred() if pools is None else pools[k]
+        widths.append(stage.width(chosen_pool, sample, explicit=pools is not None, size_counts=all_ran))
+        chosen.append(chosen_pool)
     return chosen, widths
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gkd_fast import _arguments
 from gkd_fast._arguments import is_whole
 
 
@@ -27,16 +28,10 @@ def check_pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_t
                 f"pairs='matched' needs as many student as teacher stages, got {num_students}, {num_teachers}"
             )
         return [(k, k) for k in range(num_students)]
-    if isinstance(pairs, str) or not isinstance(pairs, Iterable) or not (given := list(pairs)):
+    if isinstance(pairs, str) or not (isinstance(pairs, Sequence) and len(pairs)):
         raise ValueError(f"pairs must be 'all', 'matched' or a list of (student stage, teacher stage), got {pairs!r}")
-    for pair in given:
-        if not isinstance(pair, (tuple, list)) or [is_whole(k) for k in pair] != [True, True]:
-            raise TypeError(f"pairs must be a list of (student stage, teacher stage), got {pair!r} in it")
-    chosen = sorted({(int(s), int(t)) for s, t in given})
-    for s, t in chosen:
-        if not (0 <= s < num_students and 0 <= t < num_teachers):
-            raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
-    return chosen
+    listed: Any = pairs
+    return _arguments.check_pairs(listed, num_students, num_teachers) or []
 
 
 def frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]], num_students: int) -> list[int]:

@@ -13,8 +13,8 @@ from gkd_fast._column_bank import ColumnBank
 from gkd_fast._compilation import leaves_graphs
 from gkd_fast._diagnostics import LastCall, Report, graph_report, vacuous
 from gkd_fast._group import GroupHolder
-from gkd_fast._inputs import Features, Weights, check_devices, nodes_of, stages_of, target_of, weights_of_pairs
-from gkd_fast._pooling import Pool, StagePool, of_side, stage_pools
+from gkd_fast._inputs import Features, Weights, check_devices, nodes_of, target_of, tensors_of, weights_of_pairs
+from gkd_fast._pooling import Pool, stage_pools
 from gkd_fast._probe import Sample, pools_and_widths
 from gkd_fast._stages import check_dims, check_pairs, frozen_widths
 from gkd_fast._terms import node_losses, teacher_graph_loss, weighted_sum
@@ -189,12 +189,9 @@ class GraphKDLoss(nn.Module):
             ValueError: a stage is no module of its model, its output is not features, or its layout cannot be told; the
                 message names the stage, both shapes and what to pass.
         """
-        pools: dict[str, list[StagePool]] = {}
-        widths = {}
+        pools, widths = {}, {}
         for side, model, stages in (("student", student, student_stages), ("teacher", teacher, teacher_stages)):
-            given = None if pool is None else stage_pools(pool, len(stages), side)
-            chosen = of_side("select", select, side)
-            pools[side], widths[side] = pools_and_widths(side, model, stages, sample, given, chosen)
+            pools[side], widths[side] = pools_and_widths(side, model, stages, sample, pool, select)
         criterion = cls(widths["student"], widths["teacher"], pool=pools, **options)
         own = next((p for p in student.parameters() if p.is_floating_point()), None)
         return criterion if own is None else criterion.to(own.device, own.dtype)
@@ -245,7 +242,7 @@ class GraphKDLoss(nn.Module):
         embeddings = self.embed(student_feats, teacher_feats)
         if self.bank is None or not self.training:
             return self._terms(*embeddings, target, weights)
-        features = [*stages_of("student_feats", student_feats), *stages_of("teacher_feats", teacher_feats)]
+        features = [*tensors_of("student_feats", student_feats), *tensors_of("teacher_feats", teacher_feats)]
         again = self.bank.has_met(embeddings[0], features, self.parameters())
         terms = self._terms(*embeddings, target, weights, again)
         if not again and not repeats_or_is_undone():
@@ -271,10 +268,7 @@ class GraphKDLoss(nn.Module):
                     f"teacher_feats must have the students' batch size ({len(students[0])}), got {len(teachers[0])}"
                 )
         shards = shards_of(self.process_group, [*students, *teachers], ("GraphKDLoss.embed",))
-        self._last = LastCall()
-        if not torch.compiler.is_compiling():
-            both = stages_of("student_feats", student_feats), stages_of("teacher_feats", teacher_feats)
-            self._last.refer(features=both, embeddings=None)
+        self._last = LastCall(features=(tensors_of("", student_feats), tensors_of("", teacher_feats)))
         if self.teacher_heads is None:
             embeddings = graph_embeddings(self.student_heads, students, shards)
             return embeddings, [x.to(embeddings[0].dtype) for x in teachers]
@@ -320,7 +314,8 @@ class GraphKDLoss(nn.Module):
         told = "GraphKDLoss.terms", "no target" if target is None else "target"
         shards = shards_of(self.process_group, [*student_embeddings, *teacher_embeddings], told)
         batch = len(detached[0]) if shards is None else shards.total
-        last = self._last_of(student_embeddings, teacher_embeddings)
+        last = self._last if self._last.has_features else LastCall(embeddings=(student_embeddings, teacher_embeddings))
+        self._last = last
         last.batch, last.shards = batch, shards and shards.fresh()
         last.weights = None if pair_weights is None else pair_weights.detach()
         bank = None if self.bank is None else self.bank.contents(before_newest=again)
@@ -378,7 +373,7 @@ class GraphKDLoss(nn.Module):
         """Whether the graphs of the last call, or of the features given, say anything; warns, once, if they do not.
 
         The loss keeps numbers per sample and stage pair of its last call, and of its features a weak reference alone:
-        what is made of these is left out where nobody holds them any more (a compiled call leaves nothing at all). They
+        what is made of these is left out where nobody holds them any more, and after a compiled call. They
         are embedded with the parameters as they are now. With a process group the numbers are the global batch's, and
         all ranks call this together.
 
@@ -394,7 +389,7 @@ class GraphKDLoss(nn.Module):
             - ``student_bandwidth``, ``teacher_bandwidth``: their bandwidths.
 
         Raises:
-            RuntimeError: there was no call yet, or it was compiled.
+            RuntimeError: there was no call yet.
         """
         held: Any = None
         if student_feats is not None and teacher_feats is not None:
@@ -402,7 +397,7 @@ class GraphKDLoss(nn.Module):
             self.terms_from_embeddings(*held, weights=weights)
         last = self._last
         if not last.batch:
-            raise RuntimeError("diagnostics needs a call of the loss first, one that is not compiled")
+            raise RuntimeError("diagnostics needs a call of the loss first")
         report = graph_report(self, last)
         self._last = last
         judges_embeddings = self._training_calls >= CHECKED_CALLS[-1]
@@ -418,10 +413,3 @@ class GraphKDLoss(nn.Module):
             "classifier": self.classifier,
         }
         return [{"name": name, "params": list(m.parameters())} for name, m in modules.items() if m is not None]
-
-    def _last_of(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> LastCall:
-        """What the diagnostics of these embeddings will need; of :meth:`embed`, if it was called before."""
-        if not self._last.has_features and not torch.compiler.is_compiling():
-            self._last = LastCall()
-            self._last.refer(features=None, embeddings=(students, teachers))
-        return LastCall() if torch.compiler.is_compiling() else self._last

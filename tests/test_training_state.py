@@ -156,6 +156,15 @@ def test_diagnostics_leave_out_what_is_gone_and_take_features():
         assert given[name] == pytest.approx(whole[name], rel=1e-5)
 
 
+def test_diagnostics_of_a_compiled_call_are_its_numbers():
+    criterion, batch = _criterion(), _batch()
+    torch.compile(criterion, backend="eager", fullgraph=True)(*batch)
+    numbers = criterion.diagnostics()
+    assert set(numbers) == {"weight_mean", "weight_std", "node_loss_minus_log_batch"}
+    whole = criterion.diagnostics(*batch[:2])
+    assert numbers["node_loss_minus_log_batch"] == pytest.approx(whole["node_loss_minus_log_batch"], rel=1e-4)
+
+
 def test_diagnostics_of_embeddings_alone():
     criterion = _criterion()
     embeddings = [torch.randn(BATCH, 5) for _ in range(3)]
