@@ -1,4 +1,5 @@
-"""What a run can be told, with the published recipe as default; every field is an option of the command line."""
+"""What a run can be told; by default the published recipe's networks and constants, on the digits. Every field is an
+option of the command line."""
 
 import dataclasses
 import re
