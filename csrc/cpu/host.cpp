@@ -125,6 +125,10 @@ Product product_of(c10::string_view product_precision, at::ScalarType type) {
   TORCH_CHECK(false, "unknown product precision ", product_precision);
 }
 
+at::Tensor as_multiplied(const at::Tensor& rows, Product product) {
+  return product == Product::bfloat16 ? rows.to(at::kBFloat16).to(rows.scalar_type()) : rows;
+}
+
 Call::Call(Product product) : host_{} {
   host_.self = this;
   host_.workers = at::get_num_threads();

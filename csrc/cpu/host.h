@@ -56,6 +56,9 @@ enum class Product { own, bfloat16 };
 // What product_precision means for rows of this type on this processor.
 Product product_of(c10::string_view product_precision, at::ScalarType type);
 
+// Rows as tiles multiply them where they have no centre.
+at::Tensor as_multiplied(const at::Tensor& rows, Product product);
+
 // Directions lose too much in bfloat16 where they are orthogonal to rows that are all alike.
 constexpr Product second_order_product = Product::own;
 

@@ -13,7 +13,8 @@ struct InfoNceTiles {
   static constexpr int kGroup = 4;  // rows at a time
 
   const InfoNce<T>& args;
-  Operand<T> students, teachers, student_values, teacher_values;
+  Operand<T> students, teachers;
+  Values<T> student_values, teacher_values;
   T *tiles, *partial;
   int64_t stride;
 
@@ -120,8 +121,8 @@ void info_nce(const Host& host, const InfoNce<T>& args) {
   InfoNceTiles<T> op{args,
                      rows_of(host, sides.rows, count, sides.dim, stride),
                      columns_of(host, sides.columns, count, sides.dim, stride),
-                     values_of(host, args.gradients[1] ? sides.rows : nullptr, count, sides.dim),
-                     values_of(host, args.gradients[0] ? sides.columns : nullptr, count, sides.dim),
+                     values_of(host, args.gradients[1] ? sides.rows : nullptr, count, sides.dim, count),
+                     values_of(host, args.gradients[0] ? sides.columns : nullptr, count, sides.dim, count),
                      allocate<T>(host, host.workers * tile_elements(stride)),
                      allocate<T>(host, host.workers * stride),
                      stride};

@@ -20,7 +20,8 @@ struct PairTiles {
   Kind kind;
   bool backward;
   int64_t stride;
-  Operand<T> rows[2], columns[2], row_tangents[2], column_tangents[2], values[2], tangent_values[2];
+  Operand<T> rows[2], columns[2], row_tangents[2], column_tangents[2];
+  Values<T> values[2], tangent_values[2];
   T* tiles;
   T* partial;  // column sums of one tile
 
@@ -215,11 +216,11 @@ void walk_pairs(const Host& host, const PairSums<T>& args, bool backward) {
     const bool gradient = backward && args.gradients[q];
     op.rows[q] = rows_of(host, sides.rows, sides.row_count, sides.dim, stride);
     op.columns[q] = columns_of(host, sides.columns, count, sides.dim, stride);
-    if (gradient) op.values[q] = values_of(host, sides.columns, count, sides.dim);
+    if (gradient) op.values[q] = values_of(host, sides.columns, count, sides.dim, sides.row_count);
     if (!Moving) continue;
     op.row_tangents[q] = rows_of(host, args.tangents[q].row, sides.row_count, sides.dim, stride);
     op.column_tangents[q] = columns_of(host, args.tangents[q].column, count, sides.dim, stride);
-    if (gradient) op.tangent_values[q] = values_of(host, args.tangents[q].column, count, sides.dim);
+    if (gradient) op.tangent_values[q] = values_of(host, args.tangents[q].column, count, sides.dim, sides.row_count);
   }
   op.tiles = allocate<T>(host, host.workers * Tiles::kSides * Tiles::kParts * tile_elements(stride));
   op.partial = allocate<T>(host, host.workers * (Tiles::K + Tiles::P) * stride);

@@ -19,7 +19,8 @@ struct AngleTiles {
   const RkdAngle<T>& args;
   const Host& host;
   int64_t count, stride, blocks, step;  // step: elements of a tile
-  Operand<T> rows[2], columns[2], values[2];
+  Operand<T> rows[2], columns[2];
+  Values<T> values[2];
   T *offsets[2], *inverses[2], *weights[2];  // panels of the block at hand, a tile per block of columns: N is in weights
   T* tiles;                                  // per worker and side: G, H, Σ_k E r_ik, Σ_k E cos
   double* partial;                           // forward: [block of j][i]
@@ -250,7 +251,7 @@ void rkd_angle(const Host& host, const RkdAngle<T>& args) {
     const Sides<T>& sides = args.sides[q];
     op.rows[q] = rows_of(host, sides.rows, count, sides.dim, stride);
     op.columns[q] = columns_of(host, sides.rows, count, sides.dim, stride);
-    if (args.gradients[q]) op.values[q] = values_of(host, sides.rows, count, sides.dim);
+    if (args.gradients[q]) op.values[q] = values_of(host, sides.rows, count, sides.dim, count);
     op.offsets[q] = allocate<T>(host, blocks * step);
     op.inverses[q] = allocate<T>(host, blocks * step);
     if (args.gradients[q]) op.weights[q] = allocate<T>(host, blocks * step);
