@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test test-installed test-kernels test-machine-code test-ptx sanitize bench lint format clean
+.PHONY: fuzz install demo test test-installed test-kernels test-machine-code test-ptx sanitize bench lint format clean
 
 install: $(VENV)/installed
 
@@ -50,6 +50,13 @@ test-installed: install
 	cp -r tests $(INSTALLED)
 	cd $(INSTALLED) && venv/bin/python -c 'import gkd_fast, sys; assert gkd_fast.__file__.startswith(sys.prefix)'
 	cd $(INSTALLED) && venv/bin/python -m pytest $(OP_TESTS)
+
+# Random calls against the reference: the C++ kernels, then the interpreted Triton kernels. A failure prints its case.
+FUZZ_SECONDS ?= 150
+FUZZ_SEED ?= 0
+fuzz: install
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	TRITON_INTERPRET=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, in a build of their own; without the tests that
 # start processes.

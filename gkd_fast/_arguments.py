@@ -225,7 +225,9 @@ def check_bank(name: str, bank: Sequence[Tensor] | None, stages: Sequence[Tensor
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}[{k}] must be a floating point Tensor, got {got}")
-        if x.dim() != 2 or x.shape[1] != stage.shape[1] or len(x) != len(bank[0]) or x.device != stage.device:
+        if x.dim() != 2:
+            raise ValueError(f"{name}[{k}] must have 2 dimensions [size, width], got shape {tuple(x.shape)}")
+        if x.shape[1] != stage.shape[1] or len(x) != len(bank[0]) or x.device != stage.device:
             raise ValueError(
                 f"{name}[{k}] must have shape [{len(bank[0])}, {stage.shape[1]}] on {stage.device}, got "
                 f"{tuple(x.shape)} on {x.device}"

@@ -99,6 +99,7 @@ def batches(*arguments):
         (partial(node_contrast, X, X, pairs=[(0, 0, 0)]), TypeError, "pairs must be a list of"),
         (partial(node_contrast, X, X, pairs=[(0.5, 0)]), TypeError, "pairs must be a list of"),
         (partial(node_contrast, X, X, pairs=[(0, -1)]), ValueError, r"pairs must lie below \(1, 1\), got \(0, -1\)"),
+        (partial(node_contrast, X, X, bank=torch.ones(())), ValueError, r"bank\[0\] must have 2 dimensions .*, got"),
         (partial(node_contrast, X, X, bank=3), TypeError, "bank must be a Tensor or a sequence of tensors, got int"),
         (partial(node_contrast, X, X, bank=[ARRAY]), TypeError, r"bank\[0\] must be .*, got ndarray"),
         (partial(node_contrast, X, X, bank=[X.int()]), TypeError, r"bank\[0\] must be .*, got torch.int32"),
