@@ -390,11 +390,12 @@ class GraphKDLoss(nn.Module):
 
         Raises:
             RuntimeError: there was no call yet.
+            TypeError: one network's features without the other's.
         """
-        held: Any = None
+        if (student_feats is None) != (teacher_feats is None):
+            raise TypeError("student_feats and teacher_feats must be given together, got one of them")
         if student_feats is not None and teacher_feats is not None:
-            held = self.embed(student_feats, teacher_feats)
-            self.terms_from_embeddings(*held, weights=weights)
+            self.terms_from_embeddings(*self.embed(student_feats, teacher_feats), weights=weights)
         last = self._last
         if not last.batch:
             raise RuntimeError("diagnostics needs a call of the loss first")

@@ -150,6 +150,8 @@ def test_diagnostics_leave_out_what_is_gone_and_take_features():
     rest = criterion.diagnostics()
     assert set(rest) == {"weight_mean", "weight_std", "node_loss_minus_log_batch"}
     assert rest["node_loss_minus_log_batch"] == pytest.approx(whole["node_loss_minus_log_batch"])
+    with pytest.raises(TypeError, match="student_feats and teacher_feats must be given together"):
+        criterion.diagnostics(student)
     given = criterion.diagnostics(student, teacher)
     assert given.keys() == whole.keys()
     for name in whole:
