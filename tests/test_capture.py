@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_fast import GraphKDLoss, _column_bank, loss
+from tests.ops_cases import requires_cpp
 
 # Operations that give the host what only the device knows.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique"}
@@ -44,6 +45,7 @@ def loss_of(**options) -> GraphKDLoss:
     return GraphKDLoss([5, 5], [7, 7], num_classes=3, embed_dim=8, **options)
 
 
+@requires_cpp  # whose ops have names to be seen
 @pytest.mark.parametrize("column_bank", [0, 12])
 def test_nothing_waits_for_the_device(capturing, column_bank):
     """The first training call looks at diagnostics, and waits; under capture no call does."""
