@@ -16,7 +16,8 @@ def _merge(one: Sequence[Tensor], other: Sequence[Tensor], places) -> list[Tenso
     if weighted.numel():
         weighted = sum((z - total).exp().to(w)[..., None] * w for _, z, w in (one, other))
     losses = losses.clone()
-    losses.flatten(1)[:, places] += (total - log_sums).T
+    for place, growth in zip(places, total - log_sums):
+        losses.flatten(1)[:, place] += growth
     return [losses, total, weighted]
 
 

@@ -88,11 +88,17 @@ def relation_kl_tangent(
     return tuple(problem.directions.divided(x) for x in moved)
 
 
+def _span(stages: list[int]) -> slice:
+    """Neighbouring stages as a slice: a list of numbers would be copied to the device."""
+    return slice(stages[0], stages[-1] + 1)
+
+
 def _move_group(problem: MovingProblem, students, teachers, log_sums, losses, levels, out):
     """Writes the tangents of one group's losses and log-sums."""
     stages, S, T = problem.stages(students, teachers), len(students), len(teachers)
-    shifts = (log_sums[stages] * LOG2E).to(losses.dtype)
-    of_pairs = levels[:, students][:, :, teachers].permute(2, 1, 0).to(losses.dtype).contiguous()
+    of_stages = torch.cat([log_sums[_span(students)], log_sums[_span(stages[S:])]])
+    shifts = (of_stages * LOG2E).to(losses.dtype)
+    of_pairs = levels[:, _span(students), _span(teachers)].permute(2, 1, 0).to(losses.dtype).contiguous()
     sums = log_sums.new_zeros(2 * (S + T) + S * T, problem.row_count)
     for piece in problem.moving_pieces(stages, weights=1):
         blocks = tiling("relation_tangent_sums", problem.arch, problem.product, 1, piece.count)[0][0]
@@ -103,7 +109,7 @@ def _move_group(problem: MovingProblem, students, teachers, log_sums, losses, le
     if problem.has_columns:
         # Columns that may be part of a larger set: Z of the log-sums, so that tangents add up.
         shift = shifts.double() if problem.own_shift else problem.outer
-        of_shifts = torch.exp(log_sums[stages] - shift / LOG2E)
+        of_shifts = torch.exp(of_stages - shift / LOG2E)
         sums[: 2 * S : 2] = of_shifts[:S]
         sums[2 * S :: 2 + S] = of_shifts[S:]
     of_students = [sums[2 * k + 1] / sums[2 * k] for k in range(S)]
@@ -182,10 +188,10 @@ def _moving_factors(problem, students, teachers, side, count: int, power: Tensor
         factors[S + T * S + T :][: S + T] = problem.outer
         return factors
     of_pairs, of_losses, loss_tangents = (
-        x[:, students][:, :, teachers].permute(2, 1, 0).double() for x in (side[0][0], side[0][1], side[1][0])
+        x[:, _span(students), _span(teachers)].permute(2, 1, 0).double() for x in (side[0][0], side[0][1], side[1][0])
     )  # [T, S, count]
     student_log_sums, teacher_log_sums, student_tangents, teacher_tangents = (
-        x[stages].double()
+        x[_span(stages)].double()
         for x, stages in zip((*side[0][2:], *side[1][1:]), (students, teachers, students, teachers), strict=True)
     )
     log_sums = torch.cat([student_log_sums, teacher_log_sums])

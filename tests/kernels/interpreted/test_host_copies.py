@@ -1,0 +1,63 @@
+"""Nothing is copied from the host, and nothing waits for the device: on a GPU either would stop the stream, and a CUDA
+graph could not capture it.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
+
+from gkd_fast.kernels.common import table
+from gkd_fast.ops.node_contrast_columns import _merge
+from tests.second_order_cases import FUNCTIONS, second_order
+
+from .judge import features
+
+# An index made of a list of numbers, a tensor made of Python's numbers, a number read from a tensor.
+COPIES = ("index", "index_put", "index_put_", "_index_put_impl_", "lift_fresh", "_local_scalar_dense", "nonzero")
+
+
+class Copies(TorchDispatchMode):
+    """Collects the operations of PyTorch that copy between host and device."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names: list[str] = []
+        interpret = InterpretedFunction.run
+
+        def run(kernel, *arguments, **options):
+            with _disable_current_modes():
+                return interpret(kernel, *arguments, **options)
+
+        monkeypatch.setattr(InterpretedFunction, "run", run)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        if name in COPIES:
+            self.names.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_up_to_the_second_order(name, division, monkeypatch):
+    function, widths = FUNCTIONS[name]
+    tiles, inputs = division("whole"), features(5, *widths, dtype=torch.float32)
+    with table.forced(16, 16, **tiles):
+        upstream = torch.ones_like(function(*inputs, backend="triton"))
+        with Copies(monkeypatch) as copies:
+            second_order(function, inputs, upstream, "triton")
+    assert copies.names == []
+
+
+def test_putting_sets_of_columns_together(monkeypatch):
+    part = partial(torch.ones, dtype=torch.float32)
+    results = part(4, 2, 3), part(2, 4), part(2, 4, 5)
+    with Copies(monkeypatch) as copies:
+        losses, *_ = _merge(results, results, [0, 4])
+    assert copies.names == []
+    grown = 1 + torch.tensor(2.0).log()
+    expected = torch.ones(4, 6)
+    expected[:, [0, 4]] = grown
+    torch.testing.assert_close(losses.flatten(1), expected)
