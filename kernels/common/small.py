@@ -13,7 +13,6 @@ from gkd_fast.kernels.common import table
 from gkd_fast.kernels.common.launch import Product
 from gkd_fast.kernels.common.tile import (
     add_product,
-    add_tile_product,
     convert,
     load_tile,
     number,
@@ -60,24 +59,6 @@ def weight_columns(product: Product) -> int:
 def gradient_constants(arch: str, product: Product) -> dict:
     """As ``constants``, of a kernel that takes the columns in such tiles."""
     return constants(arch, product, BLOCK_COLUMNS=weight_columns(product))
-
-
-@triton.jit
-def tile_product(
-    rows, columns, i, j, count, dim, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x_i·y_j of the tile at (i, j)."""
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
-    if SCALED:
-        for k in range(0, dim, BLOCK_WIDTH):
-            x, x_unit = operand(load_tile(rows, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH), TYPE, SCALED)
-            y, y_unit = operand(load_tile(columns, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH), TYPE, SCALED)
-            total += product(x, tl.trans(y), PRECISION) * (x_unit * y_unit)
-        return total
-    else:
-        return add_tile_product(rows, columns, i, j, count, count, dim, total, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
-                                TYPE, PRECISION)  # fmt: skip
 
 
 @triton.jit

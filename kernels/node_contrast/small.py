@@ -8,7 +8,7 @@ from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
-from gkd_fast.kernels.common.small import load_of_pair, store_weighted, tile_product
+from gkd_fast.kernels.common.small import centred_product, load_of_pair, mean_row, store_weighted
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     NOWHERE,
@@ -30,8 +30,8 @@ def small_logits(
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Logits in base 2 of the tile at (i, j); their weights are 0 in missing columns."""
-    c = tile_product(rows, columns, i, j, count, dim, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
-                     PRECISION)  # fmt: skip
+    c = centred_product(rows, columns, i, j, count, dim, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                        PRECISION)  # fmt: skip
     return replace_missing(c * scale, j, count, NOWHERE, BLOCK_COLUMNS)
 
 
@@ -76,10 +76,11 @@ def add_difference(
     out, weighted, partner, g, i, count, dim, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
-    """out_i += (g_i/τ)(W_i − partner_i)."""
+    """out_i += (g_i/τ)(W_i − partner_i), partners rounded as W has them: about their mean."""
     tl.debug_barrier()
     for k in range(0, dim, BLOCK_WIDTH):
-        own = convert(load_tile(partner, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH), TYPE).to(SUM)
+        m = mean_row(partner, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
+        own = convert(load_tile(partner, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH) - m, TYPE).to(SUM) + m
         piece = g[:, None] * (load_tile(weighted, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH) - own)
         piece += load_tile(out, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH)
         store_tile(out, piece, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH)

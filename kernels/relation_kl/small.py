@@ -8,11 +8,10 @@ from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
-from gkd_fast.kernels.common.small import load_of_pair, store_weighted, tile_product
-from gkd_fast.kernels.common.tangents import HARDWARE_ONLY
-from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, number, pick, store_vector
+from gkd_fast.kernels.common.small import load_of_pair, negative_distances, store_weighted
+from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, number, pick, replace_edges, store_vector
 from gkd_fast.kernels.node_contrast.tiles import nth_set_bit
-from gkd_fast.kernels.relation_kl.tiles import pair_loss, relations
+from gkd_fast.kernels.relation_kl.tiles import pair_loss
 
 
 @triton.jit
@@ -22,9 +21,9 @@ def small_relations(
 ):  # fmt: skip
     """R of a stage's tile at (i, j)."""
     matrix = pick(rows, stage)
-    c = tile_product(matrix, matrix, i, j, count, pick(dims, stage), False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
-                     TYPE, SUM, PRECISION)  # fmt: skip
-    return relations(c, i, j, 0, count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY)
+    c = negative_distances(matrix, i, j, count, pick(dims, stage), BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                           PRECISION)  # fmt: skip
+    return replace_edges(tl.exp2(c * inner), i, j, 0, count, 0.0, NOWHERE, True, True, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit

@@ -11,10 +11,16 @@ from tests.second_order_cases import second_order
 
 from .judge import values_and_gradients
 
+
+def of_one_pair(function):
+    return lambda student, teacher, backend: function([student], [teacher], backend=backend)
+
+
 FUNCTIONS = {
     "graph_conv symmetric": partial(functional.graph_conv, bandwidth="auto"),
     "graph_conv row": partial(functional.graph_conv, bandwidth="auto", normalization="row"),
 }
+LOSSES = {name: of_one_pair(getattr(functional, name)) for name in ("relation_kl", "node_contrast")}
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -29,12 +35,14 @@ def largest_errors(name: str, cosine: float, tiles: dict, results) -> list[float
     """Of every result, relative to its largest entry, with products in bfloat16."""
     inputs = alike(2, cosine)
     single = [x.detach().float().requires_grad_() for x in inputs]
-    upstream = torch.randn(52, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    truth = results(FUNCTIONS[name], inputs, upstream, backend="reference")
+    function = (FUNCTIONS | LOSSES)[name]
+    shape = function(*inputs, backend="reference").shape
+    upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    truth = results(function, inputs, upstream, backend="reference")
     torch.set_float32_matmul_precision("medium")
     try:
         with table.forced(16, 16, **tiles):
-            found = results(FUNCTIONS[name], single, upstream, backend="triton")
+            found = results(function, single, upstream, backend="triton")
     finally:
         torch.set_float32_matmul_precision("highest")
     return [((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, truth, strict=True)]
@@ -51,3 +59,9 @@ def test_values_and_gradients(name, cosine, division, divided):
 @pytest.mark.parametrize("cosine", [0, 0.99, 0.9999])
 def test_second_order(name, cosine, division):
     assert max(largest_errors(name, cosine, division("whole"), second_order)) <= 1e-2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("cosine", [0, 0.9, 0.99])
+def test_losses_of_small_batches(name, cosine, division):
+    assert max(largest_errors(name, cosine, division("small"), values_and_gradients)) <= 1e-2
