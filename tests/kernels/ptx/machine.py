@@ -122,8 +122,8 @@ class Machine:
             return self.registers[operand]
         if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", operand):
             found = word(int(operand[2:], 16))
-        elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", operand):
-            found = word(int(operand, 0) % 2**64)
+        elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
+            found = word(int(operand.rstrip("U"), 0))
         else:
             raise Fault(f"{operand} is read and was never written")
         self.registers[operand] = found
