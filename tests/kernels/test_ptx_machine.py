@@ -86,3 +86,24 @@ def test_a_copy_that_nobody_waited_for():
     assert run(waited)[0].tolist() == list(range(63, -1, -1))
     out, _ = run(waited.replace("cp.async.wait_group 0;", ""))
     assert out.isnan().all()
+
+
+def test_threads_that_go_different_ways_meet_again():
+    """Odd threads go round once more, and skip what the even ones do."""
+    loop = """
+	and.b32 	%r8, %r2, 1;
+	setp.ne.b32 	%p2, %r8, 0;
+	mov.b32 	%r9, 0;
+$L_again:
+	add.s32 	%r9, %r9, 1;
+	setp.lt.s32 	%p3, %r8, %r9;
+	@!%p3 bra 	$L_again;
+	@%p2 bra 	$L_met;
+	add.s32 	%r9, %r9, 10;
+$L_met:
+	cvt.rn.f32.s32 	%r3, %r9;
+"""
+    text = COPY_THROUGH_SHARED.replace("@%p1 ld.global.b32 { %r3 }, [ %rd4 + 0 ];", loop)
+    assert run(text)[0].tolist() == [2.0, 11.0] * 32
+    with pytest.raises(Fault, match="not all threads come to bar.sync 0"):
+        run(text.replace("add.s32 	%r9, %r9, 10;", "bar.sync 	0;"))

@@ -3,7 +3,7 @@
 What is checked is the compiler's work above ptxas: addresses, layouts, masks, operands, barriers. Instructions act in
 the order of the code; asynchronous copies arrive when they are waited for, and until then nobody may touch a product's
 registers and operands. An access out of bounds and an instruction that is not known raise ``Fault``; ``hazards`` has
-what is done out of order. Branches on which threads differ are not supported.
+what is done out of order.
 """
 
 import re
@@ -18,6 +18,8 @@ from .scalars import as_type, bits_of, to_words
 
 Array = np.ndarray
 MOST_STEPS = 10**6
+# What all threads of a warp, a group of warps or the program do together.
+TOGETHER = ("bar", "barrier", "ldmatrix", "mma", "shfl", "stmatrix", "wgmma")
 
 
 class Machine:
@@ -50,26 +52,38 @@ class Machine:
         return self.shared.hazards
 
     def run(self) -> None:
-        index, steps = 0, 0
-        while index < len(self.program.instructions):
-            x = self.program.instructions[index]
-            index, steps = index + 1, steps + 1
+        """Threads that went different ways wait for each other at what they do together; those least far go first."""
+        everyone = np.ones(self.threads, bool)
+        groups, steps = {0: everyone}, 0
+        while groups:
+            index = min(groups) if len(groups) == 1 else self._first_to_go(groups)
+            active = groups.pop(index)
+            x, steps = self.program.instructions[index], steps + 1
             if steps > MOST_STEPS:
                 raise Fault(f"no end after {steps} instructions")
-            name = x.operation[0]
-            mask = self._predicate(x.guard) if x.guard else None
-            if name == "bra":
-                if mask is not None and mask.any() and not mask.all():
-                    raise Fault(f"threads differ at a branch: {x}")
-                if mask is None or mask.all():
-                    index = self.program.labels[x.operands[0]]
-            elif name == "ret":
-                if mask is None or mask.all():
-                    return
+            guard = np.broadcast_to(self._predicate(x.guard), (self.threads,)) if x.guard else everyone
+            name, acting = x.operation[0], active & guard
+            stays = active
+            if name in ("bra", "ret"):
+                stays = active & ~guard
+                if name == "bra" and acting.any():
+                    self._go(groups, self.program.labels[x.operands[0]], acting)
+            elif name in TOGETHER and not active.all():
+                raise Fault(f"not all threads come to {x}")
             else:
                 if self.busy and name != "wgmma" and not self.busy.isdisjoint(x.registers):
                     self.hazards.add(f"registers of a product in flight: {x}")
-                self._step(x, mask)
+                self._step(x, None if acting.all() else acting)
+            if stays.any() and index + 1 < len(self.program.instructions):
+                self._go(groups, index + 1, stays)
+
+    def _first_to_go(self, groups: dict[int, Array]) -> int:
+        waits = [k for k in groups if self.program.instructions[k].operation[0] in TOGETHER]
+        return min((k for k in groups if k not in waits), default=min(groups))
+
+    @staticmethod
+    def _go(groups: dict[int, Array], index: int, threads: Array) -> None:
+        groups[index] = groups[index] | threads if index in groups else threads
 
     def _step(self, x: Instruction, mask: Array | None) -> None:
         act = getattr(self, f"_{x.operation[0]}", None)
