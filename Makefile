@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: fuzz install demo test test-installed test-kernels test-machine-code test-ptx sanitize bench lint format clean
+.PHONY: fuzz install demo test test-oldest test-gpu test-installed test-kernels test-machine-code test-ptx sanitize bench lint format \
+	clean
 
 install: $(VENV)/installed
 
@@ -26,6 +27,32 @@ test: install
 # Every kernel's default configuration, compiled for every architecture; needs no GPU.
 test-kernels: install
 	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py
+
+# The oldest PyTorch and Triton, in an environment and a copy of the sources of their own, since the extension is built
+# for one PyTorch: the tests of the ops and of the loss, all kernels interpreted, and Hopper's compiled.
+OLDEST := .venv-oldest
+OLDEST_TREE := build/oldest
+$(OLDEST)/installed: constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt \
+		torch triton numpy ninja 'setuptools>=77' wheel networkx psutil 'pytest>=8' pytest-xdist rich
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	mkdir -p $(OLDEST_TREE)
+	tar c --exclude='*.so' --exclude='__pycache__' --exclude=gkd_fast/kernels --exclude=gkd_fast/_C.torch-version.txt \
+		bench configs csrc gkd_fast kernels pyproject.toml README.md setup.py tests | tar x -C $(OLDEST_TREE)
+	cd $(OLDEST_TREE) && ln -sfn ../kernels gkd_fast/kernels
+	cd $(OLDEST_TREE) && PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python setup.py -q build_ext --inplace
+	cd $(OLDEST_TREE) && $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(OP_TESTS) \
+		tests/test_functional.py tests/test_gradcheck.py tests/test_loss.py tests/gpu
+	cd $(OLDEST_TREE) && TRITON_INTERPRET=1 $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/kernels/interpreted
+	cd $(OLDEST_TREE) && $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py \
+		-k 'exemptions or (bfloat16 and sm_90)'
+
+# On a machine with a GPU.
+test-gpu: install
+	$(BIN)/python -m pytest -n 4 tests/gpu
 
 # Hopper's machine code of every kernel, at all tile configurations and pairs of widths; about an hour.
 test-machine-code: install
@@ -82,4 +109,4 @@ format: install
 	$(BIN)/ruff check --fix --quiet .
 
 clean:
-	rm -rf build runs *.egg-info $(VENV)
+	rm -rf build runs *.egg-info $(VENV) $(OLDEST)
