@@ -9,6 +9,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def warm(options: argparse.Namespace) -> list[str]:
     """The names of the kernels that a step needs, compiled or found in the cache."""
-    from gkd_fast.kernels.common.offline import offline
+    offline = import_module("gkd_fast.kernels.common.offline").offline
 
     with warnings.catch_warnings():
         # The C++ kernels give way, and the graphs of what no kernel wrote say nothing.

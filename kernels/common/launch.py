@@ -96,9 +96,14 @@ def product_of(precision: str, x: Tensor) -> Product:
     return PRODUCTS[precision]
 
 
+_NO_CHANGE = nullcontext()
+
+
 def on_device(x: Tensor):
     """Triton launches on the current device and its current stream: make it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NO_CHANGE
+    return torch.cuda.device(x.device)
 
 
 def matrices(name: str, tensors: Sequence[Tensor], rows: int | None = None) -> list[Tensor]:
@@ -110,17 +115,17 @@ def matrices(name: str, tensors: Sequence[Tensor], rows: int | None = None) -> l
             raise ValueError(f"{name}[{k}] must be float32 or float64 like the others, got {x.dtype} on {x.device}")
         if x.dim() != 2 or x.shape[0] != rows:
             raise ValueError(f"{name}[{k}] must have shape [{rows}, width], got {tuple(x.shape)}")
-    return [x.contiguous() for x in tensors]
+    return [x if x.is_contiguous() else x.contiguous() for x in tensors]
 
 
 def padded_width(*widths: int) -> int:
     """The power of two that holds the widths, at least 16, the least that a matrix product takes."""
-    return max(16, triton.next_power_of_2(max(widths)))
+    return 1 << max(4, (max(widths) - 1).bit_length())
 
 
 def divide(row_blocks: int, columns: int, block_columns: int, processors: int) -> int:
     """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work."""
-    return max(1, min(triton.cdiv(columns, block_columns), processors // row_blocks))
+    return max(1, min(-(-columns // block_columns), processors // row_blocks))
 
 
 def row_blocks_at_a_time(rows: int, block_rows: int) -> int:

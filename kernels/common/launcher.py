@@ -7,7 +7,6 @@ Triton would specialise on, with the binder that Triton generates for them (type
 """
 
 import inspect
-from functools import cache
 from typing import Any
 
 from triton import knobs
@@ -78,9 +77,13 @@ def _hook(hook: Any) -> Any:
 
 def launch(kernel: Any, **constants: Any) -> Launch:
     """The one ``Launch`` of a kernel with these compile-time arguments and options."""
-    return _launch(kernel, tuple((name, type(value), value) for name, value in constants.items()))
+    # Of equal values of two types, 1 and True, Triton makes two kernels.
+    key = id(kernel), tuple(constants.items()), tuple(map(type, constants.values()))
+    found = _launches.get(key)
+    if found is None:
+        found = _launches[key] = Launch(kernel, constants)
+    return found
 
 
-@cache
-def _launch(kernel: Any, constants: tuple[tuple[str, type, Any], ...]) -> Launch:
-    return Launch(kernel, {name: value for name, _, value in constants})
+# Each holds its kernel, whose id is no other's then.
+_launches: dict[tuple, Launch] = {}

@@ -1,7 +1,6 @@
 """unit_rows on GPUs: rows of all stages in one launch, any floating type, any strides, any width."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -17,10 +16,11 @@ def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], lis
     norms = [x.new_empty(x.shape[0], dtype=dtype) for x in rows]
     for group in _groups(rows):
         x, e, n = ([values[k] for k in group] for values in (rows, units, norms))
-        grid = (triton.cdiv(len(x[0]), BLOCK_ROWS), len(x))
+        count = x[0].shape[0]
+        grid = (-(-count // BLOCK_ROWS), len(x))
         with on_device(x[0]):
             launch(unit_rows_forward, TYPE=_triton_type(dtype), ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
-                grid, tuple(x), *_strides(x), tuple(v.shape[1] for v in x), tuple(e), tuple(n), len(x[0]),
+                grid, tuple(x), *_strides(x), tuple(v.shape[1] for v in x), tuple(e), tuple(n), count,
                 torch.finfo(dtype).tiny ** 0.5,
             )  # fmt: skip
     return units, norms
@@ -32,10 +32,11 @@ def unit_rows_backward(
     gradients = [e.new_empty(e.shape, dtype=dtype) for e in unit]
     for group in _groups(upstream):
         g, e, n, out = ([values[k] for k in group] for values in (upstream, unit, inverse_norms, gradients))
-        grid = (triton.cdiv(len(g[0]), BLOCK_ROWS), len(g))
+        count = g[0].shape[0]
+        grid = (-(-count // BLOCK_ROWS), len(g))
         with on_device(g[0]):
             launch(unit_rows_gradient, TYPE=_triton_type(e[0].dtype), ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
-                grid, tuple(g), *_strides(g), tuple(v.shape[1] for v in g), tuple(e), tuple(n), tuple(out), len(g[0])
+                grid, tuple(g), *_strides(g), tuple(v.shape[1] for v in g), tuple(e), tuple(n), tuple(out), count
             )
     return gradients
 
