@@ -5,9 +5,10 @@
 
 namespace gkd::GKD_ISA {
 
-// The mean of the rows x·factor that are not zero. Any row would do; this one depends on no number of threads.
+// The mean of the rows x·factor, without zero rows where these have no share in it: so x̂ is 0 on average, and what weights
+// that are all alike are rounded by alike does not matter. It depends on no number of threads.
 template <class T>
-T* mean_row(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
+T* mean_row(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors, bool counts_zeros) {
   const int64_t part = larger(64, ceil_div(count, 64)), parts = ceil_div(count, part);
   T *sums = allocate<T>(host, parts * dim), *mean = allocate<T>(host, dim);
   int64_t *counts = cleared<int64_t>(host, parts), all = 0;
@@ -17,7 +18,7 @@ T* mean_row(const Host& host, const T* rows, int64_t count, int64_t dim, const T
     for (int64_t i = p * part; i < smaller(count, (p + 1) * part); ++i) {
       const T *x = rows + i * dim, factor = factors ? factors[i] : T(1);
       for (int64_t k = 0; k < dim; ++k) sum[k] += x[k] * factor;
-      counts[p] += wide_dot(x, x, dim) != 0;
+      counts[p] += counts_zeros || wide_dot(x, x, dim) != 0;
     }
   }, grain_of(part * dim));
   for (int64_t p = 0; p < parts; ++p) all += counts[p];
@@ -29,11 +30,16 @@ T* mean_row(const Host& host, const T* rows, int64_t count, int64_t dim, const T
   return mean;
 }
 
+template <class T>
+T* unit_mean(const Host& host, const T* rows, int64_t count, int64_t dim) {
+  return mean_row<T>(host, rows, count, dim, nullptr, false);
+}
+
 // A centre for any rows: their mean. None where they are not rounded.
 template <class T>
 Centre<T> centre_of(const Host& host, const T* rows, int64_t count, int64_t dim, const T* factors = nullptr) {
   if (!rounds<T>(host) || !rows) return {};
-  return {mean_row(host, rows, count, dim, factors), nullptr, nullptr};
+  return {mean_row(host, rows, count, dim, factors, true), nullptr, nullptr};
 }
 
 // The centre `mean` for these unit rows, with the halves of their squares; zero rows have no share in it.
@@ -64,8 +70,7 @@ struct UnitSides {
       : rows{}, columns{}, centre{}, one(rounds<T>(host) ? 0 : 1) {
     Centre<T> of_rows{};
     if (rounds<T>(host)) {
-      const T* mean = others ? mean_row(host, others, other_count, sides.dim)
-                             : mean_row(host, sides.columns, sides.column_count, sides.dim);
+      const T* mean = unit_mean(host, others ? others : sides.columns, others ? other_count : sides.column_count, sides.dim);
       of_rows = centre = unit_centre(host, mean, sides.columns, sides.column_count, sides.dim);
       if (!sides.symmetric && !known) of_rows = unit_centre(host, mean, sides.rows, sides.row_count, sides.dim);
     }

@@ -88,9 +88,9 @@ struct NodeTiles {
   static constexpr int N = Lanes<T>::count;
 
   const NodeGradient<T>& args;
-  Terms<T> terms;  // d, and what the centres of G' and H' take from the products
+  Terms<T> terms;  // d, and what the centre of H' takes from the products
   UnitSides<T> units;
-  Centre<T> left, right;
+  Centre<T> right;
   Operand<T> left_columns, right_columns;
   Values<T> values;
   T* tiles;
@@ -133,7 +133,7 @@ struct NodeTiles {
     T* m = tiles + worker * 2 * tile_elements(stride);
     T* c = args.affinities ? args.affinities + t.place * stride * stride : m + tile_elements(stride);
     if (!args.affinities) similarities(t, units.rows, units.columns, args.sides.dim, c, stride);
-    multiply_rows(t, worker, args.left.row, args.left_factors.row, left, right_columns, m, false);
+    multiply_rows(t, worker, args.left.row, args.left_factors.row, {}, right_columns, m, false);
     if (left_columns) multiply_rows(t, worker, args.right.row, args.right_factors.row, right, left_columns, m, true);
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -147,26 +147,22 @@ struct NodeTiles {
   }
 };
 
-// With G' = Ĝ + g and H' = Ĥ + h, g and h being the centres:
-// G'_i·H'_j + H'_i·G'_j = Ĝ_i·Ĥ_j + Ĥ_i·Ĝ_j + z_i + z_j, z_i = G'_i·h + H'_i·g − g·h, which joins the terms. Without an
-// upstream of the columns G'_j and g are 0.
+// With H' = Ĥ + h, h being the centre:  G'_i·H'_j + H'_i·G'_j = G'_i·Ĥ_j + Ĥ_i·G'_j + z_i + z_j,  z_i = G'_i·h, which joins the
+// terms; without an upstream of the columns G'_j is 0. G' needs no centre: its roundings are multiplied by Ĥ.
 template <class T>
-Terms<T> centred_terms(const Host& host, const NodeGradient<T>& args, const Centre<T>& left, const Centre<T>& right) {
+Terms<T> centred_terms(const Host& host, const NodeGradient<T>& args, const Centre<T>& right) {
   if (!right.row) return args.terms;
   const Sides<T>& sides = args.sides;
-  auto side = [&](const T* terms, const T* g, const T* g_factors, const T* h, const T* h_factors, int64_t count) {
+  auto side = [&](const T* terms, const T* g, const T* factors, int64_t count) {
     double* total = cleared<double>(host, count);
     T* out = cleared<T>(host, count);
-    if (g) add_dots(host, g, g_factors, right.row, count, args.width, total);
-    if (left.row) add_dots(host, h, h_factors, left.row, count, args.width, total);
-    const double both = left.row ? wide_dot(left.row, right.row, args.width) : 0;
-    for (int64_t i = 0; i < count; ++i) out[i] = T(terms[i] + total[i] - both);
+    if (g) add_dots(host, g, factors, right.row, count, args.width, total);
+    for (int64_t i = 0; i < count; ++i) out[i] = T(terms[i] + total[i]);
     return out;
   };
-  const Terms<T>&g = args.left_factors, &h = args.right_factors;
-  const T* row = side(args.terms.row, args.left.row, g.row, args.right.row, h.row, sides.row_count);
+  const T* row = side(args.terms.row, args.left.row, args.left_factors.row, sides.row_count);
   if (sides.symmetric) return {row, row};
-  return {row, side(args.terms.column, args.left.column, g.column, args.right.column, h.column, sides.column_count)};
+  return {row, side(args.terms.column, args.left.column, args.left_factors.column, sides.column_count)};
 }
 
 template <class T>
@@ -175,20 +171,19 @@ void node_gradient(const Host& host, const NodeGradient<T>& args) {
   const Terms<T>&g = args.left_factors, &h = args.right_factors;
   const int64_t stride = block_rows(host, sides.row_count), rows = sides.row_count, count = sides.column_count;
   const UnitSides<T> units(host, sides, stride, args.affinities != nullptr);
-  const Centre<T> left = centre_of(host, args.left.column, count, args.width, g.column);
   const Centre<T> right = centre_of(host, args.right.column, count, args.width, h.column);
   const T* messages = args.messages_gradient ? args.left.column : nullptr;
+  const Centre<T> of_messages = centre_of(host, messages, count, args.width, g.column);
   NodeTiles<T> op{args,
-                  centred_terms(host, args, left, right),
+                  centred_terms(host, args, right),
                   units,
-                  left,
                   right,
-                  columns_of(host, args.left.column, count, args.width, stride, left, g.column),
+                  columns_of(host, args.left.column, count, args.width, stride, {}, g.column),
                   columns_of(host, args.right.column, count, args.width, stride, right, h.column),
                   values_of(host, sides.columns, count, sides.dim, rows, units.centre),
                   allocate<T>(host, host.workers * 2 * tile_elements(stride)),
-                  row_blocks<T>(host, host.workers, args.width, stride, left),
-                  values_of(host, messages, count, args.width, rows, left, g.column),
+                  row_blocks<T>(host, host.workers, args.width, stride, right),
+                  values_of(host, messages, count, args.width, rows, of_messages, g.column),
                   stride};
   walk(host, sides, op);
   add_centre(host, op.values, rows, sides.dim, args.gradient);

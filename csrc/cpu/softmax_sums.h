@@ -82,8 +82,10 @@ void softmax_sums(const Host& host, const SoftmaxSums<T>& args) {
   const Sides<T>& sides = args.sides;
   const int64_t stride = block_rows(host, sides.row_count);
   const UnitSides<T> units(host, sides, stride, false, args.centred_on, args.centred_on_count);
-  Centre<T> centre = centre_of(host, args.values, sides.column_count, sides.dim);
-  centre.shares = units.centre.shares;
+  Centre<T> centre{};
+  if (units.centre.row && args.values) {
+    centre = {unit_mean(host, args.values, sides.column_count, sides.dim), units.centre.shares, nullptr};
+  }
   SoftmaxTiles<T> op{args,
                      units,
                      values_of(host, args.values, sides.column_count, sides.dim, sides.row_count, centre),
