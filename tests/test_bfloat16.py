@@ -5,6 +5,7 @@ Tests of such products are skipped where the processor has none; the accuracy ru
 
 import threading
 from collections.abc import Sequence
+from importlib import import_module
 
 import pytest
 import torch
@@ -222,6 +223,24 @@ def test_shards_of_graph_conv(tile_rows, normalization):
             terms[part], terms,
         )  # fmt: skip
         close(found, [x[part] for x in gradients], 2 * EPS)
+
+
+@with_products
+@pytest.mark.parametrize("budget", [2**40, 0])
+def test_gradients_of_a_student_near_its_teacher(tile_rows, monkeypatch, budget):
+    """The own column's weight is nearly 1 and cancels with what is taken from the mean."""
+    monkeypatch.setattr(import_module("gkd_fast.ops.node_contrast"), "KEEP_WEIGHTED_BYTES", budget)
+    tile_rows(32)
+    (teacher,) = matrices(97, 129)
+    student = teacher + 0.1 * matrices(97, 129, 129)[1]
+
+    def call(x: Tensor, backend: str) -> Tensor:
+        return functional.node_contrast(x, teacher.to(x.dtype), backend=backend)
+
+    truth = results(lambda x: call(x, "reference"), [student])
+    with torch.autocast("cpu", BF16):
+        found = results(lambda x: call(x, "cpp"), [student.float()])
+    close(found[1:], truth[1:], BOUND)
 
 
 @pytest.mark.parametrize("kind", ["spread", "near-equal"])

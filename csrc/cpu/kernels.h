@@ -104,6 +104,9 @@ struct SoftmaxSums {
   T* weighted;             // [row_count, dim], cleared by the caller; with values
   T* maxima;               // [row_count]: only the largest c of each row is wanted, or null
   T* own_cosines;          // [row_count]: of the own columns, as tiles have them, or null
+  // [row_count, 2], cleared by the caller, or null: weights of the own columns as multiplied, and what rounding added to
+  // them. The own values then count unrounded and cancel with what the caller takes from the mean; with sums, weight_sums.
+  T* own_weights;
   const T* centred_on;     // rows, [centred_on_count, dim], whose mean is the centre, or null: the columns'
   int64_t centred_on_count;
 };

@@ -48,6 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, con
     if (own_teacher && stages.product == Product::bfloat16) {
       args.own_cosines = call.template zeros<T>(rows);
       args.sides.offset = offset;
+      if (keep_weighted) args.own_weights = call.template zeros<T>(2 * rows);
     }
     kernels<T>().softmax_sums(call.host(), args);
     double* own = call.template zeros<double>(rows);

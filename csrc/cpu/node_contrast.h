@@ -121,6 +121,7 @@ struct Backward {
       if (stages.product == Product::bfloat16) {
         args.sums = call.template zeros<double>(rows);
         args.weight_sums = call.template zeros<double>(rows);
+        if (own_teacher) args.own_weights = call.template zeros<T>(2 * rows), args.sides.offset = teacher_offset;
       }
       kernels<T>().softmax_sums(call.host(), args);
       for (int64_t i = 0; args.weight_sums && i < rows; ++i) shifts.ratio[i] *= args.sums[i] / args.weight_sums[i];

@@ -47,9 +47,28 @@ struct SoftmaxTiles {
   }
 
   void take_own(const Tile& t, T* w) const {
-    for (int64_t r = 0; args.own && r < t.rows; ++r) {
-      if (const int64_t own = own_column(t, r); own >= 0) w[r * stride + own] -= args.own[t.i + r];
+    for (int64_t r = 0; (args.own || args.own_weights) && r < t.rows; ++r) {
+      const int64_t own = own_column(t, r);
+      if (own < 0) continue;
+      T& weight = w[r * stride + own];
+      if (args.own) weight -= args.own[t.i + r];
+      if (args.own_weights) {
+        T* kept = args.own_weights + 2 * (t.i + r);
+        kept[0] = as_multiplied<T>(t.host, Vec<T>{} + weight)[0];
+        kept[1] = kept[0] - weight;
+        weight = 0;
+      }
     }
+  }
+
+  // What take_own kept of the weights, times the own columns as they are.
+  void add_own(const Host& host) const {
+    if (!args.own_weights) return;
+    const int64_t dim = args.sides.dim;
+    parallel(host, args.sides.row_count, [&](int64_t i, int64_t) {
+      const T weight = args.own_weights[2 * i], *own = args.values + (i + args.sides.offset) * dim;
+      for (int64_t k = 0; k < dim; ++k) args.weighted[i * dim + k] += weight * own[k];
+    }, grain_of(dim));
   }
 
   void find_maxima(const Tile& t, const T* c) const {
@@ -92,10 +111,12 @@ void softmax_sums(const Host& host, const SoftmaxSums<T>& args) {
                      allocate<T>(host, host.workers * tile_elements(stride)),
                      stride};
   walk(host, sides, op);
+  op.add_own(host);
   if (!op.values.sums) return;
-  // What is divided by the sums of the rounded weights has its centre by these too.
+  // What is divided by the sums of the rounded weights has its centre by these too: the others' roundings are added.
   for (int64_t i = 0; args.weight_sums && i < sides.row_count; ++i) {
-    op.values.sums[i] *= args.weight_sums[i] / args.sums[i];
+    const double own = args.own_weights ? args.own_weights[2 * i + 1] : 0;
+    op.values.sums[i] += T(args.weight_sums[i] - args.sums[i] - own);
   }
   add_centre(host, op.values, sides.row_count, sides.dim, args.weighted);
 }
