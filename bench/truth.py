@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.cases import STEP, Case, Problem
+from gkd_fast import functional
 
 STRIP_ELEMENTS = 2**24  # entries of a float64 strip [rows, B]: 128 MB
 DIFFERENCE_STEP = 1e-5  # relative step of the central difference at order 2
@@ -184,7 +185,11 @@ class _Strips(torch.autograd.Function):
 
 
 def _strip_graph_conv(nodes, messages, *, bandwidth, normalization, backend, process_group=None):
-    options = {"bandwidth": float(bandwidth), "normalization": normalization}
+    if not isinstance(nodes, Tensor):
+        options = {"normalization": normalization, "backend": backend, "process_group": process_group}
+        return [_strip_graph_conv(x, h, bandwidth=bandwidth, **options) for x, h in zip(nodes, messages, strict=True)]
+    sigma = functional.adaptive_bandwidth(nodes) if bandwidth == "auto" else bandwidth
+    options = {"bandwidth": float(sigma), "normalization": normalization}
     return _Strips.apply("graph_conv", options, [], messages.shape, nodes, messages)
 
 
@@ -193,7 +198,7 @@ def _strip_node_contrast(students, teachers, *, temperature, backend, pairs=None
     return _Strips.apply("node_contrast", {"temperature": temperature}, teachers, shape, *students)
 
 
-def _strip_relation_kl(students, teachers, *, temperature, backend, process_group=None, bank=None):
+def _strip_relation_kl(students, teachers, *, temperature, backend, pairs=None, process_group=None, bank=None):
     options = {"temperature": temperature, "bandwidth": 1.0}
     shape = (len(students[0]), len(students), len(teachers))
     return _Strips.apply("relation_kl", options, teachers, shape, *students)

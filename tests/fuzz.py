@@ -21,6 +21,7 @@ from torch import Tensor
 from gkd_fast import functional
 
 from .ops_cases import FUSED, _errors, results, with_rounded_rows
+from .precision_cases import BOUND
 from .second_order_cases import second_order
 
 D64 = torch.float64
@@ -159,10 +160,12 @@ def judge(case: dict, backend: str) -> None:
         inputs = [x.float() for x in inputs]
         truth = results(definition, [x.double() for x in inputs])
         rounded = with_rounded_rows(lambda: results(definition, [x.double() for x in inputs]))
+        # Of a few numbers' roundings the errors do not average out.
+        share = 2e-2 if min(case["widths"]) >= 16 else 4e-2
         measured = [
             (
                 (x.double() - y).abs().max().item(),
-                LUCK * (z - y).abs().max().item() + 2e-2 * y.abs().max().item() + 2 * SINGLE * gain,
+                LUCK * (z - y).abs().max().item() + share * y.abs().max().item() + 2 * SINGLE * gain,
             )
             for x, y, z in zip(results(fused, inputs), truth, rounded, strict=True)
         ]
@@ -172,7 +175,10 @@ def judge(case: dict, backend: str) -> None:
         more = 1e-13 * gain if dtype == D64 else 0.0
         if backend == "triton" and dtype.itemsize == 2:  # Products of float16 operands on GPUs; C++ multiplies wider.
             more = torch.finfo(dtype).eps * gain
-        measured = [(error, luck * allowed + more) for error, allowed in errors]
+        # Rows of few numbers may be exact in the type, but not less their mean: then the promised bound is what holds.
+        bound = BOUND if dtype == torch.bfloat16 else 0.0
+        sizes = [y.abs().max().item() for y in results(definition, [x.to(dtype).double() for x in inputs])]
+        measured = [(e, luck * allowed + more + bound * size) for (e, allowed), size in zip(errors, sizes, strict=True)]
     for k, (error, allowed) in enumerate(measured):
         assert error <= allowed, f"result {k}: error {error:.3g}, allowed {allowed:.3g}"
 

@@ -33,6 +33,8 @@ FUNCTIONS = {
         (5, 4),
     ),
 }
+# Those whose op has kernels on CPUs alone.
+OF_PAIR_SUMS = ("pkt", "rkd_distance", "similarity_preserving", "correlation_congruence")
 SHARDS = {
     "one": [41],
     "two equal": [20, 20],
