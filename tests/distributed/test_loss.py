@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD, distributed
 from gkd_fast.distributed import until_all_end
 from tests.ops_cases import D64, requires_cpp
+from tests.precision_cases import BOUND
 
 pytestmark = requires_cpp
 CLASSES = 3
@@ -158,11 +159,13 @@ def look(group, counts, dtype, autocast):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast", "tolerance"), [(D64, False, 1e-12), (torch.float32, False, 1e-5), (torch.float32, True, 5e-3)]
+    ("dtype", "autocast", "tolerance"),
+    [(D64, False, 1e-12), (torch.float32, False, 1e-5), (torch.float32, True, BOUND)],
 )
 def test_terms_gradients_and_diagnostics(pool, dtype, autocast, tolerance):
     counts = [9, 0, 3, 12]
-    expected, diagnosis = look(None, [sum(counts)], dtype, autocast)
+    # Under autocast one process rounds sums over its samples to bfloat16, more than a rank: no measure of these.
+    expected, diagnosis = look(None, [sum(counts)], D64 if autocast else dtype, False)
     for found, diagnosed in pool.run(look, counts, dtype, autocast):
         for x, truth in zip(found, expected, strict=True):
             assert (x - truth).abs().max() <= tolerance * max(1, truth.abs().max())
