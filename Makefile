@@ -97,7 +97,7 @@ sanitize: install
 
 # Measures what runs/bench.json has not; remove it to measure all again.
 bench: install
-	$(BIN)/python -m bench targets --json runs/bench.json --plot docs/performance.png --markdown docs/performance.md
+	$(BIN)/python -m bench targets --json runs/bench.json --plot docs/developers/performance.png --markdown docs/developers/performance.md
 
 lint: install
 	$(BIN)/ruff check .

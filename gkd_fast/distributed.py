@@ -8,7 +8,7 @@ the average that DDP takes of the parameters' gradients exactly that of one proc
 
 Between ranks pass embeddings, statistics per row and upstream gradients per row, never anything of size B². Every rank
 must call the same functions, forward and backward, in the same order; one without samples calls them with zero rows.
-``docs/scaling.md`` has the traffic and memory.
+``docs/guides/several_gpus.md`` has the traffic and memory.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from gkd_fast._training import unrolling
 Objective = Callable[[], Tensor]
 
 SECOND_DERIVATIVES = ("exact", "differences")
-# ε‖v‖ over 1 + ‖θ‖: best of 1e-5 to 1e-1 on a network with ReLU (docs/meta.md).
+# ε‖v‖ over 1 + ‖θ‖: best of 1e-5 to 1e-1 on a network with ReLU (docs/guides/meta_learning.md).
 DIFFERENCE_LENGTH = 1e-2
 
 

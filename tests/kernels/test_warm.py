@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Of a step of two stages each, docs/kernels.md; the first step looks at diagnostics too.
+# Of a step of two stages each, docs/developers/kernels.md; the first step looks at diagnostics too.
 MOST_COMPILED, MOST_LAUNCHED = 21, 15
 
 STAGES = "--stages=16,24 --teacher-stages=24,32 --embed-dim=32"
