@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .PHONY: fuzz install demo test test-oldest test-gpu test-installed test-kernels test-machine-code test-ptx sanitize bench lint format \
-	clean
+	wheel clean
 
 install: $(VENV)/installed
 
@@ -40,9 +40,8 @@ $(OLDEST)/installed: constraints-oldest.txt
 
 test-oldest: $(OLDEST)/installed
 	mkdir -p $(OLDEST_TREE)
-	tar c --exclude='*.so' --exclude='__pycache__' --exclude=gkd_fast/kernels --exclude=gkd_fast/_C.torch-version.txt \
+	tar c --exclude='*.so' --exclude='__pycache__' --exclude=gkd_fast/_C.torch-version.txt \
 		bench configs csrc gkd_fast kernels pyproject.toml README.md setup.py tests | tar x -C $(OLDEST_TREE)
-	cd $(OLDEST_TREE) && ln -sfn ../kernels gkd_fast/kernels
 	cd $(OLDEST_TREE) && PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python setup.py -q build_ext --inplace
 	cd $(OLDEST_TREE) && $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(OP_TESTS) \
 		tests/test_functional.py tests/test_gradcheck.py tests/test_loss.py tests/gpu
@@ -64,6 +63,15 @@ test-ptx: install
 
 OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py \
 	test_graph_conv.py test_affinities.py test_bfloat16.py test_second_order.py)
+
+# The package for others: a wheel for any machine, without the C++ kernels, one with them for this Python and this PyTorch,
+# and the sources.
+wheel: install
+	rm -rf dist build/lib build/bdist*
+	GKD_FAST_NO_EXTENSION=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(BIN)/python setup.py -q sdist
+	@ls -l dist
 
 # The package as users get it, and its tests in a folder where the checkout is not found. Its dependencies are .venv's.
 INSTALLED := build/installed
@@ -109,4 +117,4 @@ format: install
 	$(BIN)/ruff check --fix --quiet .
 
 clean:
-	rm -rf build runs *.egg-info $(VENV) $(OLDEST)
+	rm -rf build dist runs *.egg-info $(VENV) $(OLDEST)

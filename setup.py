@@ -9,7 +9,7 @@ import os
 import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for suffix in ("*.h", "*.inc") for path in Path("csrc").rglob(suffix))
@@ -57,9 +57,4 @@ def extension_options() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=False)}}
 
 
-setup(
-    packages=find_packages(include=["gkd_fast", "gkd_fast.*"])
-    + ["gkd_fast.kernels", *(f"gkd_fast.kernels.{name}" for name in find_packages("kernels"))],
-    package_dir={"gkd_fast": "gkd_fast", "gkd_fast.kernels": "kernels"},
-    **extension_options(),
-)
+setup(**extension_options())

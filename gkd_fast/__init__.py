@@ -12,7 +12,7 @@ from gkd_fast.modules import BatchGCN, PairWeightNetwork
 if TYPE_CHECKING:
     from gkd_fast.micro_batch import micro_batched
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BatchGCN",
     "GraphKDLoss",

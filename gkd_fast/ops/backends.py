@@ -17,8 +17,10 @@ from gkd_fast.kernels import REGISTERED, register
 PACKAGE = Path(__file__).resolve().parents[1]
 BUILT_FOR = PACKAGE / "_C.torch-version.txt"
 HOW_TO_BUILD = (
-    "build the C++ extension with `make install`, or `python setup.py build_ext --inplace` in the source folder "
-    "(a C++20 compiler and ninja are needed)"
+    "build the C++ extension with `make install`, or in the source folder with "
+    "`pip install --no-build-isolation --no-deps --force-reinstall .` (needs a C++20 compiler, setuptools, wheel, "
+    "ninja), or install the platform wheel that `make wheel` builds on a machine with a compiler, the same Python and "
+    "the same PyTorch"
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
