@@ -97,7 +97,7 @@ def graph_report(criterion: Any, last: LastCall) -> Report:
     if embeddings is not None:
         for side, stages in zip(("student", "teacher"), embeddings):
             report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in stages]
-    if features is not None:
+    if features is not None and criterion.graph == "batch":
         for side, stages in zip(("student", "teacher"), features):
             if getattr(criterion, f"{side}_heads") is not None:
                 pools = getattr(criterion, f"{side}_pool")

@@ -27,8 +27,10 @@ from gkd_fast._training import (
     repeats_or_is_undone,
 )
 from gkd_fast.distributed import checking, shards_of
-from gkd_fast.modules import BatchGCN, graph_embeddings
+from gkd_fast.modules import BatchGCN, PlainHead, graph_embeddings
 from gkd_fast.ops.autograd import saveable
+
+GRAPHS = ("batch", "none")
 
 
 def _meets_columns(criterion: "GraphKDLoss", *arguments, **options) -> bool:
@@ -60,6 +62,9 @@ class GraphKDLoss(nn.Module):
         relation_temperature: τ > 0 of the relation loss.
         node_weight: factor of the node loss, ≥ 0; at 0 the term is left out.
         relation_weight: factor of the relation loss, ≥ 0; at 0 the term is left out.
+        graph: ``"batch"``, or ``"none"``: no graph convolutions; the losses are those of the plain features, projected
+            linearly where they are not ``embed_dim`` wide, and ``layers``, ``bandwidth`` and ``normalization`` are
+            without effect.
         teacher_graph: ``"labels"``: trainable graph convolutions on the teacher's side, which need ``target`` in every
             training-mode call; ``"frozen"``: the teacher's features as they are, to whose width the student's graph
             convolutions then lead.
@@ -100,6 +105,7 @@ class GraphKDLoss(nn.Module):
         relation_temperature: float = 0.1,
         node_weight: float = 1.0,
         relation_weight: float = 1.0,
+        graph: str = "batch",
         teacher_graph: str = "labels",
         pairs: str | Sequence[tuple[int, int]] = "all",
         pool: Pool = "mean",
@@ -111,6 +117,8 @@ class GraphKDLoss(nn.Module):
         self.student_dims = check_dims("student_dims", student_dims)
         self.teacher_dims = check_dims("teacher_dims", teacher_dims)
         self.pairs = check_pairs(pairs, len(self.student_dims), len(self.teacher_dims))
+        if graph not in GRAPHS:
+            raise ValueError(f"graph must be one of {GRAPHS}, got {graph!r}")
         if teacher_graph not in ("labels", "frozen"):
             raise ValueError(f"teacher_graph must be 'labels' or 'frozen', got {teacher_graph!r}")
         self.node_temperature = check_positive("node_temperature", node_temperature)
@@ -123,6 +131,7 @@ class GraphKDLoss(nn.Module):
         self.teacher_pool = stage_pools(pool, len(self.teacher_dims), "teacher")
         if not is_whole(column_bank) or column_bank < 0:
             raise ValueError(f"column_bank must be a number of embeddings, 0 or more, got {column_bank!r}")
+        self.graph = graph
         self.teacher_graph = teacher_graph
         self.bandwidth = check_bandwidth(bandwidth)
         self.pool = pool
@@ -133,21 +142,25 @@ class GraphKDLoss(nn.Module):
         if num_classes is not None:
             num_classes = check_count("num_classes", num_classes)
         options: Any = {"layers": layers, "bandwidth": bandwidth, "normalization": normalization, "backend": backend}
+
+        def heads(dims: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
+            convolutions = [BatchGCN(d, w, **options) for d, w in zip(dims, widths)]
+            return nn.ModuleList(convolutions if graph == "batch" else [PlainHead(c) for c in convolutions])
+
         self.teacher_heads: nn.ModuleList | None = None
         self.classifier: nn.Linear | None = None
         if teacher_graph == "labels":
             if num_classes is None:
                 raise ValueError("num_classes is needed for teacher_graph='labels', got None")
-            self.teacher_heads = nn.ModuleList(BatchGCN(d, embed_dim, **options) for d in self.teacher_dims)
+            self.teacher_heads = heads(self.teacher_dims, [embed_dim] * len(self.teacher_dims))
             self.classifier = nn.Linear(embed_dim, num_classes)
             widths = [embed_dim] * len(self.student_dims)
         else:
             widths = frozen_widths(self.teacher_dims, self.pairs, len(self.student_dims))
-        self.student_heads = nn.ModuleList(BatchGCN(d, w, **options) for d, w in zip(self.student_dims, widths))
-        self.bank: ColumnBank | None = None
-        if column_bank:
-            embedded = self.teacher_dims if self.teacher_heads is None else [embed_dim] * len(self.teacher_dims)
-            self.bank = ColumnBank(int(column_bank), widths, embedded)
+        self.student_heads = heads(self.student_dims, widths)
+        embedded = self.teacher_dims if self.teacher_heads is None else [embed_dim] * len(self.teacher_dims)
+        self.embedding_widths = widths, embedded  # of the student's stages, of the teacher's
+        self.bank = ColumnBank(int(column_bank), widths, embedded) if column_bank else None
         self._last = LastCall()
         self._training_calls = 0
         self._watch = TrainingWatch()
@@ -216,14 +229,17 @@ class GraphKDLoss(nn.Module):
         is captured in a CUDA graph, and its replays, are not counted either; the column bank must be full by then.
         """
         loss = torch.stack(list(self.terms(student_feats, teacher_feats, target, weights=weights).values())).sum()
+        self._count_training_call(loss, weights)
+        return loss
+
+    def _count_training_call(self, loss: Tensor, weights: Weights) -> None:
         if self.training and not torch.compiler.is_compiling() and not repeats_or_is_undone():
             if being_captured(loss):  # diagnostics wait for the device
-                return loss
+                return
             self._training_calls += 1
             if self._training_calls in CHECKED_CALLS:
                 self.diagnostics()
                 self._watch.look(self, weights)
-        return loss
 
     @leaves_graphs(_meets_columns)
     def terms(

@@ -74,6 +74,23 @@ class BatchGCN(nn.Module):
         return f"bandwidth={self.bandwidth!r}, normalization={self.normalization!r}"
 
 
+class PlainHead(nn.Module):
+    """Stands for a graph convolution with no graph: the features as they are, projected where their width differs.
+
+    The projection is the graph convolution's own first one, so that both start from the same numbers.
+    """
+
+    def __init__(self, convolution: BatchGCN):
+        super().__init__()
+        first = convolution.linears[0]
+        self.projection: nn.Module = nn.Identity() if first.in_features == first.out_features else first
+
+    def forward(self, nodes: Tensor, process_group: Group = None) -> Tensor:
+        """Embeddings ``[B, embed_dim]`` of the nodes, each of its own sample alone."""
+        own = next(self.projection.parameters(), None)
+        return self.projection(nodes if own is None or autocast_enabled(nodes) else nodes.to(own.dtype))
+
+
 def graph_embeddings(heads: Iterable[nn.Module], nodes: Sequence[Tensor], process_group: Group = None) -> list[Tensor]:
     """``head(nodes)`` of every stage; heads of one kind, without hooks, go in step, a layer of all after the other."""
     heads = list(heads)
