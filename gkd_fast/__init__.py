@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gkd_fast import functional, losses
+from gkd_fast.distiller import GraphDistiller
 from gkd_fast.features import StageFeatures
 from gkd_fast.loss import GraphKDLoss
 from gkd_fast.meta import UnrolledSGD
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "BatchGCN",
+    "GraphDistiller",
     "GraphKDLoss",
     "PairWeightNetwork",
     "StageFeatures",

@@ -152,7 +152,7 @@ class _Recorder(StageFeatures):
 
     def record(self, sample: Sample, may_fail: bool = False) -> dict[int, Tensor]:
         self.seen, self.failed = {}, False
-        args, kwargs = _arguments(sample)
+        args, kwargs = arguments_of(sample)
         try:
             self(*args, **kwargs)
         except Exception:
@@ -217,14 +217,15 @@ def _letters(rank: int, samples: int, channels: int, positions: str) -> str:
     return "".join("n" if d == samples else "c" if d == channels else next(names) for d in range(rank))
 
 
-def _arguments(sample: Sample) -> tuple[tuple, dict[str, Any]]:
+def arguments_of(sample: Sample) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of a model."""
     if isinstance(sample, Mapping):
         return (), dict(sample)
     return (sample,) if isinstance(sample, Tensor) else tuple(sample), {}
 
 
 def _tensors(sample: Sample) -> list[Tensor]:
-    args, kwargs = _arguments(sample)
+    args, kwargs = arguments_of(sample)
     return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
 

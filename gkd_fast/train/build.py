@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from gkd_fast import GraphKDLoss, PairWeightNetwork
+from gkd_fast import GraphDistiller, GraphKDLoss, PairWeightNetwork
 from gkd_fast.train.config import Config, NetworkConfig, TrainError, TrainingConfig
 from gkd_fast.train.data import Splits
 from gkd_fast.train.engine import Distiller
-from gkd_fast.train.methods import METHODS, Relations, remove_graphs, stream_seed
+from gkd_fast.train.methods import METHODS, Relations, stream_seed
 from gkd_fast.train.models import StagedNetwork, build_network, load_weights
 
 
@@ -76,7 +76,8 @@ def build_distiller(
     student = build_network_for(network, splits, config.seed)
     if network.weights is not None:
         load_weights(student, weights_file(network.weights))
-    criterion = pair_weights = meta_optimizer = relations = None
+    criterion = pair_weights = None
+    extra_losses = {}
     several = accelerator is not None and accelerator.num_processes > 1
     group = torch.distributed.group.WORLD if several else None
     if method.relations:
@@ -84,42 +85,38 @@ def build_distiller(
             raise TrainError(f"method {method_name} runs in one process: its angles are those of one process's samples")
         widths = student.feature_dims[-1], teacher.feature_dims[-1]
         with random_stream(config.seed, "relations"):
-            relations = Relations(method.relations, *widths, config.graph.backend, group)
+            extra_losses["relations"] = Relations(method.relations, *widths, config.graph.backend, group)
     if method.graph:
         criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution, group)
     if method.meta:
-        meta = config.meta
         with random_stream(config.seed, "meta-network"):
             pair_weights = PairWeightNetwork(
-                config.graph.embed_dim, len(student.feature_dims), len(teacher.feature_dims), meta.width
+                config.graph.embed_dim, len(student.feature_dims), len(teacher.feature_dims), config.meta.width
             )
-        meta_optimizer = torch.optim.SGD(
-            pair_weights.parameters(),
-            lr=meta.lr,
-            momentum=meta.momentum,
-            nesterov=meta.nesterov,
-            weight_decay=meta.weight_decay,
-        )
+    module = GraphDistiller(
+        student,
+        teacher if method.teacher else None,
+        criterion=criterion,
+        meta=config.meta if method.meta else None,
+        pair_weights=pair_weights,
+        kd_weight=config.distillation.kd_weight if method.kd else 0.0,
+        temperature=config.distillation.temperature,
+        extra_losses=extra_losses,
+        micro_batch=config.micro_batch,
+    )
     optimizer = torch.optim.SGD(
-        [p for module in (student, criterion, relations) if module is not None for p in module.parameters()],
+        [p for part in (student, criterion, module.extra_losses) if part is not None for p in part.parameters()],
         lr=training.lr,
         momentum=training.momentum,
         nesterov=training.nesterov,
         weight_decay=training.weight_decay,
     )
     return Distiller(
-        student,
-        teacher if method.teacher else None,
-        criterion,
-        pair_weights,
+        module,
         optimizer,
-        meta_optimizer,
-        method=method,
-        distillation=config.distillation,
-        meta=config.meta,
+        interval=config.meta.interval,
+        permuted=method.weights == "permuted",
         seed=config.seed,
-        micro_batch=config.micro_batch,
-        relations=relations,
         accelerator=accelerator,
     )
 
@@ -134,7 +131,7 @@ def build_criterion(
 ) -> GraphKDLoss:
     graph = config.graph
     with random_stream(config.seed, "heads"):
-        criterion = GraphKDLoss(
+        return GraphKDLoss(
             student.feature_dims,
             teacher.feature_dims,
             num_classes=num_classes,
@@ -146,11 +143,9 @@ def build_criterion(
             relation_temperature=graph.relation_temperature,
             node_weight=graph.node_weight,
             relation_weight=graph.relation_weight,
+            graph="batch" if convolution else "none",
             pairs=graph.pairs,
             backend=graph.backend,
             process_group=process_group,
             column_bank=graph.column_bank,
         )
-    if not convolution:
-        remove_graphs(criterion, graph.embed_dim)
-    return criterion

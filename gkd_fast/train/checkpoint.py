@@ -16,7 +16,7 @@ import torch
 
 from gkd_fast.train.config import TrainError
 
-FORMAT = "gkd_fast training checkpoint 1"
+FORMAT = "gkd_fast training checkpoint 2"
 MANIFEST = "manifest.json"
 STATE = "driver.pt"
 PARTIAL = ".partial"

@@ -5,6 +5,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 
+from gkd_fast.distiller import MetaSettings
 from gkd_fast.meta import SECOND_DERIVATIVES
 from gkd_fast.train.data import DataConfig
 
@@ -118,40 +119,16 @@ class GraphConfig:
 
 
 @dataclass
-class MetaConfig:
-    """The meta-network that weighs stage pairs, and its optimisation.
+class MetaConfig(MetaSettings):
+    """The meta-network that weighs stage pairs, and its optimisation, as in gkd_fast.GraphDistiller.
 
     Args:
-        width: of its projections.
         interval: a meta-step follows each training step whose batch index within the epoch is a multiple of it.
-        graph_steps: unrolled steps on the node and relation terms.
-        label_steps: unrolled steps on cross-entropy and logit distillation that follow.
-        inner_lr: learning rate of the unrolled steps.
-        inner_momentum: of the unrolled steps, starting at zero.
-        inner_nesterov: Nesterov momentum in the unrolled steps.
-        inner_weight_decay: of the unrolled steps.
-        lr: learning rate of the meta-network, never scheduled.
-        momentum: of the meta-network's SGD.
-        nesterov: Nesterov momentum of the meta-network's SGD.
-        weight_decay: of the meta-network's SGD.
-        second_derivatives: exact, or differences: estimated from two gradients per unrolled step.
         outer_batch: whose outer loss: that of the current batch, or of a held-out one: as many training images of
             which none is in the current batch.
     """
 
-    width: int = 128
     interval: int = 50
-    graph_steps: int = 2
-    label_steps: int = 1
-    inner_lr: float = 0.05
-    inner_momentum: float = 0.9
-    inner_nesterov: bool = False
-    inner_weight_decay: float = 5e-4
-    lr: float = 0.05
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    second_derivatives: str = "exact"
     outer_batch: str = "current"
 
     def __post_init__(self) -> None:

@@ -99,17 +99,19 @@ def measure_costs(config: Config, backends: list[str] | None = None) -> list[dic
 
 def second_derivatives(distiller: Distiller, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     """A function that takes what a meta-step takes of the graph terms: their gradient, and a derivative of it."""
+    module = distiller.module
     with torch.no_grad():
-        students, teachers = distiller.student(images).features, distiller.teacher_outputs(images).features
+        students, teachers = module.student_outputs(images).features, module.teacher_outputs(images).features
     students = [x.detach().requires_grad_() for x in students]
-    inputs = [*students, *distiller.pair_weights.parameters()]
+    inputs = [*students, *module.pair_weights.parameters()]
 
     def run() -> None:
-        embeddings = distiller.criterion.embed(students, teachers)
-        weights = distiller.pair_weights_of(embeddings)
-        terms = distiller.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
-        gradients = torch.autograd.grad(terms["node"] + terms["relation"], students, create_graph=True)
-        torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), inputs)
+        with module.weights_with_gradient():
+            embeddings = module.criterion.embed(students, teachers)
+            weights = module.weights_of(embeddings)
+            terms = module.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
+            gradients = torch.autograd.grad(terms["node"] + terms["relation"], students, create_graph=True)
+            torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), inputs)
 
     return run
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gkd_fast import BatchGCN, GraphKDLoss, PairWeightNetwork, losses
+from gkd_fast import PairWeightNetwork, losses
 from gkd_fast.distributed import Group
 from gkd_fast.train.config import RELATION_NAMES
 
@@ -81,28 +81,6 @@ class Relations(nn.Module):
     def forward(self, student_features: list[Tensor], teacher_features: list[Tensor]) -> Tensor:
         """The loss of the stages' features."""
         return self.weight * self.loss(student_features[-1], teacher_features[-1])
-
-
-class PlainHead(nn.Module):
-    """Stands for a graph convolution with no graph: the features as they are, projected where their width differs.
-
-    The projection is the graph convolution's own first one, so both arms start from the same numbers.
-    """
-
-    def __init__(self, convolution: BatchGCN, embed_dim: int):
-        super().__init__()
-        linear = convolution.linears[0]
-        self.projection = nn.Identity() if linear.in_features == embed_dim else linear
-
-    def forward(self, nodes: Tensor, process_group=None) -> Tensor:
-        return self.projection(nodes)
-
-
-def remove_graphs(criterion: GraphKDLoss, embed_dim: int) -> None:
-    """Puts a :class:`PlainHead` in the place of every graph convolution."""
-    for heads in (criterion.student_heads, criterion.teacher_heads):
-        for k, convolution in enumerate(heads):
-            heads[k] = PlainHead(convolution, embed_dim)
 
 
 class PermutedWeights(nn.Module):

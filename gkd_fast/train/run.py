@@ -262,7 +262,6 @@ class Run:
         state = {
             "position": asdict(self.position),
             "scheduler": self.scheduler.state_dict(),
-            "pair_weights": distiller.pair_weights and distiller.pair_weights.state_dict(),
             "meta_optimizer": distiller.meta_optimizer and distiller.meta_optimizer.state_dict(),
         }
         checkpoint.save(self.accelerator, self.checkpoints, self.position.step, state, self.options)
@@ -271,8 +270,7 @@ class Run:
         self.position = Position(**state["position"])
         self.distiller.step = self.position.step
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.distiller.pair_weights is not None:
-            self.distiller.pair_weights.load_state_dict(state["pair_weights"])
+        if self.distiller.meta_optimizer is not None:
             self.distiller.meta_optimizer.load_state_dict(state["meta_optimizer"])
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
@@ -325,11 +323,11 @@ class Run:
         distiller = self.distiller
         if distiller.pair_weights is None:
             return None
-        distiller.plain_objective.eval()
+        distiller.module.eval()
         count = min(WEIGHT_IMAGES, len(self.splits.validation))
         x, _ = next(iter(self._load(self.splits.validation, [self._share(list(range(count)))])))
-        student_outputs = distiller.plain_objective.student_outputs(x)
-        embeddings = distiller.criterion.embed(student_outputs.features, distiller.teacher_outputs(x).features)
+        outputs = distiller.module.student_outputs(x), distiller.module.teacher_outputs(x)
+        embeddings = distiller.criterion.embed(*(side.features for side in outputs))
         trained = distiller.pair_weights(*embeddings)
         untrained = self.untrained_weights.to(trained.device)(*embeddings)
         trained, untrained = self.accelerator.gather((trained, untrained))

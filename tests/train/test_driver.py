@@ -104,13 +104,13 @@ def test_plain_arm_leaves_features_of_the_right_width_alone(tiny, batch):
 def test_permuted_arm_deals_the_same_weights_to_others(tiny, batch):
     distiller = distiller_for(tiny, "gkd-permuted")
     embeddings = [torch.randn(20, 16) for _ in range(3)], [torch.randn(20, 16) for _ in range(3)]
-    weights = distiller._training_weights(20, torch.device("cpu"))
+    weights = distiller._weights(20, torch.device("cpu"))
     assert isinstance(weights, PermutedWeights)
     own, dealt = distiller.pair_weights(*embeddings), weights(*embeddings)
     torch.testing.assert_close(dealt, own[batch_permutation(20, tiny.seed, 0, torch.device("cpu"))])
     assert not torch.equal(dealt, own)
     distiller.train_step(*batch)
-    later = distiller._training_weights(20, torch.device("cpu")).permutation
+    later = distiller._weights(20, torch.device("cpu")).permutation
     assert not torch.equal(later, weights.permutation) and torch.equal(later.sort().values, torch.arange(20))
 
 
@@ -129,7 +129,7 @@ def test_kd_pairs_branches_or_takes_the_teachers_own_logits(tiny, batch):
         teacher = build_network_for(tiny.teacher_network, splits, seed=9, auxiliary=auxiliary)
         teacher_outputs = teacher(images)
         assert len(teacher_outputs.logits) == (3 if auxiliary else 1)
-        terms = distiller.plain_objective.label_terms(outputs, teacher_outputs, labels)
+        terms = distiller.module.label_terms(outputs, teacher_outputs, labels)
         expected = 0.0
         for k, logits in enumerate(outputs.logits):
             p = (teacher_outputs.logits[k if auxiliary else 0] / 3).softmax(dim=1)
@@ -140,13 +140,13 @@ def test_kd_pairs_branches_or_takes_the_teachers_own_logits(tiny, batch):
 
 def test_gradient_shares_leave_no_trace(tiny, batch):
     distiller = distiller_for(tiny, "gkd")
-    before = {n: t.clone() for n, t in distiller.plain_objective.state_dict().items()}
+    before = {n: t.clone() for n, t in distiller.module.state_dict().items()}
     shares = distiller.gradient_shares(*batch)
     assert shares.keys() == ALL_TERMS and sum(shares.values()) == pytest.approx(1) and shares["teacher_graph"] == 0
     assert all(shares[name] > 0 for name in ALL_TERMS - {"teacher_graph"})
-    for name, tensor in distiller.plain_objective.state_dict().items():
+    for name, tensor in distiller.module.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert all(p.grad is None for p in distiller.plain_objective.parameters())
+    assert all(p.grad is None for p in distiller.module.parameters())
 
 
 def test_run_writes_its_results(tiny, tiny_teacher):

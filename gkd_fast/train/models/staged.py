@@ -1,16 +1,10 @@
 """What every network of the driver looks like: stages, each with a pooled feature and, if wanted, logits."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
-
-class StageOutputs(NamedTuple):
-    """``features``: one ``[B, d_k]`` per stage; ``logits``: ``[B, classes]`` each, the network's own last."""
-
-    features: list[Tensor]
-    logits: list[Tensor]
+from gkd_fast._distilled import StageOutputs
 
 
 class StagedNetwork(nn.Module):
