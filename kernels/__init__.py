@@ -43,9 +43,15 @@ OPS = {
         "graph_conv.tangent": ("graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"),
         "node_contrast.launches": ("node_contrast", "node_contrast_backward"),
         "node_contrast.tangent": ("node_contrast_tangent", "node_contrast_double_backward"),
+        "pair_sums.launches": (
+            "pair_sums",
+            "pair_sums_backward",
+            "pair_sums_tangent",
+            "pair_sums_double_backward",
+        ),
         "relation_kl.launches": ("relation_kl", "relation_kl_backward"),
         "relation_kl.tangent": ("relation_kl_tangent", "relation_kl_double_backward"),
-    }.items()
+    }.items()  # fmt: skip
     for name in names
 }
 

@@ -45,23 +45,23 @@ every_loss_per_sample = pytest.mark.parametrize("name", PER_SAMPLE)
 BACKENDS = ["reference", pytest.param("cpp", marks=requires_cpp)]
 
 
-@pytest.fixture(params=["relational_a", "relational_b"])
-def relational_case(request) -> dict[str, torch.Tensor]:
-    """Students, teachers, and every loss's published value and gradient of the students, in float64."""
-    with np.load(Path(__file__).parent / "data" / f"{request.param}.npz") as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@every_loss
-def test_the_published_values(relational_case, name, backend):
-    case = relational_case
+def published(case: str, name: str, backend: str) -> None:
+    """A loss's published value and gradient of the students, in float64."""
+    with np.load(Path(__file__).parent / "data" / f"{case}.npz") as arrays:
+        case = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     students = case["students"].requires_grad_()
     loss = LOSSES[name](students, case["teachers"], backend=backend)
     (gradient,) = torch.autograd.grad(loss, students)
     assert loss.shape == ()
     torch.testing.assert_close(loss.detach(), case[name], rtol=0, atol=1e-10)
     torch.testing.assert_close(gradient, case[f"{name}_grad"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["relational_a", "relational_b"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_loss
+def test_the_published_values(case, name, backend):
+    published(case, name, backend)
 
 
 def agree(name: str, draws, dtype) -> None:
@@ -193,9 +193,13 @@ KINDS = ["absolute_sums", "distances", "rkd_distance", "polynomial", "pkt"]
 @requires_cpp
 @pytest.mark.parametrize("kind", KINDS)
 def test_row_sets_give_the_whole_batch(tile_rows, kind):
-    """Results of some rows against all columns are those of the whole batch there, all four ops'."""
     tile_rows(32)
-    batch, fused = 101, torch.ops.gkd_fast
+    whole_batch_and_row_sets(kind, 101, (slice(0, 3), slice(3, 64), slice(64, 101)))
+
+
+def whole_batch_and_row_sets(kind: str, batch: int, parts: tuple[slice, ...]) -> None:
+    """Results of some rows against all columns are those of the whole batch there, all four ops'."""
+    fused = torch.ops.gkd_fast
     sides, terms, constants = pair_problem(kind, batch)
     upstream, needs = torch.rand(batch, dtype=D64), [True] * len(sides)
     tangents, term_tangents = [torch.randn_like(x) for x in sides], torch.randn_like(terms)
@@ -206,7 +210,7 @@ def test_row_sets_give_the_whole_batch(tile_rows, kind):
         fused.pair_sums_backward(kind, upstream, sides, terms, constants, "float64", needs),
         fused.pair_sums_double_backward(kind, upstream, sides, terms, constants, *along, "float64", needs),
     ]
-    for part in (slice(0, 3), slice(3, 64), slice(64, 101)):
+    for part in parts:
         own, own_terms, columns = [x[part] for x in sides], terms[:, part].contiguous(), (sides, terms)
         own_along = [x[part] for x in tangents], needs, term_tangents[:, part].contiguous(), along[3]
         g, column_tangents = upstream[part], (tangents, term_tangents)

@@ -128,9 +128,16 @@ def relation_backend(backend: str, tensor: Tensor, op: str | None) -> str:
 
 def as_multiplied(rows: Tensor, precision: str) -> Tensor:
     """The rows as tiles multiply them, so that what is computed of rows elsewhere fits the tiles' products."""
-    if precision != "bfloat16":
+    if precision == "bfloat16":
+        rounded = rows.detach().bfloat16().to(rows.dtype)
+    elif (
+        precision in ("tf32", "float16") and rows.dtype == torch.float32 and ops.missing("triton", rows.device) is None
+    ):
+        # To the eleven bits of tf32, in which Triton's tiles multiply both types.
+        bits = rows.detach().view(torch.int32)
+        rounded = ((bits + 2**12) & -(2**13)).view(torch.float32)
+    else:
         return rows
-    rounded = rows.detach().bfloat16().to(rows.dtype)
     return rows + (rounded - rows.detach())
 
 

@@ -8,6 +8,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from gkd_fast.kernels.catalog.pairs import pair_losses
 from gkd_fast.kernels.catalog.small import small_batches
 from gkd_fast.kernels.catalog.tangent import second_order
 from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_width
@@ -41,6 +42,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 # Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
 SIZES = ("dim", "dims", "width", "widths", "strides", "row_strides")
+DOUBLES = ("constants", "constant_tangents", "totals")
 FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero")
 
 # Rows that are multiplied by the kernel itself, in copies of whole tiles.
@@ -138,7 +140,10 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     if dtype not in PRODUCTS:
         raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
     build = _Builder(arch, PRODUCTS[dtype], dim)
-    others = [*build.unit_rows(sum(stages)), *second_order(build, *stages), *small_batches(build, *stages)]
+    others = [
+        *build.unit_rows(sum(stages)), *second_order(build, *stages), *small_batches(build, *stages),
+        *pair_losses(build),
+    ]  # fmt: skip
     if padded_width(dim) > largest_width(arch, dtype):
         return [*build.strips(*stages), *others]
     return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(), *others]
@@ -348,7 +353,7 @@ class _Builder:
             return "fp64"
         if argument in COUNTS or argument in SIZES or argument == "kinds":
             return "i32"
-        if argument.endswith("log_sums"):
+        if argument.endswith("log_sums") or argument in DOUBLES:
             return "*fp64"
         return self.column if argument in of_columns else self.row
 

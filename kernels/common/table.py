@@ -94,6 +94,34 @@ gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8
 gfx942 ieee    0  32x32w2s1  32x32w2s1  32x32w2s1  32x32w2s1  32x32w2s1  32x32w2s1  32x32w2s1
 gfx942 float64 0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
 """
+# pair_sums' kernels make products of any width too; tangents are those of float32 and float64 alone.
+PAIR_KERNELS = ("pair_row_sums", "pair_weights", "pair_sum_tangents", "pair_weight_tangents")
+_PAIR_LINES = """
+sm_80  short   0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
+sm_80  tf32    0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
+sm_80  tf32x3  0  32x32w4s1  32x32w4s1  16x32w4s1  32x32w4s1
+sm_80  ieee    0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
+sm_80  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_86  short   0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
+sm_86  tf32    0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
+sm_86  tf32x3  0  32x32w4s1  32x32w4s1  16x32w4s1  32x32w4s1
+sm_86  ieee    0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
+sm_86  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_90  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_90  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_90  tf32x3  0  16x32w2s1  16x32w4s1  16x32w4s1  16x32w4s1
+sm_90  ieee    0  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
+sm_90  float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_100 short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_100 tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
+sm_100 tf32x3  0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+sm_100 ieee    0  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
+sm_100 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 short   0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
+gfx942 ieee    0  32x32w2s1  32x32w2s1  32x32w2s1  32x32w2s1
+gfx942 float64 0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
+"""
 # Where several products in a loop are laid out by whole rows, which doubles a tile's registers.
 PRODUCTS_APART = ("sm_80", "sm_86")
 # Small batches' programs own so many rows; tiles of weights, which every warp holds whole, have so many columns, and
@@ -133,6 +161,7 @@ def _parse(lines: str, kernels: tuple[str, ...]) -> dict[tuple[str, str, int], d
 
 _ENTRIES = _parse(_LINES, KERNELS)
 _SECOND_ORDER = _parse(_SECOND_ORDER_LINES, SECOND_ORDER_KERNELS)
+_PAIRS = _parse(_PAIR_LINES, PAIR_KERNELS)
 
 # Strips hold similarities, not rows: their tiles only pass through registers.
 STRIP = Tiles(32, 64, 4, 1)
@@ -149,7 +178,11 @@ def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:
         return _forced[0]
     if kernel == "strip":
         return STRIP
-    kind, entries = TYPES[product], _SECOND_ORDER if kernel in SECOND_ORDER_KERNELS else _ENTRIES
+    kind, entries = TYPES[product], _ENTRIES
+    if kernel in SECOND_ORDER_KERNELS:
+        entries = _SECOND_ORDER
+    elif kernel in PAIR_KERNELS:
+        entries = _PAIRS
     entry = min(w for entry_arch, entry_kind, w in entries if (entry_arch, entry_kind) == (arch, kind) and w >= width)
     key = (kernel, arch, product, entry)
     if _recorded is not None:

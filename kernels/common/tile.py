@@ -87,6 +87,12 @@ def pick(pointers, index):
     return picked
 
 
+@triton.constexpr_function
+def place_among(wanted, q):
+    """Set bits of ``wanted`` below bit q."""
+    return (wanted & ((1 << q) - 1)).bit_count()
+
+
 @triton.jit
 def load_rows(matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
     """Rows start … start + BLOCK of a contiguous [count, dim] matrix, zero beyond its edges."""

@@ -20,6 +20,7 @@ from gkd_fast.kernels.common.tile import (
     load_tile,
     load_vector,
     number,
+    place_among,
     product,
     store_rows,
     store_tile,
@@ -97,12 +98,6 @@ def is_read(k, S, T, wanted, own_shift):
     if k < T:
         return bool(wanted >> S + k & 1)
     return own_shift
-
-
-@triton.constexpr_function
-def place_among(wanted, q):
-    """Set bits of ``wanted`` below bit q."""
-    return (wanted & ((1 << q) - 1)).bit_count()
 
 
 @triton.jit

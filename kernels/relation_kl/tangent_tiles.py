@@ -8,14 +8,8 @@ import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2
 from gkd_fast.kernels.common.tangents import HARDWARE_ONLY, similarities, store_strip
-from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, load_vector, number, store_vector
-from gkd_fast.kernels.relation_kl.gradient_tiles import (
-    both_sides,
-    column_factor,
-    num_factors,
-    place_among,
-    relation_weights,
-)  # fmt: skip
+from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, load_vector, number, place_among, store_vector
+from gkd_fast.kernels.relation_kl.gradient_tiles import both_sides, column_factor, num_factors, relation_weights
 from gkd_fast.kernels.relation_kl.tiles import relations
 
 

@@ -72,7 +72,9 @@ def complaints(spec: Specialization) -> list[str]:
 @pytest.mark.parametrize(("arch", "dtype", "dim"), CASES)
 def test_default_configurations(arch, dtype, dim):
     specs = specializations(arch, dtype, dim)
-    assert {spec.op for spec in specs} == {"relation_kl", "node_contrast", "graph_conv", "unit_rows"}
+    ops = {"relation_kl", "node_contrast", "graph_conv", "unit_rows"}
+    # float16 rows of pair_sums are multiplied as tf32.
+    assert {spec.op for spec in specs} == ops | ({"pair_sums"} if dtype != "float16" else set())
     assert {spec.op for spec in specs if spec.small} == {"relation_kl", "node_contrast", "graph_conv"}
     assert [complaint for spec in specs for complaint in complaints(spec)] == []
 

@@ -8,6 +8,7 @@ import torch
 from gkd_fast.kernels.common import launch, small, strips, tangents
 from gkd_fast.kernels.graph_conv import launches as graph_conv
 from gkd_fast.kernels.node_contrast import launches as node_contrast
+from gkd_fast.kernels.pair_sums import launches as pair_sums
 from gkd_fast.kernels.relation_kl import launches as relation_kl
 
 MARGIN = 64
@@ -45,7 +46,7 @@ class Division:
         """Sets it up and returns the options of ``table.forced``."""
         self.monkeypatch.setattr(small, "SMALL_BATCH", 64 if name == "small" else 0)
         if name != "programs":
-            for module in (graph_conv, node_contrast, relation_kl):
+            for module in (graph_conv, node_contrast, pair_sums, relation_kl):
                 self.monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
         if name == "pieces":
             self.monkeypatch.setattr(launch, "COLUMN_BYTES", 1)

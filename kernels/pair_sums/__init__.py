@@ -1,0 +1,1 @@
+"""pair_sums on GPUs: ``launches`` is where an op comes in."""
