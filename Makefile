@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .PHONY: fuzz install demo test test-oldest test-gpu test-installed test-kernels test-machine-code test-ptx sanitize bench lint format \
-	wheel clean
+	wheel docs clean
 
 install: $(VENV)/installed
 
@@ -12,7 +12,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy ninja setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,models,bench,lint]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,models,torchdistill,bench,docs,lint]'
 	touch $@
 
 # SEEDS=2 makes it short.
@@ -63,6 +63,10 @@ test-ptx: install
 
 OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py \
 	test_graph_conv.py test_affinities.py test_bfloat16.py test_second_order.py)
+
+# The site, in build/site; what does not fit together is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # The package for others: a wheel for any machine, without the C++ kernels, one with them for this Python and this PyTorch,
 # and the sources.

@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "step": ("bench.commands.step", "a whole GraphKDLoss step, fused against the reference backend"),
     "relations": ("bench.commands.relations", "the losses over a batch's relations beside torchdistill's"),
     "targets": ("bench.commands.targets", "the standard table, and which of its targets hold"),
+    "picture": ("bench.commands.picture", "time and memory of a whole step, drawn from measured figures"),
     "scaling": (
         "bench.commands.scaling",
         "memory, traffic and arithmetic of a global batch over many GPUs, by formula",

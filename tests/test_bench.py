@@ -319,3 +319,14 @@ def test_step_truth_is_the_reference():
     found = oracle.errors(inputs.results(peers.build("reference", case)), expected)
     assert {"output", "d students[0]", "d classifier.weight", "d teacher_heads.1.linears.0.weight"} <= found.keys()
     assert max(found.values()) < 1e-12, found
+
+
+def test_the_picture_of_measured_figures_names_their_device(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    run(monkeypatch, "picture", "--output", tmp_path / "picture.png")
+    (figure,) = drawn
+    assert (tmp_path / "picture.png").stat().st_size > 10_000 and "NVIDIA H200" in figure.get_suptitle()
+    shown = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[1].lines}
+    assert shown["fused"] == [[4096, 113], [16384, 420], [65536, 1400]]

@@ -1,1 +1,1 @@
-"""gkd_fast in other training frameworks, a module for each, imported only by name."""
+"""Adapters to training libraries; each module needs its own package."""
