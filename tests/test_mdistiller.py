@@ -126,9 +126,9 @@ def test_the_loss_is_that_of_the_module(adapter):
     torch.testing.assert_close(losses["loss_kd"], kd + graph)
 
 
-def test_a_stage_that_is_not_there_raises(adapter, monkeypatch):
+def test_a_stage_that_is_not_there_raises(adapter):
     from mdistiller.engine.cfg import CFG
 
-    monkeypatch.setattr(CFG.GKD, "STAGES", [-6, -1])
+    CFG.GKD.STAGES = [-6, -1]
     with pytest.raises(ValueError, match=r"GKD.STAGES must be among 4 feature maps, got \[-6, -1\]"):
         distiller_of(adapter)
