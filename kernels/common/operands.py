@@ -72,12 +72,13 @@ def row_sums(
     per_part = tl.cdiv(tl.cdiv(count, ROWS), parts) * ROWS
     first = part * per_part
     column = tl.arange(0, WIDTH)
+    share = 1 / number(count, SUM)
     for k in range(0, width, WIDTH):
         total = tl.zeros([WIDTH], SUM)
         for i in range(first, tl.minimum(first + per_part, count), ROWS):
             piece = load_piece(x, f, kind, i, k, count, dim, SUM, ROWS, WIDTH)
             total += tl.sum(tl.where(piece - piece == 0, piece, 0.0), 0)
-        tl.store(out + k + column, total / number(count, SUM), mask=k + column < width)
+        tl.store(out + k + column, total * share, mask=k + column < width)
 
 
 @triton.jit
