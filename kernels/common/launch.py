@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -118,6 +117,11 @@ def matrices(name: str, tensors: Sequence[Tensor], rows: int | None = None) -> l
     return [x if x.is_contiguous() else x.contiguous() for x in tensors]
 
 
+def cdiv(count: int, size: int) -> int:
+    """⌈count/size⌉; Triton's own, a function of its language too, takes the host many times as long."""
+    return -(-count // size)
+
+
 def padded_width(*widths: int) -> int:
     """The power of two that holds the widths, at least 16, the least that a matrix product takes."""
     return 1 << max(4, (max(widths) - 1).bit_length())
@@ -129,7 +133,7 @@ def divide(row_blocks: int, columns: int, block_columns: int, processors: int) -
 
 
 def row_blocks_at_a_time(rows: int, block_rows: int) -> int:
-    return triton.cdiv(min(rows, ROWS_AT_A_TIME), block_rows)
+    return cdiv(min(rows, ROWS_AT_A_TIME), block_rows)
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def column_pieces(
         return
     stored = widths or [x.shape[1] for x in columns]
     step = min(count, most or _rows_of_a_copy(sum(stored) * dtype.itemsize))
-    copies = _copies(columns, dtype, stored, triton.cdiv(step, block) * block)
+    copies = _copies(columns, dtype, stored, cdiv(step, block) * block)
     yield from _copied(columns, copies, step, factors, widths is not None)
 
 
@@ -213,13 +217,13 @@ def row_and_column_pieces(
             yield whole, piece
         return
     step = min(len(columns[0]), _rows_of_a_copy(sum(widths) * dtype.itemsize))
-    copies = _copies(columns, dtype, widths, triton.cdiv(step, block) * block)
+    copies = _copies(columns, dtype, widths, cdiv(step, block) * block)
     if rows is columns and step == len(columns[0]):
         for piece in _copied(columns, copies, step, none, True):
             yield piece, piece
         return
     row_step = min(len(rows[0]), ROWS_AT_A_TIME)
-    row_copies = _copies(rows, dtype, widths, triton.cdiv(row_step, block) * block)
+    row_copies = _copies(rows, dtype, widths, cdiv(row_step, block) * block)
     for own in _copied(rows, row_copies, row_step, none, True):
         for piece in _copied(columns, copies, step, none, True):
             yield own, piece

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.common import table
-from gkd_fast.kernels.common.launch import Product
+from gkd_fast.kernels.common.launch import Product, cdiv
 from gkd_fast.kernels.common.tile import (
     add_product,
     convert,
@@ -34,7 +34,7 @@ def is_small(rows: int, has_columns: bool, *widths: int) -> bool:
 
 
 def row_blocks(rows: int) -> int:
-    return triton.cdiv(rows, table.SMALL_ROWS)
+    return cdiv(rows, table.SMALL_ROWS)
 
 
 def constants(arch: str, product: Product, **others) -> dict:

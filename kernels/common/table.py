@@ -7,6 +7,7 @@ and stages of the loads' pipeline. ``make test-kernels`` compiles them all and f
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 Key = tuple[str, str, str, int]  # kernel, architecture, product type, width
 
@@ -45,7 +46,7 @@ sm_90  short   128  64x64w4s2  64x64w4s2  64x64w4s3  64x64w4s2  64x128w4s3  64x6
 sm_90  short   256  64x64w4s1  32x64w4s2  64x64w8s2  64x64w8s2  128x64w8s2  64x64w8s2  64x32w8s2
 sm_90  tf32     64  64x64w4s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2
 sm_90  tf32    128  64x64w4s1  128x32w8s2  128x32w8s2  128x64w8s2  128x64w8s2  64x64w8s2  64x64w4s1
-sm_90  tf32x3   64  64x64w4s1  128x64w8s2  64x64w4s1  64x64w4s1  64x64w4s1  64x64w8s1  64x32w8s1
+sm_90  tf32x3   64  64x64w4s1  128x64w8s2  64x64w4s1  64x64w4s1  64x64w4s1  128x64w8s1  64x32w8s1
 sm_90  ieee     64  32x32w8s1  32x32w8s1  32x32w8s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1
 sm_90  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_100 short    64  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2
@@ -178,22 +179,32 @@ def tiles(kernel: str, arch: str, product: str, width: int) -> Tiles:
         return _forced[0]
     if kernel == "strip":
         return STRIP
+    key, found = _entry(kernel, arch, product, width)
+    if _recorded is not None:
+        _recorded.add(key)
+    return overrides.get(key) or found
+
+
+@cache
+def _entry(kernel: str, arch: str, product: str, width: int) -> tuple[Key, Tiles]:
     kind, entries = TYPES[product], _ENTRIES
     if kernel in SECOND_ORDER_KERNELS:
         entries = _SECOND_ORDER
     elif kernel in PAIR_KERNELS:
         entries = _PAIRS
     entry = min(w for entry_arch, entry_kind, w in entries if (entry_arch, entry_kind) == (arch, kind) and w >= width)
-    key = (kernel, arch, product, entry)
-    if _recorded is not None:
-        _recorded.add(key)
-    return overrides.get(key) or entries[arch, kind, entry][kernel]
+    return (kernel, arch, product, entry), entries[arch, kind, entry][kernel]
 
 
 def largest_width(arch: str, product: str) -> int:
     """The widest rows whose block and gradient fit a program; wider ones are multiplied in strips."""
     if _forced is not None:
         return _forced[1]
+    return _largest_width(arch, product)
+
+
+@cache
+def _largest_width(arch: str, product: str) -> int:
     return max(width for entry_arch, kind, width in _ENTRIES if (entry_arch, kind) == (arch, TYPES[product]))
 
 
