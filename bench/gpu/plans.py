@@ -65,9 +65,11 @@ def large_plan(work: Work) -> Plan:
         return Plan(("contrast_sums without weighted",) if forward else ("contrast_gradients of students",), stages)
     if work.op == "unit_rows":
         return Plan(("unit_rows_forward" if forward else "unit_rows_gradient",))
+    # Operands of the nodes and of one (H) or two (H', G') lists of values.
+    operands = ("row_sums of graph_conv", "round_rows of graph_conv")
     if forward:
-        return Plan(("graph_degree_sums", "graph_sums, symmetric"), 3)
-    return Plan(("graph_sums, symmetric", "graph_terms", "graph_gradients"), 5)
+        return Plan((*operands * 2, "graph_degree_sums", "graph_sums, symmetric"))
+    return Plan((*operands * 3, "graph_sums, symmetric", "graph_terms", "graph_gradients"))
 
 
 def second_order_plan(work: Work) -> Plan:

@@ -17,13 +17,30 @@ from gkd_fast.kernels.common.log_sums import log_sum_shifts
 from gkd_fast.kernels.common.offline import target
 from gkd_fast.kernels.common.operands import BLOCK_ROWS as OPERAND_ROWS
 from gkd_fast.kernels.common.operands import BLOCK_WIDTH as OPERAND_WIDTH
-from gkd_fast.kernels.common.operands import MOST_PARTS, round_rows, row_sums
+from gkd_fast.kernels.common.operands import MOST_PARTS, block_width, round_rows, row_sums
 from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.common.strips import MOST_ROWS
 from gkd_fast.kernels.common.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
 from gkd_fast.kernels.common.tile import COUNTS
-from gkd_fast.kernels.graph_conv.launches import INVERSE, INVERSE_ROOT, TERMS_ROWS, TERMS_WIDTH
-from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_gradients, graph_strip, graph_sums, graph_terms
+from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_ROWS as MOMENT_ROWS
+from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_WIDTH as MOMENT_WIDTH
+from gkd_fast.kernels.graph_conv.bandwidths import graph_bandwidths, graph_moments
+from gkd_fast.kernels.graph_conv.launches import (
+    INVERSE,
+    INVERSE_ROOT,
+    PARTS_ROWS,
+    PARTS_WIDTH,
+    TERMS_ROWS,
+    TERMS_WIDTH,
+)  # fmt: skip
+from gkd_fast.kernels.graph_conv.tiles import (
+    graph_degree_sums,
+    graph_gradients,
+    graph_parts,
+    graph_strip,
+    graph_sums,
+    graph_terms,
+)  # fmt: skip
 from gkd_fast.kernels.node_contrast.launches import EPILOGUE_ROWS
 from gkd_fast.kernels.node_contrast.tiles import (
     contrast_differences,
@@ -41,9 +58,9 @@ from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradie
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 # Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
-SIZES = ("dim", "dims", "width", "widths", "strides", "row_strides")
-DOUBLES = ("constants", "constant_tangents", "totals")
-FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero")
+SIZES = ("dim", "dims", "places", "width", "widths", "strides", "row_strides")
+DOUBLES = ("constants", "constant_tangents", "moments", "squares", "totals")
+FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero", "share", "least")
 
 # Rows that are multiplied by the kernel itself, in copies of whole tiles.
 WHOLE = {"STRIP": False, "ALIGNED": True}
@@ -140,13 +157,15 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     if dtype not in PRODUCTS:
         raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
     build = _Builder(arch, PRODUCTS[dtype], dim)
+    # A call of one graph_conv, or of all of a loss's.
+    convolved = 1 if stages == (1, 1) else sum(stages)
     others = [
         *build.unit_rows(sum(stages)), *second_order(build, *stages), *small_batches(build, *stages),
         *pair_losses(build),
     ]  # fmt: skip
     if padded_width(dim) > largest_width(arch, dtype):
         return [*build.strips(*stages), *others]
-    return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(), *others]
+    return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(convolved), *others]
 
 
 class _Builder:
@@ -226,37 +245,48 @@ class _Builder:
         yield self._small(op, row_sums, "forward", constants, lists, OPERAND_ROWS, stages, f"row_sums of {op}")
         constants = constants | {
             "SCALED": self.product.scaled, "CENTRED": True, "PARTS": MOST_PARTS, "TYPE": self.product.TYPE,
+            "WIDTH": block_width(self.product),
         }  # fmt: skip
         yield self._small(
             op, round_rows, "forward", constants, lists, OPERAND_ROWS, stages, f"round_rows of {op}", ("out",)
         )  # fmt: skip
 
-    def graph_conv(self):
-        yield from self.operands("graph_conv", 1)
-        yield self._walk("graph_conv", graph_degree_sums, "forward", {}, {}, products=1, exponentials=1,
-                         in_product_type=("nodes",))  # fmt: skip
-        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.scaled}
-        symmetric = {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}
-        row = {"DEGREES": True, "ROW_FACTOR": INVERSE}
-        for name, constants in (
-            ("symmetric", symmetric), ("row", row),
-        ):  # fmt: skip
-            yield self._walk(
-                "graph_conv", graph_sums, "forward", constants | values, {}, products=2,
-                exponentials=1, name=f"graph_sums, {name}", in_product_type=("nodes", "values"),
-            )  # fmt: skip
-        constants = {"HAS_UPSTREAM": True}
-        yield self._walk(
-            "graph_conv", graph_gradients, "backward", constants | values, {}, products=4, exponentials=1,
-            in_product_type=("nodes", "messages", "upstream", "column_messages", "column_upstream"),
+    def graph_conv(self, stages: int):
+        yield from self.operands("graph_conv", stages)
+        names = (
+            "nodes", "numbers", "column_nodes", "column_numbers", "degrees", "inverse_variances", "values", "centres",
+            "row_degrees", "outputs", "sums", "powers", "widths", "messages", "upstream", "column_messages",
+            "column_upstream", "terms", "column_terms", "gradients", "dims", "partial", "partial_degrees", "convolved",
+            "messages_gradients", "message_numbers", "upstream_numbers",
         )  # fmt: skip
+        lists = dict.fromkeys(names, stages)
+        of_product = ("nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
+        walk = {"products": 1, "exponentials": 1, "in_product_type": of_product, "pairs": stages}
+        yield self._walk("graph_conv", graph_degree_sums, "forward", {}, lists, **walk)
+        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.scaled}
+        for name, constants in (
+            ("symmetric", {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}),
+            ("row", {"DEGREES": True, "ROW_FACTOR": INVERSE}),
+        ):
+            options = walk | {"products": 2, "name": f"graph_sums, {name}"}
+            yield self._walk("graph_conv", graph_sums, "forward", constants | values, lists, **options)
+        constants = {"HAS_UPSTREAM": True}
+        options = walk | {"products": 4}
+        yield self._walk("graph_conv", graph_gradients, "backward", constants | values, lists, **options)
+        constants = {"BLOCK_ROWS": TERMS_ROWS, "BLOCK_WIDTH": TERMS_WIDTH, "SUM": self.product.SUM}
+        symmetric = constants | {"SYMMETRIC": True}
+        yield self._small("graph_conv", graph_terms, "backward", symmetric, lists, TERMS_ROWS, stages)
         constants = {
-            "SYMMETRIC": True,
-            "BLOCK_ROWS": TERMS_ROWS,
-            "BLOCK_WIDTH": TERMS_WIDTH,
+            "DEGREES": True, "ROW_FACTOR": INVERSE, "BLOCK_ROWS": PARTS_ROWS, "BLOCK_WIDTH": PARTS_WIDTH,
             "SUM": self.product.SUM,
-        }
-        yield self._small("graph_conv", graph_terms, "backward", constants, {}, TERMS_ROWS)
+        }  # fmt: skip
+        yield self._small("graph_conv", graph_parts, "forward", constants, lists, PARTS_ROWS, stages)
+        constants = {"BLOCK_ROWS": MOMENT_ROWS, "BLOCK_WIDTH": MOMENT_WIDTH}
+        of_nodes = {"nodes": stages, "dims": stages, "places": stages}
+        yield self._small("graph_conv", graph_moments, "forward", constants, of_nodes, MOMENT_ROWS, stages)
+        constants = {"BLOCK_WIDTH": MOMENT_WIDTH, "SUM": self.product.SUM}
+        del of_nodes["nodes"]
+        yield self._small("graph_conv", graph_bandwidths, "forward", constants, of_nodes, MOMENT_ROWS, stages)
 
     def strips(self, students: int, teachers: int):
         """What wide rows need beside cuBLAS."""

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import Product, on_device, padded_width
+from gkd_fast.kernels.common.launch import Product, cdiv, on_device, padded_width
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.tile import COUNTS, convert, number, pick
 
@@ -134,9 +134,14 @@ def round_rows(
     tl.store(pick(numbers, stage) + row, tl.where(row < count, tl.where((kind & ALONG) == 0, halves, along), 0.0))
 
 
+def block_width(product: Product) -> int:
+    """Columns of an operand that a program rounds at a time; more of float64 would spill on sm_100."""
+    return 32 if product.name == "float64" else BLOCK_WIDTH
+
+
 def stored_width(dim: int, is_wide: bool = False) -> int:
     """Columns of an operand; ``is_wide``: of rows that cuBLAS multiplies, not a program."""
-    return triton.cdiv(dim, WIDTH_MULTIPLE) * WIDTH_MULTIPLE if is_wide else padded_width(dim)
+    return cdiv(dim, WIDTH_MULTIPLE) * WIDTH_MULTIPLE if is_wide else padded_width(dim)
 
 
 def means(
@@ -144,7 +149,7 @@ def means(
 ) -> list[Tensor]:
     """Each stage's mean row, as partial sums [parts, width]."""
     count, factors = len(stages[0]), factors or [None] * len(stages)
-    parts = min(MOST_PARTS, triton.cdiv(count, BLOCK_ROWS))
+    parts = min(MOST_PARTS, cdiv(count, BLOCK_ROWS))
     partial = [x.new_empty(parts, width) for x, width in zip(stages, widths, strict=True)]
     with on_device(stages[0]):
         launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
@@ -167,7 +172,7 @@ def operands(
     """
     first, count, none = stages[0], len(stages[0]), [None] * len(stages)
     others, factors, powers = others or none, factors or none, powers or none
-    length = triton.cdiv(count, ROW_MULTIPLE) * ROW_MULTIPLE
+    length = cdiv(count, ROW_MULTIPLE) * ROW_MULTIPLE
     made = [
         Operand(x.new_empty(length, width, dtype=product.torch_type), x.new_empty(length), x.new_empty(width))
         for x, width in zip(stages, widths, strict=True)
@@ -180,7 +185,7 @@ def operands(
     with on_device(first):
         launch(
             round_rows, SCALED=product.scaled, CENTRED=centres is not None, PARTS=MOST_PARTS, TYPE=product.TYPE,
-            SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH,
+            SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product),
         )(
             (length // BLOCK_ROWS, len(stages)), tuple(stages), _or_else(factors, stages), _or_else(powers, stages),
             tuple(x.shape[1] for x in stages), tuple(widths), tuple(kinds), own, _or_else(others, own),

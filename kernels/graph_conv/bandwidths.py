@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import multiprocessors, on_device
+from gkd_fast.kernels.common.launch import cdiv, multiprocessors, on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.tile import COUNTS, load_tile, number, pick
 
@@ -21,11 +21,11 @@ MOST_PARTS = 32
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_moments(
-    nodes, dims, places, sums, squares, row_count, stride, parts, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+    nodes, dims, places, moments, squares, row_count, stride, parts, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):
-    """Of a part's rows: Σ e at the stage's place of ``sums`` [parts, stride], Σ ‖e‖² and the zero rows' number."""
+    """Of a part's rows: Σ e at the stage's place of ``moments`` [parts, stride], Σ ‖e‖² and the zero rows' number."""
     part, stage = tl.program_id(0), tl.program_id(1)
-    x, dim, out = pick(nodes, stage), pick(dims, stage), sums + part * stride + pick(places, stage)
+    x, dim, out = pick(nodes, stage), pick(dims, stage), moments + part * stride + pick(places, stage)
     per_part = tl.cdiv(tl.cdiv(row_count, BLOCK_ROWS), parts) * BLOCK_ROWS
     first = part * per_part
     last = tl.minimum(first + per_part, row_count)
@@ -50,12 +50,12 @@ def graph_moments(
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_bandwidths(
-    dims, places, sums, squares, inverse_variances, row_count, stride, parts, share: tl.float64, least: tl.float64,
+    dims, places, moments, squares, inverse_variances, row_count, stride, parts, share: tl.float64, least: tl.float64,
     BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """1/σ² of a stage, σ at least ``least``; 1 for a single row."""
     stage, stages = tl.program_id(0), tl.num_programs(0)
-    dim, here = pick(dims, stage), sums + pick(places, stage)
+    dim, here = pick(dims, stage), moments + pick(places, stage)
     column = tl.arange(0, BLOCK_WIDTH)
     length = tl.zeros([BLOCK_WIDTH], tl.float64)
     for k in range(0, dim, BLOCK_WIDTH):
@@ -78,7 +78,7 @@ def graph_bandwidths(
 def graph_inverse_variances(nodes: Sequence[Tensor], share: float, least: float) -> Tensor:
     """1/σ² of each stage, ``[stages]``."""
     x, count = nodes[0], nodes[0].shape[0]
-    parts = max(1, min(MOST_PARTS, triton.cdiv(count, BLOCK_ROWS), multiprocessors(x.device) // len(nodes)))
+    parts = max(1, min(MOST_PARTS, cdiv(count, BLOCK_ROWS), multiprocessors(x.device) // len(nodes)))
     dims = tuple([x.shape[1] for x in nodes])
     places = tuple([sum(dims[:k]) for k in range(len(dims))])
     sums = x.new_empty(parts, sum(dims), dtype=torch.float64)

@@ -1,6 +1,7 @@
 """graph_conv of all stages of a call."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from gkd_fast.kernels.common.launch import architecture, matrices, product_of
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.graph_conv import launches, small
 from gkd_fast.kernels.graph_conv.bandwidths import graph_inverse_variances
+from gkd_fast.kernels.graph_conv.graphs import Graph
 
 __all__ = ["graph_conv_stages", "graph_conv_stages_backward", "graph_inverse_variances"]
 
@@ -28,12 +30,23 @@ def graph_conv_stages(
     stages = _small(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv(stages, messages, launches._is_row(normalization))
-    settings = normalization, product_precision
-    found = [
-        launches.graph_conv(*stage, *settings) for stage in zip(nodes, messages, inverse_variances, strict=True)
-    ]  # fmt: skip
-    outputs, degrees = zip(*found, strict=True)
-    return list(outputs), list(degrees)
+    outputs: list = [None] * len(nodes)
+    degrees: list = [None] * len(nodes)
+    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision):
+        found = launches.convolutions(graphs, [messages[k] for k in group], launches._is_row(normalization))
+        for k, output, degree in zip(group, *found, strict=True):
+            outputs[k], degrees[k] = output, degree
+    return outputs, degrees
+
+
+def _kinds(nodes, messages, inverse_variances: Tensor, product_precision: str, places: Sequence[int] | None = None):
+    """The places of the stages that share their launches, and their graphs."""
+    groups: dict[Any, list[tuple[int, Graph]]] = {}
+    for k in range(len(nodes)) if places is None else places:
+        graph = Graph(nodes[k], inverse_variances[k], product_precision, None, 0)
+        groups.setdefault(graph.kind(messages[k].shape[1]), []).append((k, graph))
+    for group in groups.values():
+        yield tuple(zip(*group, strict=True))
 
 
 def graph_conv_stages_backward(
@@ -49,11 +62,13 @@ def graph_conv_stages_backward(
         return small.graph_conv_backward(
             stages, upstream, messages, outputs, degrees, launches._is_row(normalization), needs
         )
-    of_nodes, of_messages = [], []
-    of_stages = zip(upstream, nodes, messages, outputs, degrees, inverse_variances, strict=True)
-    for k, stage in enumerate(of_stages):
-        wanted = [needs[k], needs[count + k]]
-        found = launches.graph_conv_backward(*stage, normalization, product_precision, wanted) if any(wanted) else []
-        of_nodes += found[: wanted[0]]
-        of_messages += found[wanted[0] :]
-    return of_nodes + of_messages
+    is_row = launches._is_row(normalization)
+    gradients: list[Tensor | None] = [None] * (2 * count)
+    used = [k for k in range(count) if needs[k] or needs[count + k]]
+    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision, used):
+        sides = [launches.Side(messages[k], upstream[k], degrees[k].contiguous()) for k in group]
+        wanted = [(needs[k], needs[count + k]) for k in group]
+        found = launches.convolution_gradients(graphs, sides, sides, [outputs[k] for k in group], is_row, wanted)
+        for k, of_nodes, of_messages in zip(group, *found, strict=True):
+            gradients[k], gradients[count + k] = of_nodes, of_messages
+    return [x for x in gradients if x is not None]

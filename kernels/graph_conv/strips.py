@@ -1,10 +1,9 @@
 """graph_conv of nodes or messages too wide for a program's registers, a strip of rows at a time."""
 
 import torch
-import triton
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launch import cdiv, on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.operands import Operand, stored_width
 from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
@@ -25,7 +24,7 @@ def _strip(graph, rows: Operand, columns: Operand, strip: slice, piece: slice, s
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     launch(graph_strip, **constants)(
-        (triton.cdiv(len(sums), config.rows),), similarities, products, weights, sums, rows.numbers, columns.numbers,
+        (cdiv(len(sums), config.rows),), similarities, products, weights, sums, rows.numbers, columns.numbers,
         terms, column_terms, powers, graph.inverse_variance, *similarities.shape,
         graph.offset + strip.start - piece.start, int(piece.start > 0),
     )  # fmt: skip

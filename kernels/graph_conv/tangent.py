@@ -18,7 +18,7 @@ from gkd_fast.kernels.common.tangents import (
     spread,
     tiling,
 )  # fmt: skip
-from gkd_fast.kernels.graph_conv.launches import Graph
+from gkd_fast.kernels.graph_conv.graphs import Graph
 from gkd_fast.kernels.graph_conv.tangent_tiles import (
     graph_degree_tangents,
     graph_double_gradients,

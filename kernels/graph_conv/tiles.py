@@ -20,6 +20,7 @@ from gkd_fast.kernels.common.tile import (
     load_tile,
     load_vector,
     number,
+    pick,
     product,
     replace_edges,
     store_rows,
@@ -74,13 +75,17 @@ def add_degrees(
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_degree_sums(
-    nodes, numbers, column_nodes, column_numbers, degrees, inverse_variance, row_count, column_count, offset, parts,
+    nodes, numbers, column_nodes, column_numbers, degrees, inverse_variances, row_count, column_count, offset, parts,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """degrees[part, i] = Σ_j K_ij over the part's columns."""
+    """degrees[part, i] = Σ_j K_ij over the part's columns, of every stage."""
     i = tl.program_id(0) * BLOCK_ROWS
-    part = tl.program_id(1)
+    part, stage = tl.program_id(1), tl.program_id(2)
+    nodes, numbers, column_nodes, column_numbers = (
+        pick(nodes, stage), pick(numbers, stage), pick(column_nodes, stage), pick(column_numbers, stage)
+    )  # fmt: skip
+    degrees, inverse_variance = pick(degrees, stage), pick(inverse_variances, stage)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
     rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
@@ -124,18 +129,25 @@ def add_values(
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_sums(
-    nodes, numbers, column_nodes, column_numbers, values, centre, row_degrees, output, sums, power, inverse_variance,
-    width, row_count, column_count, offset, parts, DEGREES: tl.constexpr, ROW_FACTOR: tl.constexpr,
+    nodes, numbers, column_nodes, column_numbers, values, centres, row_degrees, outputs, sums, powers,
+    inverse_variances, widths, row_count, column_count, offset, parts, DEGREES: tl.constexpr, ROW_FACTOR: tl.constexpr,
     SCALED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output_i = f_i Σ_j K_ij values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij.
+    """output_i = f_i Σ_j K_ij values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij, of every stage.
 
-    The row factor f is applied to complete sums alone. centre: the values'. power: what they were multiplied by if
+    The row factor f is applied to complete sums alone. centres: the values'. powers: what they were multiplied by if
     SCALED.
     """
     i = tl.program_id(0) * BLOCK_ROWS
-    part = tl.program_id(1)
+    part, stage = tl.program_id(1), tl.program_id(2)
+    nodes, numbers, column_nodes, column_numbers = (
+        pick(nodes, stage), pick(numbers, stage), pick(column_nodes, stage), pick(column_numbers, stage)
+    )  # fmt: skip
+    values, centre, row_degrees, output, sums = (
+        pick(values, stage), pick(centres, stage), pick(row_degrees, stage), pick(outputs, stage), pick(sums, stage)
+    )  # fmt: skip
+    power, inverse_variance, width = pick(powers, stage), pick(inverse_variances, stage), pick(widths, stage)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
     # Small weights keep their precision in float16 when all are scaled up.
@@ -183,20 +195,55 @@ def along_rows(a, b, i, k, row_count, width, BLOCK_ROWS: tl.constexpr, BLOCK_WID
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def graph_terms(
-    terms, upstream, convolved, messages, messages_gradient, degrees, width, row_count, SYMMETRIC: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
+def graph_parts(
+    partial, partial_degrees, row_degrees, outputs, degrees, widths, row_count, parts, DEGREES: tl.constexpr,
+    ROW_FACTOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The node terms −(G_i·Y_i)/deg_i, or if SYMMETRIC −(G_i·Y_i + H_i·dH_i)/(2 deg_i)."""
-    i = tl.program_id(0) * BLOCK_ROWS
+    """What the parts of the columns gave, added in their order, times the row factor; with DEGREES also the degrees."""
+    i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    partial, output, width = pick(partial, stage), pick(outputs, stage), pick(widths, stage)
+    degree = tl.zeros([BLOCK_ROWS], SUM) + 1
+    if DEGREES:
+        degree = tl.zeros([BLOCK_ROWS], SUM)
+        for part in range(0, parts):
+            of_part = pick(partial_degrees, stage) + number(part, tl.int64) * row_count
+            degree += load_vector(of_part, i, row_count, BLOCK_ROWS)
+        store_vector(pick(degrees, stage), degree, i, row_count, BLOCK_ROWS)
+    elif ROW_FACTOR != ONE:
+        degree = load_vector(pick(row_degrees, stage), i, row_count, BLOCK_ROWS)
+    factor = row_factor(degree, ROW_FACTOR)[:, None]
+    for k in range(0, width, BLOCK_WIDTH):
+        total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], SUM)
+        for part in range(0, parts):
+            of_part = partial + number(part, tl.int64) * row_count * width
+            total += load_tile(of_part, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_tile(output, total * factor, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def graph_terms(
+    terms, upstream, convolved, messages, messages_gradients, degrees, message_numbers, upstream_numbers, widths,
+    row_count, SYMMETRIC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """The node terms −(G_i·Y_i)/deg_i, or if SYMMETRIC −(G_i·Y_i + H_i·dH_i)/(2 deg_i), to which the numbers of H' and
+    of G' are added.
+    """
+    i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    upstream, convolved, width = pick(upstream, stage), pick(convolved, stage), pick(widths, stage)
     along = tl.zeros([BLOCK_ROWS], SUM)
     for k in range(0, width, BLOCK_WIDTH):
         along += along_rows(upstream, convolved, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH, SUM)
         if SYMMETRIC:
-            along += along_rows(messages, messages_gradient, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH, SUM)
+            along += along_rows(
+                pick(messages, stage), pick(messages_gradients, stage), i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH,
+                SUM,
+            )  # fmt: skip
     if SYMMETRIC:
         along = along * 0.5
-    store_vector(terms, -along / load_vector(degrees, i, row_count, BLOCK_ROWS), i, row_count, BLOCK_ROWS)
+    term = -along / load_vector(pick(degrees, stage), i, row_count, BLOCK_ROWS)
+    term += load_numbers(pick(message_numbers, stage), i, BLOCK_ROWS)
+    term += load_numbers(pick(upstream_numbers, stage), i, BLOCK_ROWS)
+    store_vector(pick(terms, stage), term, i, row_count, BLOCK_ROWS)
 
 
 @triton.jit
@@ -229,19 +276,30 @@ def add_nodes(
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_gradients(
-    nodes, numbers, column_nodes, column_numbers, centre, messages, upstream, column_messages, column_upstream, terms,
-    column_terms, gradient, powers, inverse_variance, dim, row_count, column_count, offset, parts,
+    nodes, numbers, column_nodes, column_numbers, centres, messages, upstream, column_messages, column_upstream, terms,
+    column_terms, gradients, powers, inverse_variances, dims, row_count, column_count, offset, parts,
     HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dE_i = Σ_j M_ij e_j, M_ij = v K_ij (G'_i·H'_j + H'_i·G'_j + d_i + d_j) off the diagonal, over the part's columns.
+    """dE_i = Σ_j M_ij e_j, M_ij = v K_ij (G'_i·H'_j + H'_i·G'_j + d_i + d_j) off the diagonal, over the part's columns,
+    of every stage.
 
     terms: d and the numbers of G' and H'. powers: those of H', of G' and of M. Without HAS_UPSTREAM the columns' G' and
     terms are zero.
     """
     i = tl.program_id(0) * BLOCK_ROWS
-    part = tl.program_id(1)
+    part, stage = tl.program_id(1), tl.program_id(2)
+    nodes, numbers, column_nodes, column_numbers = (
+        pick(nodes, stage), pick(numbers, stage), pick(column_nodes, stage), pick(column_numbers, stage)
+    )  # fmt: skip
+    messages, upstream, column_messages, column_upstream = (
+        pick(messages, stage), pick(upstream, stage), pick(column_messages, stage), pick(column_upstream, stage)
+    )  # fmt: skip
+    terms, column_terms, centre, gradient = (
+        pick(terms, stage), pick(column_terms, stage), pick(centres, stage), pick(gradients, stage)
+    )  # fmt: skip
+    powers, inverse_variance, dim = pick(powers, stage), pick(inverse_variances, stage), pick(dims, stage)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     v = tl.load(inverse_variance).to(SUM)
     slope = v * LOG2E

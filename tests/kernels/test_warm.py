@@ -8,6 +8,9 @@ from pathlib import Path
 # Of a step of two stages each, docs/developers/kernels.md; the first step looks at diagnostics too.
 MOST_COMPILED, MOST_LAUNCHED = 21, 15
 
+# Of three stages each above what the kernels of small batches take: all that is graph_conv's, and the rows' norms.
+MOST_OF_GRAPHS = 25
+
 STAGES = "--stages=16,24 --teacher-stages=24,32 --embed-dim=32"
 
 STEP = """
@@ -51,3 +54,31 @@ def test_a_step_after_warming_compiles_nothing(tmp_path):
     assert files(tmp_path) == before
     assert compiled == int(told.split()[0]) <= MOST_COMPILED
     assert launched <= MOST_LAUNCHED
+
+
+COUNT = """
+import warnings
+warnings.simplefilter("ignore")
+import torch
+from gkd_fast import GraphKDLoss, kernels
+from gkd_fast.kernels.common.launcher import Launch
+from gkd_fast.kernels.common.offline import offline
+
+kernels.register("CPU")
+launched = []
+Launch.__call__ = lambda self, grid, *arguments: launched.append(self.kernel.__name__)
+with offline("sm_90"):
+    criterion = GraphKDLoss([64] * 3, [64] * 3, num_classes=7, embed_dim=64, backend="triton")
+    students = [torch.randn(300, 64, requires_grad=True) for _ in range(3)]
+    teachers = [torch.randn(300, 64) for _ in range(3)]
+    for _ in range(2):
+        launched.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = criterion(students, teachers, torch.randint(0, 7, (300,)))
+        loss.backward()
+print(sum(not name.startswith(("contrast", "relation")) for name in launched))
+"""
+
+
+def test_stages_of_a_large_batch_share_the_launches_of_their_graphs(tmp_path):
+    assert int(run("-c", COUNT, cache=tmp_path)) <= MOST_OF_GRAPHS
