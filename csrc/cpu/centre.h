@@ -80,6 +80,52 @@ struct UnitSides {
   }
 };
 
+// The unit rows of both sides and their directions as operands, in their own type, of tiles of cosines less 1 and of the
+// cosines' tangents. Of rows that are nearly alike a cosine keeps few digits in float32 and its tangent fewer, since
+// directions are orthogonal to all rows alike. With x̂ = x − m, m the mean of the columns, h = ‖x̂‖²/2 and a = ẋ·m
+//   c_ij − 1 = [x̂_i, −h_i, 1]·[x̂_j, 1, −h_j]
+//   ċ_ij = [ẋ_i, a_i, 0]·[x̂_j, 1, −h_j] + [x̂_i, −h_i, 1]·[ẋ_j, 0, a_j].
+// Of a zero row x̂ = −m and h = (‖m‖² + 1)/2.
+template <class T>
+struct CentredSides {
+  Operand<T> rows, columns, row_tangents, column_tangents;
+
+  // What stands still has no tangent.
+  CentredSides(const Host& host, const Sides<T>& sides, const Terms<T>& tangents, int64_t block)
+      : rows{}, columns{}, row_tangents{}, column_tangents{} {
+    const T* mean = unit_mean(host, sides.columns, sides.column_count, sides.dim);
+    const int64_t scratch = block * (sides.dim + 2);
+    T* memory = allocate<T>(host, host.workers * scratch);
+    auto packed = [&](const T* given, int64_t count, bool moves, bool as_columns) {
+      const int64_t dim = sides.dim, depth = dim + 2, blocks = ceil_div(count, block);
+      Operand<T> out{};
+      if (!given) return out;
+      const int64_t elements =
+          as_columns ? packed_columns<T>(count, depth) : blocks * round_up(block, kMicroRows) * depth;
+      out = {allocate<T>(host, elements), nullptr, depth};
+      parallel(host, blocks, [&](int64_t p, int64_t worker) {
+        T* wide = memory + worker * scratch;
+        const int64_t begin = p * block, rows = smaller(count, begin + block) - begin;
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* x = given + (begin + r) * dim;
+          T *y = wide + r * depth, *own = y + dim + as_columns, *other = y + dim + !as_columns;
+          for (int64_t k = 0; k < dim; ++k) y[k] = moves ? x[k] : x[k] - mean[k];
+          const bool is_zero = !moves && wide_dot(x, x, dim) < 0.5;
+          *own = T(moves ? wide_dot(x, mean, dim) : -(wide_dot(y, y, dim) + is_zero) / 2);
+          *other = moves ? T(0) : T(1);
+        }
+        if (as_columns) return pack_columns<T>(wide, nullptr, 0, rows, depth, out.own + begin * depth);
+        pack_rows<T>(wide, nullptr, 0, rows, depth, out.own + p * round_up(block, kMicroRows) * depth);
+      }, grain_of(block * depth));
+      return out;
+    };
+    rows = packed(sides.rows, sides.row_count, false, false);
+    columns = packed(sides.columns, sides.column_count, false, true);
+    row_tangents = packed(tangents.row, sides.row_count, true, false);
+    column_tangents = packed(tangents.column, sides.column_count, true, true);
+  }
+};
+
 // The rows of a matrix times the row `other`, each times its factor, are added to out.
 template <class T>
 void add_dots(const Host& host, const T* rows, const T* factors, const T* other, int64_t count, int64_t dim, double* out) {

@@ -53,8 +53,8 @@ struct KernelTangentTiles {
     T* c = tiles + worker * 3 * tile_elements(stride);
     T *moving = c + tile_elements(stride), *weights = moving + tile_elements(stride);
     T* below = column_sums + worker * stride;
-    similarities(t, rows, columns, args.sides.dim, c, stride);
-    moving_similarities(t, rows, columns, row_tangents, column_tangents, args.sides.dim, moving, stride);
+    similarities(t, rows, columns, c, stride);
+    moving_similarities(t, rows, columns, row_tangents, column_tangents, moving, stride);
     for (int64_t x = 0; x < stride; ++x) below[x] = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
       if (const int64_t own = own_column(t, r); own >= 0) {
@@ -145,12 +145,12 @@ struct NodeTangentTiles {
     const int64_t size = tile_elements(stride), dim = first.sides.dim, width = first.width;
     T* c = tiles + worker * 5 * size;
     T *moving = c + size, *ahead = moving + size, *behind = ahead + size, *more = behind + size;
-    similarities(t, rows, columns, dim, c, stride);
-    moving_similarities(t, rows, columns, row_tangents, column_tangents, dim, moving, stride);
-    similarities(t, left_rows, right_columns, width, ahead, stride);
-    similarities(t, right_rows, left_columns, width, behind, stride);
+    similarities(t, rows, columns, c, stride);
+    moving_similarities(t, rows, columns, row_tangents, column_tangents, moving, stride);
+    similarities(t, left_rows, right_columns, ahead, stride);
+    similarities(t, right_rows, left_columns, behind, stride);
     if (extra_rows) {
-      moving_similarities(t, extra_rows, extra_columns, left_rows, left_columns, width, more, stride);
+      moving_similarities(t, extra_rows, extra_columns, left_rows, left_columns, more, stride);
     }
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, r); });
     for (int64_t r = 0; r < t.rows; ++r) {

@@ -78,7 +78,7 @@ struct InfoNceTiles {
   void one_tile(const Tile& t, int64_t worker) const {
     T* c = tiles + worker * tile_elements(stride);
     const int64_t dim = args.sides.dim, count = args.sides.row_count;
-    similarities(t, students, teachers, dim, c, stride);
+    similarities(t, students, teachers, c, stride);
     if (args.row_maxima) return find_maxima(t, c);
     if (args.row_sums) {
       T* below = partial + worker * stride;

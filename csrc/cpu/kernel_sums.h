@@ -46,7 +46,7 @@ struct KernelTiles {
 
   // The tile's K, and what it adds to the degrees.
   void weigh(const Tile& t, T* c, T* below) const {
-    similarities(t, units.rows, units.columns, args.sides.dim, c, stride);
+    similarities(t, units.rows, units.columns, c, stride);
     for (int64_t x = 0; x < stride; ++x) below[x] = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
       if (const int64_t own = own_column(t, r); own >= 0) c[r * stride + own] = units.one;
@@ -105,7 +105,7 @@ struct NodeTiles {
     pack_block(tile_rows, worker, rows, factors, t.i, t.i + t.rows, args.width, stride, centre);
     Tile packed = t;
     packed.i = worker * stride;
-    similarities(packed, tile_rows, columns, args.width, m, stride, accumulate);
+    similarities(packed, tile_rows, columns, m, stride, accumulate);
   }
 
   // M of G rows in place of m, from K, which takes the place of the similarities.
@@ -132,7 +132,7 @@ struct NodeTiles {
   void tile(const Tile& t, int64_t worker) const {
     T* m = tiles + worker * 2 * tile_elements(stride);
     T* c = args.affinities ? args.affinities + t.place * stride * stride : m + tile_elements(stride);
-    if (!args.affinities) similarities(t, units.rows, units.columns, args.sides.dim, c, stride);
+    if (!args.affinities) similarities(t, units.rows, units.columns, c, stride);
     multiply_rows(t, worker, args.left.row, args.left_factors.row, {}, right_columns, m, false);
     if (left_columns) multiply_rows(t, worker, args.right.row, args.right_factors.row, right, left_columns, m, true);
     for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) { weigh_rows<G>(t, c, m, r); });

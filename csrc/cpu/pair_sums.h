@@ -64,12 +64,11 @@ struct PairTiles {
   void multiply_sides(const Tile& t, int64_t worker) const {
     for (int q = 0; q < kSides; ++q) {
       T* c = tile_of(worker, q, 0);
-      similarities(t, rows[q], columns[q], args.sides[q].dim, c, stride);
+      similarities(t, rows[q], columns[q], c, stride);
       if constexpr (Moving) {
         T* moving = tile_of(worker, q, 1);
         if (row_tangents[q] || column_tangents[q]) {
-          moving_similarities(t, rows[q], columns[q], row_tangents[q], column_tangents[q], args.sides[q].dim, moving,
-                              stride);
+          moving_similarities(t, rows[q], columns[q], row_tangents[q], column_tangents[q], moving, stride);
         } else {
           for (int64_t k = 0; k < t.rows * stride; ++k) moving[k] = 0;
         }

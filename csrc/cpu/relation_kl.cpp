@@ -43,13 +43,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
 
   const auto options = stages.rows[0].options();
   at::Tensor losses = at::empty({rows, S, stages.teachers}, options);
-  at::Tensor log_sums = at::empty({count, rows}, options.dtype(at::kDouble));
+  const auto wide = options.dtype(at::kDouble);
+  at::Tensor log_sums[] = {at::empty({S, rows}, wide), at::empty({stages.teachers, rows}, wide)};
   T* loss = losses.mutable_data_ptr<T>();
-  double* log_sum = log_sums.mutable_data_ptr<double>();
+  double* log_sum[] = {log_sums[0].mutable_data_ptr<double>(), log_sums[1].mutable_data_ptr<double>()};
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t q = 0; q < count; ++q) {
       const double shift = args.shifts[q].row ? args.shifts[q].row[i] : double(args.outer);
-      log_sum[q * rows + i] = std::log(args.sums[q * rows + i]) + shift * kLn2;
+      (q < S ? log_sum[0][q * rows + i] : log_sum[1][(q - S) * rows + i]) = std::log(args.sums[q * rows + i]) + shift * kLn2;
     }
     // ℓ = ln2·Q/Z^t + log Z^s/Z^t: the shifts cancel. With the divergences' sum and y = Z^s/Z^t − 1 it is that sum over
     // Z^t less y − log(1 + y), of which small y leave little.
@@ -62,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Stages& stages, dou
       loss[i * S * stages.teachers + p] = not_below_zero(T(ell));
     }
   }
-  return {losses, log_sums.slice(0, 0, S).clone(), log_sums.slice(0, S, count).clone()};
+  return {losses, log_sums[0], log_sums[1]};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(

@@ -54,7 +54,7 @@ struct RelationTiles {
     if (known) return;
     for (int64_t q = 0; q < stages(); ++q) {
       T* tile = c + q * step;
-      similarities(t, rows[q], columns[q], args.stages[q].dim, tile, stride);
+      similarities(t, rows[q], columns[q], tile, stride);
       for (int64_t r = 0; r < t.rows; ++r) {
         if (const int64_t own = own_column(t, r); own >= 0) tile[r * stride + own] = kFar<T>;
       }
@@ -326,8 +326,10 @@ struct RowMaxima : RelationTiles<T, true, 0> {
   }
 };
 
+// Not `packs`: rows and columns are the caller's to pack.
 template <class T, bool Shared, int Fixed>
-RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationKl<T>& args, bool backward) {
+RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationKl<T>& args, bool backward,
+                                               bool packs = true) {
   const int64_t stages = args.students + args.teachers, pairs = args.students * args.teachers;
   const int64_t stride = block_rows(host, args.stages[0].row_count);
   const bool known = backward && args.affinities;
@@ -337,7 +339,7 @@ RelationTiles<T, Shared, Fixed> relation_tiles(const Host& host, const RelationK
     const Sides<T>& sides = args.stages[q];
     const bool gathers = backward && args.gradients[q];
     if (known && !gathers) continue;
-    const UnitSides<T> units(host, sides, stride, known);
+    const UnitSides<T> units(host, sides, stride, known || !packs);
     tiles.rows[q] = units.rows;
     tiles.columns[q] = units.columns;
     tiles.inner_one = units.one * args.inner;

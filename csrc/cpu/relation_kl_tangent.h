@@ -20,15 +20,19 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
   int64_t places[kMaxStages];  // of a moving stage's tile, or -1
 
   RelationTangentTiles(const Host& host, const RelationKlTangent<T>& second, bool backward)
-      : Base<T, Shared, Fixed>{relation_tiles<T, Shared, Fixed>(host, second.relations, backward)},
+      : Base<T, Shared, Fixed>{relation_tiles<T, Shared, Fixed>(host, second.relations, backward, false)},
         second(second), moving_count(0) {
+    this->inner_one = 0;
     for (int64_t q = 0; q < this->stages(); ++q) {
       const Sides<T>& sides = this->args.stages[q];
       const Terms<T>& tangent = second.tangents[q];
       places[q] = tangent.row ? moving_count++ : -1;
+      const CentredSides<T> units(host, sides, tangent, this->stride);
+      this->rows[q] = units.rows;
+      this->columns[q] = units.columns;
+      row_tangents[q] = units.row_tangents;
+      column_tangents[q] = units.column_tangents;
       if (!tangent.row) continue;
-      row_tangents[q] = rows_of(host, tangent.row, sides.row_count, sides.dim, this->stride);
-      column_tangents[q] = columns_of(host, tangent.column, sides.column_count, sides.dim, this->stride);
       if (!this->values[q]) continue;
       tangent_values[q] = values_of(host, tangent.column, sides.column_count, sides.dim, sides.row_count);
     }
@@ -46,7 +50,7 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
     for (int64_t q = 0; q < this->stages(); ++q) {
       if (places[q] < 0) continue;
       moving_similarities(t, this->rows[q], this->columns[q], row_tangents[q], column_tangents[q],
-                          this->args.stages[q].dim, moving_tile(worker, q), this->stride);
+                          moving_tile(worker, q), this->stride);
     }
     return c;
   }

@@ -39,7 +39,7 @@ struct AngleTiles {
     const Tile t = tile_at(a, b);
     for (int q = 0; q < 2; ++q) {
       T *offset = offsets[q] + b * step, *inverse = inverses[q] + b * step;
-      similarities(t, rows[q], columns[q], args.sides[q].dim, offset, stride);
+      similarities(t, rows[q], columns[q], offset, stride);
       for (int64_t r = 0; r < t.rows; ++r) {
         const T own = args.norms[q][t.i + r];
         for (int64_t x = 0; x < t.columns; x += N) {
@@ -84,7 +84,7 @@ struct AngleTiles {
 
   void multiply_both(const Tile& t, int64_t worker) const {
     for (int q = 0; q < 2; ++q) {
-      similarities(t, rows[q], columns[q], args.sides[q].dim, tile_of(worker, q, 0), stride);
+      similarities(t, rows[q], columns[q], tile_of(worker, q, 0), stride);
     }
   }
 

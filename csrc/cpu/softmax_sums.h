@@ -83,7 +83,7 @@ struct SoftmaxTiles {
 
   void tile(const Tile& t, int64_t worker) const {
     T* c = tiles + worker * tile_elements(stride);
-    similarities(t, units.rows, units.columns, args.sides.dim, c, stride);
+    similarities(t, units.rows, units.columns, c, stride);
     if (args.maxima) return find_maxima(t, c);
     for (int64_t r = 0; args.own_cosines && r < t.rows; ++r) {
       if (const int64_t own = own_column(t, r); own >= 0) {

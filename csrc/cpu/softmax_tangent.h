@@ -38,8 +38,8 @@ struct SoftmaxTangentTiles {
     const Sides<T>& sides = args.softmax.sides;
     T* w = softmax.tiles + worker * 2 * tile_elements(stride);
     T* moving = w + tile_elements(stride);
-    similarities(t, softmax.units.rows, softmax.units.columns, sides.dim, w, stride);
-    moving_similarities(t, softmax.units.rows, softmax.units.columns, row_tangents, column_tangents, sides.dim, moving, stride);
+    similarities(t, softmax.units.rows, softmax.units.columns, w, stride);
+    moving_similarities(t, softmax.units.rows, softmax.units.columns, row_tangents, column_tangents, moving, stride);
     for_row_groups<SoftmaxTiles<T>::kGroup>(t.rows, [&]<int G>(int64_t r) {
       softmax.template weigh_rows<G>(t, w, r);
       move_rows<G>(t, w, moving, r);

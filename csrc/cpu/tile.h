@@ -206,20 +206,20 @@ template <class T>
 struct Operand {
   T* own;
   Bfloat16* rounded;
-  int64_t depth;  // of a rounded row or column of similarities
+  int64_t depth;  // numbers of a row or column of similarities
   explicit operator bool() const { return own || rounded; }
 };
 
 template <class T>
 Operand<T> operand(const Host& host, int64_t own_elements, int64_t rounded_elements, int64_t depth = 0) {
   if (rounds<T>(host)) return {nullptr, allocate<Bfloat16>(host, rounded_elements), depth};
-  return {allocate<T>(host, own_elements), nullptr, 0};
+  return {allocate<T>(host, own_elements), nullptr, depth};
 }
 
 // Memory for `blocks` blocks of rows as left operand of similarities.
 template <class T>
 Operand<T> row_blocks(const Host& host, int64_t blocks, int64_t dim, int64_t block, const Centre<T>& centre) {
-  const int64_t depth = rounded_depth(dim, centre);
+  const int64_t depth = rounds<T>(host) ? rounded_depth(dim, centre) : dim;
   return operand<T>(host, blocks * round_up(block, kMicroRows) * dim, blocks * block * depth, depth);
 }
 
@@ -253,7 +253,7 @@ template <class T>
 Operand<T> columns_of(const Host& host, const T* rows, int64_t count, int64_t dim, int64_t block,
                       const Centre<T>& centre = {}, const T* factors = nullptr) {
   if (!rows) return {};
-  const int64_t blocks = ceil_div(count, block), depth = rounded_depth(dim, centre);
+  const int64_t blocks = ceil_div(count, block), depth = rounds<T>(host) ? rounded_depth(dim, centre) : dim;
   const Operand<T> packed = operand<T>(host, packed_columns<T>(count, dim), blocks * block * depth, depth);
   parallel(host, blocks, [&](int64_t p, int64_t) {
     const int64_t begin = p * block, end = smaller(count, begin + block);
@@ -303,28 +303,27 @@ GKD_INLINE WeightSums weight_sums(const Values<float>& values, int64_t result, i
 
 // c[r][x] (+)= rows[i + r] · columns[j + x] for the whole tile, padded to whole panels; `block`: of the packed operands.
 template <class T>
-GKD_INLINE void similarities(const Tile& tile, const Operand<T>& rows, const Operand<T>& columns, int64_t dim, T* c,
-                             int64_t block, bool accumulate = false) {
-  const int64_t width = round_up(tile.columns, kPanel<T>);
+GKD_INLINE void similarities(const Tile& tile, const Operand<T>& rows, const Operand<T>& columns, T* c, int64_t block,
+                             bool accumulate = false) {
+  const int64_t width = round_up(tile.columns, kPanel<T>), depth = rows.depth;
   if constexpr (kRounds<T>) {
     if (rows.rounded) {
-      const int64_t depth = rows.depth;
       return multiply(tile.host, {round_up(tile.rows, kBfloat16Rows), width, depth, rows.rounded + tile.i * depth,
                                   depth, columns.rounded + tile.j * depth, block, c, block, accumulate});
     }
   }
-  const T* left = rows.own + (tile.i / block) * round_up(block, kMicroRows) * dim;
-  multiply<Layout::Across, T>(tile.rows, width, dim, {left, kMicroRows, dim}, columns.own + tile.j * dim,
-                              kPanel<T> * dim, c, block, accumulate);
+  const T* left = rows.own + (tile.i / block) * round_up(block, kMicroRows) * depth;
+  multiply<Layout::Across, T>(tile.rows, width, depth, {left, kMicroRows, depth}, columns.own + tile.j * depth,
+                              kPanel<T> * depth, c, block, accumulate);
 }
 
 // c[r][x] = row_tangents[i + r] · columns[j + x] + rows[i + r] · column_tangents[j + x]; what stands still is none.
 template <class T>
 GKD_INLINE void moving_similarities(const Tile& t, const Operand<T>& rows, const Operand<T>& columns,
-                                    const Operand<T>& row_tangents, const Operand<T>& column_tangents, int64_t dim,
-                                    T* c, int64_t block) {
-  if (row_tangents) similarities(t, row_tangents, columns, dim, c, block);
-  if (column_tangents) similarities(t, rows, column_tangents, dim, c, block, bool(row_tangents));
+                                    const Operand<T>& row_tangents, const Operand<T>& column_tangents, T* c,
+                                    int64_t block) {
+  if (row_tangents) similarities(t, row_tangents, columns, c, block);
+  if (column_tangents) similarities(t, rows, column_tangents, c, block, bool(row_tangents));
 }
 
 // out[i + r] += Σ_x w[r][x] values[j + x], but for the centre's part, see add_centre; `count`: rows of the matrix that was

@@ -29,16 +29,30 @@ def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
     return [losses.to(one[0].dtype), *log_sums]
 
 
-def _statistics(columns: Columns, num_students: int, settings, stages: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Losses and log-sums of the rows with all columns."""
+def _statistics(
+    columns: Columns, num_students: int, settings, stages: Sequence[Tensor], exact: bool = False
+) -> Sequence[Tensor]:
+    """Losses and log-sums of the rows with all columns; ``exact``: computed in float64."""
+    dtype = stages[0].dtype
+    if exact:
+        stages, settings = _widened(stages), (*settings[:-1], "float64")
     merged = None
     for block in columns.blocks():
+        if exact:
+            block = replace(block, columns=_widened(block.columns))
         part = run(
             torch.ops.gkd_fast.relation_kl, stages[:num_students], stages[num_students:], *settings,
             **_sides(block, num_students),
         )  # fmt: skip
         merged = part if merged is None else _merge(merged, part)
-    return merged
+    losses, *log_sums = merged
+    return losses.to(dtype), *log_sums
+
+
+def _widened(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Unit rows in float64, of length 1 there too."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gkd_fast.unit_rows([x.double() for x in rows], torch.float64)[0]
 
 
 class RelationKl(torch.autograd.Function):
@@ -93,10 +107,9 @@ class RelationKlBackward(torch.autograd.Function):
         statistics, upstream, stages, num_students = saved[:3], saved[3], saved[4:], ctx.num_students
         tangents, moving = tangents_of(cotangents, ctx.needed)
         along = stages[:num_students], stages[num_students:], tangents, moving
-        *settings, product_precision = ctx.settings
-        precision = second_order_precision(product_precision, upstream)
-        if precision != product_precision:
-            statistics = _statistics(columns, num_students, (*settings, precision), stages)
+        if second_order_precision(ctx.settings[-1], upstream) != ctx.settings[-1]:
+            # The C++ kernels' cosines less 1 are exact to a float32 rounding of themselves there.
+            statistics = _statistics(columns, num_students, ctx.settings, stages, exact=True)
 
         def column_tangents(block):
             """A bank's columns stand still."""
