@@ -62,20 +62,29 @@ class TrainingWatch:
     """Warns, once each, of what makes a training teach nothing.
 
     That parameters do not move is told from their version counters, which optimizers advance and which need no look at
-    the device; only where one stands still are some of its numbers compared, for optimizers that go around it.
+    the device; only where one stands still are some of its numbers compared, for optimizers that go around it. While
+    gradients are accumulated nothing moves: the student's parameters tell when there has been a step.
     """
 
     def __init__(self) -> None:
         self.warned: set[str] = set()
         self.marks: dict[str, list[tuple[int, int, Tensor]]] = {}
+        self.students: dict[int, int] = {}
+        self.waits = False
 
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self.warned and not torch.compiler.is_compiling():
             self.warned.add(kind)
             warnings.warn(message, UserWarning, stacklevel=4)
 
-    def look(self, criterion: Any, weights: object) -> None:
-        """At the first training call takes down where the parameters are; at the last that looks, says which stayed."""
+    def looks_at(self, call: int) -> bool:
+        return call in CHECKED_CALLS or (self.waits and call % CHECKED_CALLS[-1] == 0)
+
+    def look(self, criterion: Any, weights: object, loss: Tensor) -> None:
+        """At the first training call takes down where the parameters are; at the last that looks, says which stayed.
+
+        It ``waits`` for that while no other leaf of the loss, a parameter of the student, has moved either.
+        """
         used = sorted({s for s, _ in criterion.pairs})
         modules: dict[str, Any] = {
             "student_graph": nn.ModuleList(criterion.student_heads[s] for s in used),
@@ -86,6 +95,12 @@ class TrainingWatch:
         groups = {name: list(module.parameters()) for name, module in modules.items() if module is not None}
         if criterion._training_calls == CHECKED_CALLS[0]:
             self.marks = {name: [(id(p), p._version, _numbers(p)) for p in ps] for name, ps in groups.items()}
+            own = {id(p) for ps in groups.values() for p in ps}
+            self.students = {p: version for p, version in _leaf_versions(loss).items() if p not in own}
+            return
+        now = _leaf_versions(loss)
+        self.waits = bool(self.students) and all(now.get(p, version) == version for p, version in self.students.items())
+        if self.waits:
             return
         unmoved = [name for name, ps in groups.items() if name in self.marks and _unmoved(ps, self.marks[name])]
         self.marks = {}
@@ -101,6 +116,22 @@ def _unmoved(parameters: Sequence[nn.Parameter], marks: Sequence[tuple[int, int,
     if not trained or any((id(p), p._version) != mark[:2] for p, mark in trained):
         return False
     return all(mark[2].device == p.device and torch.equal(_numbers(p), mark[2]) for p, mark in trained)
+
+
+def _leaf_versions(loss: Tensor) -> dict[int, int]:
+    """The version counters, by id, of the leaves that the loss has gradients for."""
+    found, waiting = {}, [loss.grad_fn]
+    known = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found[id(leaf)] = leaf._version
+        new = {following for following, _ in node.next_functions} - known
+        known |= new
+        waiting += new
+    return found
 
 
 @torch.no_grad()

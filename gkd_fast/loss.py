@@ -224,9 +224,11 @@ class GraphKDLoss(nn.Module):
         """The scalar loss: the sum of :meth:`terms`.
 
         In training mode these calls are counted: the first and the hundredth look at :meth:`diagnostics`, the hundredth
-        also at whether what is trained has moved, and warn. Recomputations by activation checkpointing and calls in the
-        steps of :class:`gkd_fast.UnrolledSGD` are not counted, and the column bank remembers none of them. A call that
-        is captured in a CUDA graph, and its replays, are not counted either; the column bank must be full by then.
+        also at whether what is trained has moved, and warn; where gradients are accumulated the first hundredth after a
+        step does.
+        Recomputations by activation checkpointing and calls in the steps of :class:`gkd_fast.UnrolledSGD` are not
+        counted, and the column bank remembers none of them. A call that is captured in a CUDA graph, and its replays,
+        are not counted either; the column bank must be full by then.
         """
         loss = torch.stack(list(self.terms(student_feats, teacher_feats, target, weights=weights).values())).sum()
         self._count_training_call(loss, weights)
@@ -239,7 +241,8 @@ class GraphKDLoss(nn.Module):
             self._training_calls += 1
             if self._training_calls in CHECKED_CALLS:
                 self.diagnostics()
-                self._watch.look(self, weights)
+            if self._watch.looks_at(self._training_calls):
+                self._watch.look(self, weights, loss)
 
     @leaves_graphs(_meets_columns)
     def terms(

@@ -225,6 +225,22 @@ def test_parameters_that_no_optimizer_moves_are_told_once():
     assert len([w for w in told if "have not moved" in str(w.message)]) == 1
 
 
+@pytest.mark.parametrize("optimized", [True, False])
+def test_parameters_are_judged_after_a_step_however_many_calls_it_accumulates(optimized):
+    criterion, layer = _criterion(), nn.Linear(DIM, DIM)
+    optimizer = torch.optim.SGD([*layer.parameters(), *(criterion.parameters() if optimized else ())], lr=0.1)
+    (student, _), teacher, target = _batch()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for call in range(260):
+            criterion([layer(student), student], teacher, target).backward()
+            if call % 120 == 119:
+                optimizer.step()
+                optimizer.zero_grad()
+    told = [str(w.message) for w in told if "have not moved" in str(w.message)]
+    assert len(told) == (0 if optimized else 1) and all("in 200 training calls" in x for x in told)
+
+
 def test_a_weight_network_in_the_optimizer_is_told():
     network = PairWeightNetwork(5, 2, 1)
     with pytest.warns(UserWarning, match="parameters of weights=PairWeightNetwork have not moved: .* without gradient"):
