@@ -110,7 +110,7 @@ def check_features(name: str, x: Tensor, may_be_empty: bool = False) -> None:
 
 def check_positive(name: str, value: float) -> float:
     """The value, a number of any kind, as a float; TypeError or ValueError unless it is positive and finite."""
-    number = _number(name, value)
+    number = value if type(value) is float else _number(name, value)
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return number
@@ -183,17 +183,18 @@ def check_graph_stages(
 def check_stages(
     students: Tensor | Sequence[Tensor], teachers: Tensor | Sequence[Tensor], may_be_empty: bool
 ) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
-    sides = {}
-    for side, stages in (("students", students), ("teachers", teachers)):
-        sides[side] = stages_of(side, stages)
-        if not sides[side]:
+    sides = {"students": stages_of("students", students), "teachers": stages_of("teachers", teachers)}
+    named: dict[str, Tensor] = {}
+    for side, stages in sides.items():
+        if not stages:
             raise ValueError(f"{side} must hold at least one stage, got none")
-    named = {f"{side}[{k}]": x for side, stages in sides.items() for k, x in enumerate(stages)}
+        for k, x in enumerate(stages):
+            named[f"{side}[{k}]"] = x
     for name, x in named.items():
         check_features(name, x, may_be_empty)
-    batch = len(sides["students"][0])
+    batch = sides["students"][0].shape[0]
     for name, x in named.items():
-        if len(x) != batch:
+        if x.shape[0] != batch:
             raise ValueError(f"{name} must have the batch size of students[0] ({batch}), got {len(x)}")
     return sides["students"], sides["teachers"], compute_dtype(named)
 
@@ -211,7 +212,7 @@ def check_pairs(
     for s, t in found:
         if not (0 <= s < num_students and 0 <= t < num_teachers):
             raise ValueError(f"pairs must lie below ({num_students}, {num_teachers}), got ({s}, {t})")
-    return found
+    return None if len(found) == num_students * num_teachers else found
 
 
 def check_bank(name: str, bank: Sequence[Tensor] | None, stages: Sequence[Tensor]) -> list[Tensor] | None:

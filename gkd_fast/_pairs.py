@@ -13,11 +13,6 @@ from torch import Tensor
 Block = tuple[list[int], list[int]]  # numbers of students and of teachers
 
 
-def all_of(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[Block]:
-    """The block of all pairs."""
-    return [(list(range(len(students))), list(range(len(teachers))))]
-
-
 def used_of(pairs: Iterable[tuple[int, int]]) -> list[Block]:
     """The block of all stages that have a wanted pair, with the unwanted pairs between them; none without a pair."""
     students, teachers = ({pair[side] for pair in pairs} for side in (0, 1))
@@ -44,16 +39,19 @@ def _together(pairs: Iterable[tuple[int, int]]) -> list[Block]:
 
 def losses_of_blocks(
     compute: Callable[[list[int], list[int]], Tensor],
-    blocks: list[Block],
+    blocks: list[Block] | None,
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
     """``compute(students' numbers, teachers' numbers)``, ``[B, s, t]``, of every block as ``[B, S, T]``, else 0.
 
-    A stage in no block has no part in anything, whatever it holds, and a gradient of zeros."""
-    if blocks == all_of(students, teachers):
-        return compute(*blocks[0])
+    Blocks None: the one of all pairs. A stage in no block has no part in anything, whatever it holds, and a gradient of
+    zeros.
+    """
+    every = list(range(len(students))), list(range(len(teachers)))
+    if blocks is None or blocks == [every]:
+        return compute(*every)
     columns: dict[tuple[int, int], Tensor] = {}
     for block in blocks:
         columns |= zip(product(*block), compute(*block).flatten(1).unbind(1), strict=True)

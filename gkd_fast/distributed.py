@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
@@ -278,16 +278,21 @@ def until_all_end(batches: Iterable[Batch], empty: Batch, group: dist.ProcessGro
         yield empty if batch is None else batch
 
 
-@contextmanager
-def checking(group: Group, what: str) -> Iterator[None]:
+def checking(group: Group, what: str) -> AbstractContextManager[None]:
     """Lets all ranks raise where the checks of one find fault with its arguments."""
-    if group is not None and not isinstance(group, (dist.ProcessGroup, Shards)):
+    if group is None or isinstance(group, Shards):
+        return nullcontext()
+    if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {type(group).__name__}")
+    return _telling(group, what)
+
+
+@contextmanager
+def _telling(group: dist.ProcessGroup, what: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        if isinstance(group, dist.ProcessGroup):
-            Shards.agree(group, (), what, error)
+        Shards.agree(group, (), what, error)
         raise
 
 

@@ -32,7 +32,7 @@ from gkd_fast._arguments import (
     select_backend,
 )
 from gkd_fast._compilation import leaves_graphs, meets_columns
-from gkd_fast._pairs import all_of, blocks_of, losses_of_blocks, used_of
+from gkd_fast._pairs import blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
 from gkd_fast.ops.autograd import saveable, transformed
 from gkd_fast.relations import (
@@ -234,7 +234,7 @@ def node_contrast(
         beside = None if bank is None else [bank[0].new_zeros(bank[0].shape) for _ in student_stages] + bank
         return of_union(of_all, [x.to(dtype) for x in (*chosen_students, *chosen_teachers)], shards, beside)
 
-    blocks = all_of(students, teachers) if wanted is None else used_of(wanted) if fused else blocks_of(wanted)
+    blocks = None if wanted is None else used_of(wanted) if fused else blocks_of(wanted)
     with autocast_disabled(students[0]):
         return losses_of_blocks(losses_of, blocks, students, teachers, dtype)
 
@@ -301,7 +301,7 @@ def relation_kl(
 
         return of_union(of_all, [x.to(dtype) for x in chosen], shards, bank)
 
-    blocks = all_of(students, teachers) if wanted is None else blocks_of(wanted)
+    blocks = None if wanted is None else blocks_of(wanted)
     with autocast_disabled(students[0]):
         return losses_of_blocks(losses_of, blocks, students, teachers, dtype)
 
@@ -334,12 +334,12 @@ def adaptive_bandwidth(nodes: Tensor, *, process_group: Group = None) -> Tensor:
         spread = (e - mean).square().sum()
         if shards is not None:
             # The spread about the common mean is that about the ranks' own means, and theirs about it.
-            moments = shards.stack(torch.cat([mean, spread[None], zero_rows[None].to(dtype)]))
-            counts = torch.tensor(shards.counts, dtype=dtype, device=nodes.device)
-            means = moments[:, :-2]
+            rest = torch.stack([spread, zero_rows.to(dtype), spread.new_full((), len(e))])
+            moments = shards.stack(torch.cat([mean, rest]))
+            means, (spreads, zeros, counts) = moments[:, :-3], moments[:, -3:].T
             mean = counts @ means / batch
-            spread = moments[:, -2].sum() + counts @ (means - mean).square().sum(dim=1)
-            zero_rows = moments[:, -1].sum()
+            spread = spreads.sum() + counts @ (means - mean).square().sum(dim=1)
+            zero_rows = zeros.sum()
         distances = batch * spread + (batch - 1) * zero_rows
         return (BANDWIDTH_SHARE * distances / (batch * (batch - 1))).sqrt().clamp(min=MIN_BANDWIDTH)
 

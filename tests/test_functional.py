@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_fast import _arguments, functional, reference
+from gkd_fast.distributed import Shards
 from gkd_fast.functional import adaptive_bandwidth, effective_neighbors, graph_conv, node_contrast, relation_kl
 from gkd_fast.ops import backends
 
@@ -116,6 +118,44 @@ def test_adaptive_bandwidth_is_half_the_mean_distance(kind):
         x[5] = 0
         x[7] = 0
     torch.testing.assert_close(adaptive_bandwidth(x) ** 2, 0.5 * _mean_distance(x), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_are_never_below_zero(dtype, backend):
+    """Where they are nothing but roundings: of a student that is its teacher nearly, and of one sample."""
+    found = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        teacher = torch.randn(33, 17, generator=generator)
+        student = teacher + 1e-4 * torch.randn(33, 17, generator=generator)
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        one = student[:1], teacher[:1]
+        found += [relation_kl(student, teacher, backend=backend), relation_kl(*one, backend=backend)]
+        banked = relation_kl(student, teacher, bank=([student[:5]], [teacher[:5]]), backend=backend)
+        found += [banked, *(node_contrast(*one, temperature=t, backend=backend) for t in (0.05, 0.1, 0.3, 1.0))]
+    assert all((x >= 0).all() for x in found)
+
+
+class _TwoRanks(Shards):
+    """Two ranks that have the same rows."""
+
+    def stack(self, x):
+        return torch.stack([x, x])
+
+
+class _HostCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        assert function.overloadpacket.__name__ not in ("lift_fresh", "_local_scalar_dense")
+        return function(*arguments, **(options or {}))
+
+
+def test_adaptive_bandwidth_of_ranks_copies_nothing_from_the_host():
+    x = torch.randn(5, 4, dtype=torch.float64)
+    x[2] = 0
+    with _HostCopies():
+        found = adaptive_bandwidth(x, process_group=_TwoRanks(None, [5, 5], x.device))
+    torch.testing.assert_close(found, adaptive_bandwidth(torch.cat([x, x])), rtol=1e-12, atol=0)
 
 
 def test_adaptive_bandwidth_at_the_edges():

@@ -5,6 +5,7 @@ autograd formulas.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +43,14 @@ class Joined(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             unit, inverse_norms = torch.ops.gkd_fast.unit_rows(tensors[:count], dtype)
             results = op.results([*unit, *tensors[count:]], settings, keep)
-        if not any(ctx.needs_input_grad):
-            return results[0]
+        needs = ctx.needs_input_grad[5:]
+        output, *statistics = results
+        if True not in needs:
+            return output
         ctx.op, ctx.count, ctx.dtype, ctx.settings = op, count, dtype, settings
         ctx.dtypes = [x.dtype for x in tensors[:count]]
         # Of frozen rows the unit rows are enough; they can be saved even where the rows come from inference mode.
-        raw = [x if needed else None for x, needed in zip(tensors[:count], ctx.needs_input_grad[5:])]
-        output, *statistics = results
+        raw = [x if needed else None for x, needed in zip(tensors[:count], needs)]
         kept = output if op.reads_output else None
         ctx.save_for_backward(*raw, *unit, *inverse_norms, *tensors[count:], kept, *statistics)
         # Of a Function, views may not be changed either.
@@ -61,13 +63,15 @@ class Joined(torch.autograd.Function):
         rows, unit, inverse_norms = (saved[k * count : (k + 1) * count] for k in range(3))
         rest = saved[3 * count :]
         others, results = rest[: len(needs) - count], rest[len(needs) - count :]
-        if torch.is_grad_enabled():
+        derived = torch.is_grad_enabled()
+        if derived:
             live = [k for k, x in enumerate(rows) if x is not None]
             again = unit_rows_and_norms([rows[k] for k in live], ctx.dtype) if live else ([], [])
             for k, e, inverse in zip(live, *again, strict=True):
                 unit[k], inverse_norms[k] = e, inverse
-        gradients = ctx.op.gradients(upstream.contiguous(), [*unit, *others], results, ctx.settings, needs)
-        of_rows = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
+        with nullcontext() if derived else torch._C._AutoDispatchBelowAutograd():
+            gradients = ctx.op.gradients(upstream.contiguous(), [*unit, *others], results, ctx.settings, needs)
+            of_rows = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
         return *[None] * 5, *of_rows, *gradients[count:]
 
 
