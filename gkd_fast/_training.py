@@ -95,8 +95,8 @@ class TrainingWatch:
         groups = {name: list(module.parameters()) for name, module in modules.items() if module is not None}
         if criterion._training_calls == CHECKED_CALLS[0]:
             self.marks = {name: [(id(p), p._version, _numbers(p)) for p in ps] for name, ps in groups.items()}
-            own = {id(p) for ps in groups.values() for p in ps}
-            self.students = {p: version for p, version in _leaf_versions(loss).items() if p not in own}
+            known = {id(p) for ps in groups.values() for p in ps}
+            self.students = {p: version for p, version in _leaf_versions(loss).items() if p not in known}
             return
         now = _leaf_versions(loss)
         self.waits = bool(self.students) and all(now.get(p, version) == version for p, version in self.students.items())
