@@ -122,6 +122,8 @@ def graph_conv(
 def _convolve(nodes: Tensor, messages: Any, bandwidth: Any, normalization: str, backend: str, process_group) -> Tensor:
     with checking(process_group, "graph_conv"):
         check_features("nodes", nodes, process_group is not None)
+        if not isinstance(messages, Tensor):
+            raise TypeError(f"messages must be a Tensor, got {type(messages).__name__}, where nodes are one")
         check_features("messages", messages, process_group is not None)
         if len(messages) != len(nodes):
             raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")

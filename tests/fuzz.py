@@ -66,6 +66,12 @@ def draw(seed: int, number: int, backend: str) -> dict:
         sorted(rng.sample(every, rng.randrange(1, len(every) + 1))) if losses and rng.random() < 0.4 else None
     )
     case["bank"] = rng.choice([0, 1, 9, 40]) if losses and rng.random() < 0.4 else None
+    # graph_conv of so many stages at once; None: of one, not in a list.
+    case["stages"] = rng.choice([None, None, 1, 3]) if case["function"] == "graph_conv" else None
+    if case["stages"] is not None:
+        case["widths"] = [rng.choice(WIDTHS[backend]) for _ in range(2 * case["stages"])]
+        if rng.random() < 0.5:
+            case["bandwidth"] = [rng.choice([1.0, 0.4, "auto"]) for _ in range(case["stages"])]
     # Autocast takes float32; second derivatives are judged in float64.
     if case["autocast"]:
         case["dtype"] = "float32"
@@ -109,7 +115,9 @@ def laid_out(x: Tensor, strides: str) -> Tensor:
 def arguments_of(case: dict, inputs: list[Tensor]) -> dict:
     """The call's arguments by name."""
     if case["function"] == "graph_conv":
-        named = {"nodes": inputs[0], "messages": inputs[1], "normalization": case["normalization"]}
+        half = len(inputs) // 2
+        nodes, messages = (inputs[0], inputs[1]) if case["stages"] is None else (inputs[:half], inputs[half:])
+        named = {"nodes": nodes, "messages": messages, "normalization": case["normalization"]}
         return named | {"bandwidth": case["bandwidth"]}
     students, teachers = inputs[: case["students"]], inputs[case["students"] :]
     named = {"students": students, "teachers": teachers, "temperature": case["temperature"], "pairs": case["pairs"]}
@@ -131,6 +139,8 @@ def function_of(case: dict, backend: str):
         )
         with context:
             output = getattr(functional, case["function"])(**arguments_of(case, inputs), backend=backend)
+        if isinstance(output, list):
+            output = torch.cat(output, dim=1)
         return output.to(inputs[0].dtype) if case["autocast"] else output
 
     return call
@@ -140,7 +150,8 @@ def gain_of(case: dict) -> float:
     """By how much exponents magnify a rounding of the cosines."""
     sharpness = 1 / case["temperature"] if case["function"] != "graph_conv" else 1.0
     if case["function"] != "node_contrast":
-        sharpness /= (0.01 if case["bandwidth"] == "auto" else case["bandwidth"]) ** 2
+        bandwidths = case["bandwidth"] if isinstance(case["bandwidth"], list) else [case["bandwidth"]]
+        sharpness /= min(0.01 if each == "auto" else each for each in bandwidths) ** 2
     return sharpness
 
 
