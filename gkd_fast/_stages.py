@@ -31,7 +31,8 @@ def check_pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_t
     if isinstance(pairs, str) or not (isinstance(pairs, Sequence) and len(pairs)):
         raise ValueError(f"pairs must be 'all', 'matched' or a list of (student stage, teacher stage), got {pairs!r}")
     listed: Any = pairs
-    return _arguments.check_pairs(listed, num_students, num_teachers) or []
+    found = _arguments.check_pairs(listed, num_students, num_teachers)
+    return check_pairs("all", num_students, num_teachers) if found is None else found
 
 
 def frozen_widths(teacher_dims: Sequence[int], pairs: Sequence[tuple[int, int]], num_students: int) -> list[int]:
