@@ -12,7 +12,8 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy ninja setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,test,models,torchdistill,bench,docs,lint]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
+		-e '.[train,test,models,torchdistill,integrations,examples,bench,docs,lint]'
 	touch $@
 
 # SEEDS=2 makes it short.

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gkd_fast._pooling import Select, StagePool, selected
 from gkd_fast._probe import Sample, arguments_of
+from gkd_fast._snapshot import Snapshot
 from gkd_fast.features import StageFeatures
 
 
@@ -56,6 +58,21 @@ class Network:
             return StageOutputs(list(features), [logits] if isinstance(logits, Tensor) else list(logits))
         output, features = self.collect(*args, **kwargs)
         return StageOutputs(features, [_logits_of(output, self.logits)])
+
+
+def shown_widths(model: nn.Module, sample: Sample) -> list[int]:
+    """The widths of the features ``[B, C]`` that a model returns itself, from a run that leaves no trace in it."""
+    surroundings = Snapshot([model])
+    try:
+        model.eval()
+        with torch.no_grad():
+            features = Network(model, None, "mean", None, None, None)(sample).features
+    finally:
+        surroundings.restore()
+    for k, x in enumerate(features):
+        if x.dim() != 2:
+            raise ValueError(f"features[{k}] that the model returns must be [batch, width], got shape {tuple(x.shape)}")
+    return [x.shape[1] for x in features]
 
 
 def _logits_of(output: Any, select: Select) -> Tensor:

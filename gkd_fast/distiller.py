@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gkd_fast import distributed
 from gkd_fast._arguments import check_factor, check_positive
-from gkd_fast._distilled import Network, StageOutputs
+from gkd_fast._distilled import Network, StageOutputs, shown_widths
 from gkd_fast._inputs import Weights, is_sharded
 from gkd_fast._pooling import of_side
 from gkd_fast._probe import Sample
@@ -60,7 +60,7 @@ class MetaSettings:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    second_derivatives: str = "exact"
+    second_derivatives: Literal["exact", "differences"] = "exact"
 
 
 class Distilled(NamedTuple):
@@ -437,11 +437,17 @@ class GraphDistiller(nn.Module):
         if criterion != "graph":
             raise ValueError(f"criterion must be a GraphKDLoss, 'graph' or None, got {criterion!r}")
         assert self.teacher is not None
-        if sample is None or student_stages is None or teacher_stages is None:
+        if sample is None:
             raise ValueError(
-                "sample, student_stages and teacher_stages are needed to make the criterion: a batch of inputs and the "
-                "names of the stages, whose widths are read off it; or pass criterion="
+                "sample is needed to make the criterion: a batch of inputs, off which the stages' widths are read; or "
+                "pass criterion="
             )
+        if (student_stages is None) != (teacher_stages is None):
+            raise ValueError("student_stages and teacher_stages must be given together, got one of them")
+        if student_stages is None or teacher_stages is None:
+            widths = [shown_widths(network, sample) for network in (self.student, self.teacher)]
+            own = next(self.student.parameters())
+            return GraphKDLoss(*widths, num_classes=num_classes, **options).to(own.device, own.dtype)
         return GraphKDLoss.from_models(
             self.student,
             self.teacher,

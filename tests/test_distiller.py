@@ -217,7 +217,7 @@ def test_pair_weights_that_no_meta_step_trains_are_told_of():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sample": None}, "sample, student_stages and teacher_stages are needed"),
+        ({"sample": None}, "sample is needed to make the criterion"),
         ({"criterion": "graphs"}, "criterion must be a GraphKDLoss, 'graph' or None, got 'graphs'"),
         ({"criterion": None}, "embed_dim: options of a criterion that is made here"),
         ({"kd_weight": -1.0}, "kd_weight must"),
