@@ -1,6 +1,7 @@
 """From options to what is trained: networks, criterion, meta-network, optimizers."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from gkd_fast.train.data import Splits
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.methods import METHODS, Relations, stream_seed
 from gkd_fast.train.models import StagedNetwork, build_network, load_weights
+from gkd_fast.train.models.named import imported
 
 
 @contextlib.contextmanager
@@ -30,6 +32,7 @@ def build_network_for(config: NetworkConfig, splits: Splits, seed: int, auxiliar
             splits.sample_shape,
             stages=config.stages,
             auxiliary=config.auxiliary if auxiliary is None else auxiliary,
+            pretrained=config.pretrained,
         )
 
 
@@ -42,6 +45,7 @@ def load_network(config: NetworkConfig, splits: Splits, file: Path, note) -> Sta
         file: the weights.
         note: called with a line when the weights have no auxiliary branches, so that the network goes without.
     """
+    config = replace(config, pretrained=False)
     network = build_network_for(config, splits, seed=0)
     unmatched = load_weights(network, file)
     if network.auxiliary and set(unmatched) & network.state_dict().keys():
@@ -101,24 +105,40 @@ def build_distiller(
         pair_weights=pair_weights,
         kd_weight=config.distillation.kd_weight if method.kd else 0.0,
         temperature=config.distillation.temperature,
+        label_smoothing=training.label_smoothing,
         extra_losses=extra_losses,
         micro_batch=config.micro_batch,
     )
-    optimizer = torch.optim.SGD(
-        [p for part in (student, criterion, module.extra_losses) if part is not None for p in part.parameters()],
-        lr=training.lr,
-        momentum=training.momentum,
-        nesterov=training.nesterov,
-        weight_decay=training.weight_decay,
-    )
+    trained = [p for part in (student, criterion, module.extra_losses) if part is not None for p in part.parameters()]
     return Distiller(
         module,
-        optimizer,
+        build_optimizer(training, trained),
         interval=config.meta.interval,
         permuted=method.weights == "permuted",
         seed=config.seed,
         accelerator=accelerator,
     )
+
+
+def build_optimizer(training: TrainingConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    options = {"lr": training.lr, "weight_decay": training.weight_decay}
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=training.momentum, nesterov=training.nesterov, **options)
+    make = torch.optim.AdamW if training.optimizer == "adamw" else imported(training.optimizer)
+    return make(parameters, **options)
+
+
+def build_scheduler(training: TrainingConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Of the learning rate, stepped once an epoch."""
+    schedules, warmup = torch.optim.lr_scheduler, training.warmup
+    if training.schedule == "cosine":
+        main: schedules.LRScheduler = schedules.CosineAnnealingLR(optimizer, training.epochs - warmup)
+    else:
+        main = schedules.MultiStepLR(optimizer, [epoch - warmup for epoch in training.milestones], training.gamma)
+    if not warmup:
+        return main
+    rise = schedules.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    return schedules.SequentialLR(optimizer, [rise, main], [warmup])
 
 
 def build_criterion(

@@ -28,6 +28,7 @@ SHORT_NAMES = {
     "--data-dir": "--data.data_dir",
     "--download": "--data.download",
     "--micro-batch": "--micro_batch",
+    "--limit-batches": "--limit_batches",
     "--methods": "--compare.methods",
     "--seeds": "--compare.seeds",
 }
@@ -83,8 +84,9 @@ def make_parser() -> ArgumentParser:
         "For several processes: accelerate launch -m gkd_fast.train COMMAND ... (on CPUs torchrun).",
     )
     subparsers = parser.add_subcommands(dest="command")
+    short_names = "Short names: " + ", ".join(f"{short} for {name}" for short, name in SHORT_NAMES.items()) + "."
     for command, description in COMMANDS.items():
-        subparser = ArgumentParser(description=description)
+        subparser = ArgumentParser(description=description, epilog=short_names)
         if command == "evaluate":
             subparser.add_argument("weights", help="folder of a run, or a file of weights")
         subparser.add_argument("--config", action="config", help="YAML file of options")

@@ -4,6 +4,7 @@ option of the command line."""
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gkd_fast.distiller import MetaSettings
 from gkd_fast.meta import SECOND_DERIVATIVES
@@ -15,6 +16,8 @@ METHOD_NAMES = (
     *(f"kd+{name}" for name in RELATION_NAMES),
 )  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "fp16")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("steps", "cosine")
 OUTER_BATCHES = ("current", "held-out")
 
 
@@ -27,8 +30,10 @@ class NetworkConfig:
     """A network and the stages whose features are distilled.
 
     Args:
-        name: wrn_DEPTH_WIDTH, resnetDEPTH, small_WIDTH (for small images) or torchvision/CLASSIFIER.
-        stages: module names of the stages, for torchvision classifiers.
+        name: wrn_DEPTH_WIDTH, resnetDEPTH, small_WIDTH (for small images), timm/MODEL, torchvision/CLASSIFIER, or
+            one's own: MODULE:FUNCTION, which is called with num_classes.
+        stages: module names of the stages, for networks of other libraries and one's own.
+        pretrained: start from the library's weights; for timm/ and torchvision/.
         auxiliary: a branch with a classifier of its own at every stage but the last.
         weights: file to start from: weights of a run, or a plain state_dict (maybe under "model" or "net").
     """
@@ -37,37 +42,55 @@ class NetworkConfig:
     stages: list[str] | None = None
     auxiliary: bool = True
     weights: str | None = None
+    pretrained: bool = False
 
 
 @dataclass
 class TrainingConfig:
-    """Length and optimizer (SGD) of a training.
+    """Length, optimizer and schedule of a training.
 
     Args:
         epochs: how often each image is seen.
         batch_size: images per step, over all processes, and so the size of the graphs.
         drop_last: leave out the last batch of an epoch where it is short.
-        lr: learning rate at the start.
+        optimizer: sgd, adamw, or one's own: MODULE:CLASS, which is called with parameters, lr and weight_decay.
+        lr: learning rate at the start, after the warm-up.
+        schedule: steps (see milestones), or cosine: to 0 at the end.
+        warmup: epochs over which the learning rate rises to lr.
         milestones: epochs at which the learning rate is multiplied by gamma.
         gamma: see milestones.
         momentum: of SGD.
         nesterov: Nesterov momentum.
-        weight_decay: of SGD.
+        weight_decay: of the optimizer.
+        label_smoothing: of the cross-entropy, from 0 to 1.
+        mixup: α of the Beta distribution after which pairs of images are mixed; 0 mixes none.
     """
 
     epochs: int = 240
     batch_size: int = 64
     drop_last: bool = False
+    optimizer: str = "sgd"
     lr: float = 0.05
+    schedule: Literal["steps", "cosine"] = "steps"
+    warmup: int = 0
     milestones: list[int] = field(default_factory=lambda: [150, 180, 210])
     gamma: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS and ":" not in self.optimizer:
+            raise ValueError(f"optimizer must be {', '.join(OPTIMIZERS)} or MODULE:CLASS, got {self.optimizer!r}")
+        _one_of(self, SCHEDULES, "schedule")
         _at_least(self, 1, "epochs", "batch_size")
-        _at_least(self, 0, "lr", "gamma", "momentum", "weight_decay")
+        _at_least(self, 0, "lr", "gamma", "momentum", "weight_decay", "warmup", "label_smoothing", "mixup")
+        if self.label_smoothing > 1:
+            raise ValueError(f"label_smoothing must be at most 1, got {self.label_smoothing}")
+        if self.schedule == "cosine" and self.warmup >= self.epochs:
+            raise ValueError(f"warmup must be below epochs ({self.epochs}), got {self.warmup}")
 
 
 @dataclass
@@ -108,13 +131,13 @@ class GraphConfig:
     embed_dim: int = 128
     layers: int = 1
     bandwidth: float | str = "auto"
-    normalization: str = "symmetric"
+    normalization: Literal["symmetric", "row"] = "symmetric"
     node_temperature: float = 0.1
     relation_temperature: float = 0.1
     node_weight: float = 1.0
     relation_weight: float = 1.0
     pairs: str | list[list[int]] = "all"
-    backend: str = "auto"
+    backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
     column_bank: int = 0
 
 
@@ -129,7 +152,7 @@ class MetaConfig(MetaSettings):
     """
 
     interval: int = 50
-    outer_batch: str = "current"
+    outer_batch: Literal["current", "held-out"] = "current"
 
     def __post_init__(self) -> None:
         _one_of(self, SECOND_DERIVATIVES, "second_derivatives")
@@ -184,6 +207,7 @@ class Config:
         threads: of PyTorch, where not its own choice.
         micro_batch: images of a process's share of a batch that the networks take at a time, with the activations of
             these alone, as in gkd_fast.micro_batched; by default all.
+        limit_batches: use only so many batches of each epoch, to try things out; by default all.
         save_every: steps between two checkpoints within an epoch; the end of an epoch has one always.
         diagnostics_every: epochs between two looks at the graphs and at each term's share of the gradient.
         tensorboard: write TensorBoard logs too; needs the package tensorboard.
@@ -200,13 +224,14 @@ class Config:
 
     output: str = "runs/default"
     seed: int = 0
-    method: str = "gkd"
+    method: Literal[METHOD_NAMES] = "gkd"
     teacher: str | None = None
     resume: bool = False
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     threads: int | None = None
     micro_batch: int | None = None
+    limit_batches: int | None = None
     save_every: int = 500
     diagnostics_every: int = 1
     tensorboard: bool = False
@@ -227,8 +252,9 @@ class Config:
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         _at_least(self, 0, "seed")
         _at_least(self, 1, "save_every", "diagnostics_every")
-        if self.micro_batch is not None:
-            _at_least(self, 1, "micro_batch")
+        for name in ("micro_batch", "limit_batches"):
+            if getattr(self, name) is not None:
+                _at_least(self, 1, name)
 
 
 # Options that say where and how, and do not change what is computed.

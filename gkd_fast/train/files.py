@@ -8,6 +8,7 @@ import torch
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
+BEST_WEIGHTS_FILE = "best.pt"  # of the epoch that was best on the validation images
 
 
 def write_weights(network: torch.nn.Module, path: Path, name: str) -> None:

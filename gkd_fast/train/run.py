@@ -15,13 +15,13 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from gkd_fast.train import checkpoint
-from gkd_fast.train.build import build_distiller, load_network, weights_file
+from gkd_fast.train.build import build_distiller, build_scheduler, load_network, weights_file
 from gkd_fast.train.config import Config, TrainError, TrainingConfig, relevant_options
 from gkd_fast.train.data import Images, Splits, epoch_order, load_splits
 from gkd_fast.train.devices import Clock, make_accelerator
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.evaluation import accuracy, evaluation_batch_size, load_batches
-from gkd_fast.train.files import CONFIG_FILE, RESULT_FILE, write_json, write_weights
+from gkd_fast.train.files import BEST_WEIGHTS_FILE, CONFIG_FILE, RESULT_FILE, write_json, write_weights
 from gkd_fast.train.methods import held_out, stream_seed
 from gkd_fast.train.metrics import MetricsLog
 from gkd_fast.train.progress import Display
@@ -30,6 +30,15 @@ from gkd_fast.train.progress import Display
 STEPS_BETWEEN_CHECKS = 10
 # Images whose embeddings show what meta-learning did to the pair weights.
 WEIGHT_IMAGES = 256
+
+
+def _mixup(alpha: float, num_classes: int):
+    """Mixes a batch's images, and its labels to probabilities (Zhang et al., 2018); at α = 0 leaves both alone."""
+    if not alpha:
+        return lambda images, labels: (images, labels)
+    from torchvision.transforms import v2  # takes a second to import
+
+    return v2.MixUp(alpha=alpha, num_classes=num_classes)
 
 
 class Interrupted(Exception):
@@ -106,7 +115,8 @@ class Run:
         self.position = Position()
         self.untrained_weights = copy.deepcopy(distiller.pair_weights)
         inner_optimizer = getattr(distiller.optimizer, "optimizer", distiller.optimizer)
-        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(inner_optimizer, training.milestones, training.gamma)
+        self.scheduler = build_scheduler(training, inner_optimizer)
+        self.mix = _mixup(training.mixup, splits.num_classes)
         self.stop_asked = False
         self._pending: list[dict[str, Tensor]] = []
 
@@ -120,6 +130,7 @@ class Run:
         if self.distiller.pair_weights is not None and self.config.meta.outer_batch == "held-out" and beside < needed:
             raise TrainError(f"outer_batch held-out needs {needed} training images beside a batch, there are {beside}")
         self._open()
+        self.network = network
         epochs = self.training.epochs
         with self._stoppable(), self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0))):
             while self.position.epoch < epochs:
@@ -188,6 +199,7 @@ class Run:
         batch = self.position.batch
         timed = batch % self.config.meta.interval == 0
         clock = Clock(self.accelerator.device, timed)
+        images, labels = self.mix(images, labels)
         self._pending.append(self.distiller.train_step(images, labels))
         clock.lap(self.position.train_step_seconds)
         if self.distiller.meta_due(batch):
@@ -219,6 +231,8 @@ class Run:
                 "validation_accuracy": record["validation_accuracy"],
                 "test_accuracy": self._accuracy(self.splits.test),
             }
+            if self.accelerator.is_main_process:
+                write_weights(self.distiller.student, self.folder / BEST_WEIGHTS_FILE, self.network)
         if self._diagnosing():
             record["gradient_shares"] = position.gradient_shares
             record["diagnostics"] = position.diagnostics
@@ -283,7 +297,7 @@ class Run:
         order = epoch_order(len(self.splits.train), self.config.seed, epoch)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         kept = [b for b in batches if len(b) >= 2 * processes and (len(b) == size or not self.training.drop_last)]
-        return [batch[: len(batch) // processes * processes] for batch in kept]
+        return [batch[: len(batch) // processes * processes] for batch in kept][: self.config.limit_batches]
 
     def _share(self, batch: list[int]) -> list[int]:
         """This process's images of a batch; equal numbers, so that means over processes are those over images."""

@@ -266,11 +266,15 @@ def test_torchvision_checkpoints_load_plain_and_as_saved_here(tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
-        ("resnet50", {}, r"there is no network 'resnet50'; there are wrn_DEPTH_WIDTH, resnet8, .*torchvision/NAME"),
+        (
+            "resnet50",
+            {},
+            r"there is no network 'resnet50'; there are wrn_DEPTH_WIDTH, resnet8, .*torchvision/NAME, MODULE:FUNCTION",
+        ),
         ("wrn_17_2", {}, "depth of 6n \\+ 4 ≥ 10 .* got depth 17, width 2"),
         ("wrn_16_0", {}, "got depth 16, width 0"),
         ("small_0", {}, "width ≥ 1, got 0"),
-        ("resnet8", {"stages": ["layer1"]}, "stages can be chosen for torchvision networks only"),
+        ("resnet8", {"stages": ["layer1"]}, "stages can be chosen for networks of other libraries only"),
         ("resnet8", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ("torchvision/resnet9", {}, "torchvision has no classifier 'resnet9'; it has alexnet, "),
         ("torchvision/squeezenet1_1", {}, "no default stages: name some of its modules, among them features, feat"),
@@ -287,6 +291,8 @@ def test_bad_arguments_are_named(name, arguments, expected):
 def test_available_networks_are_names_to_build():
     choices = {"DEPTH": "10", "WIDTH": "1", "NAME": "mnasnet0_5"}
     for name in available_networks():
+        if name in ("timm/NAME", "MODULE:FUNCTION"):  # tests/train/test_driver_options.py has them
+            continue
         for placeholder, choice in choices.items():
             name = name.replace(placeholder, choice)
         stages = ["layers.8"] if "/" in name else None

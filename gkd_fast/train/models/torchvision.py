@@ -34,7 +34,12 @@ class TorchvisionNetwork(StagedNetwork):
     checkpoint_prefix = "model."
 
     def __init__(
-        self, name: str, num_classes: int, sample_shape: tuple[int, int, int], stages: Sequence[str] | None = None
+        self,
+        name: str,
+        num_classes: int,
+        sample_shape: tuple[int, int, int],
+        stages: Sequence[str] | None = None,
+        pretrained: bool = False,
     ):
         super().__init__()
         if name not in classifiers():
@@ -43,6 +48,8 @@ class TorchvisionNetwork(StagedNetwork):
         if channels != 3:
             raise ValueError(f"torchvision/{name} needs images with 3 channels, got {channels}")
         self.model = models.get_model(name, weights=None, num_classes=num_classes, **_options(name, size))
+        if pretrained:
+            self._take_weights(name)
         if stages is None:
             stages = _default_stages(name, self.model)
         channels_last = isinstance(self.model, models.SwinTransformer)
@@ -53,6 +60,13 @@ class TorchvisionNetwork(StagedNetwork):
         output, features = self._collect(x)
         assert isinstance(output, Tensor)
         return StageOutputs(features, [output])
+
+    def _take_weights(self, name: str) -> None:
+        """The library's best weights, but for layers of another shape here: a classifier of other classes."""
+        theirs = models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+        ours = self.model.state_dict()
+        kept = {n: x for n, x in theirs.items() if n in ours and x.shape == ours[n].shape}
+        self.model.load_state_dict(kept, strict=False)
 
     @torch.no_grad()
     def _measure(self, name: str, sample_shape: tuple[int, int, int]) -> list[int]:
