@@ -85,9 +85,9 @@ def _assert_same(run: Path, other: Path) -> None:
     newest = sorted((run / "checkpoints").iterdir())[-1]
     twin = other / "checkpoints" / newest.name
     states = [torch.load(folder / checkpoint.STATE, weights_only=True) for folder in (newest, twin)]
-    for part in ("pair_weights", "scheduler", "random_state"):
+    for part in ("meta_optimizer", "scheduler", "random_state"):
         torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
-    # Criterion, optimizer and random states; driver.pt also holds the times that steps took.
+    # The distiller with its pair weights, optimizer and random states; driver.pt also holds the times that steps took.
     for file in newest.iterdir():
         if file.name not in (checkpoint.STATE, checkpoint.MANIFEST):
             assert file.read_bytes() == (twin / file.name).read_bytes(), file.name
