@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gkd_fast import functional
 from gkd_fast._pooling import Pool, pool_features, stage_pools
 from gkd_fast.distributed import Group
+from gkd_fast.relations.common import WITHIN
 
 __all__ = ["CorrelationCongruence", "InfoNCE", "KDDivergence", "PKT", "RKD", "SimilarityPreserving"]
 
@@ -28,20 +29,30 @@ class _Relational(nn.Module):
             or a dict ``{"student": …, "teacher": …}``.
         backend: as in :mod:`gkd_fast.functional`.
         process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`.
+        within: ``"batch"``, or ``"tokens"``: the tokens ``[B, N, C]`` or positions ``[B, C, H, W]`` of each sample, as
+            many in both networks, are a graph of their own, and nothing is pooled.
     """
 
-    def __init__(self, *, pool: Pool = "mean", backend: str = "auto", process_group: Group = None):
+    def __init__(
+        self, *, pool: Pool = "mean", backend: str = "auto", process_group: Group = None, within: str = "batch"
+    ):
         super().__init__()
+        if within not in WITHIN:
+            raise ValueError(f"within must be one of {WITHIN}, got {within!r}")
         self.pools = [stage_pools(pool, 1, side)[0] for side in ("student", "teacher")]
-        self.options: dict[str, Any] = {"backend": backend, "process_group": process_group}
+        self.options: dict[str, Any] = {"backend": backend, "process_group": process_group, "within": within}
 
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        """The loss, a scalar, of features of one stage of each network."""
-        students, teachers = (pool_features(x, p) for x, p in zip((student_features, teacher_features), self.pools))
-        return self.compare(students, teachers.detach())
+    def forward(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss, a scalar, of features of one stage of each network; ``mask``: the tokens that count, ``[B, N]``."""
+        features = student_features, teacher_features
+        if self.options["within"] == "tokens":
+            students, teachers = (x.flatten(2).mT if x.dim() > 3 else x for x in features)
+        else:
+            students, teachers = (pool_features(x, p) for x, p in zip(features, self.pools))
+        return self.compare(students, teachers.detach(), **self.options, mask=mask)
 
-    def compare(self, students: Tensor, teachers: Tensor) -> Tensor:
-        """The loss of rows ``[B, D_s]`` and ``[B, D_t]``."""
+    def compare(self, students: Tensor, teachers: Tensor, **options: Any) -> Tensor:
+        """The loss of rows ``[B, D_s]`` and ``[B, D_t]``, or of tokens ``[B, N, D_s]`` and ``[B, N, D_t]``."""
         raise NotImplementedError
 
 
@@ -52,8 +63,8 @@ class SimilarityPreserving(_Relational):
         super().__init__(**options)
         self.norm = norm
 
-    def compare(self, students: Tensor, teachers: Tensor) -> Tensor:
-        return functional.similarity_preserving(students, teachers, norm=self.norm, **self.options)
+    def compare(self, students: Tensor, teachers: Tensor, **options: Any) -> Tensor:
+        return functional.similarity_preserving(students, teachers, norm=self.norm, **options)
 
 
 class CorrelationCongruence(_Relational):
@@ -65,8 +76,8 @@ class CorrelationCongruence(_Relational):
         super().__init__(**options)
         self.kernel: dict[str, Any] = {"kernel": kernel, "gamma": gamma, "order": order, "squared": squared}
 
-    def compare(self, students: Tensor, teachers: Tensor) -> Tensor:
-        return functional.correlation_congruence(students, teachers, **self.kernel, **self.options)
+    def compare(self, students: Tensor, teachers: Tensor, **options: Any) -> Tensor:
+        return functional.correlation_congruence(students, teachers, **self.kernel, **options)
 
 
 class PKT(_Relational):
@@ -76,8 +87,8 @@ class PKT(_Relational):
         super().__init__(**options)
         self.eps = eps
 
-    def compare(self, students: Tensor, teachers: Tensor) -> Tensor:
-        return functional.pkt(students, teachers, eps=self.eps, **self.options)
+    def compare(self, students: Tensor, teachers: Tensor, **options: Any) -> Tensor:
+        return functional.pkt(students, teachers, eps=self.eps, **options)
 
 
 class RKD(_Relational):
@@ -95,13 +106,13 @@ class RKD(_Relational):
         self.distance = distance
         self.angle = angle
 
-    def compare(self, students: Tensor, teachers: Tensor) -> Tensor:
+    def compare(self, students: Tensor, teachers: Tensor, **options: Any) -> Tensor:
         loss = students.new_zeros(())
         if self.distance:
-            loss = loss + self.distance * functional.rkd_distance(students, teachers, **self.options)
+            loss = loss + self.distance * functional.rkd_distance(students, teachers, **options)
         if self.angle:
-            backend = self.options["backend"]
-            loss = loss + self.angle * functional.rkd_angle(students, teachers, backend=backend)
+            del options["process_group"]
+            loss = loss + self.angle * functional.rkd_angle(students, teachers, **options)
         return loss
 
 
@@ -134,10 +145,10 @@ class InfoNCE(_Relational):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
         self.symmetric = symmetric
 
-    def compare(self, students: Tensor, teachers: Tensor) -> Tensor:
+    def compare(self, students: Tensor, teachers: Tensor, **options: Any) -> Tensor:
         temperature = self.temperature if self.logit_scale is None else (-self.logit_scale).exp()
         rows = self.projection(students)
-        return functional.info_nce(rows, teachers, temperature, symmetric=self.symmetric, **self.options)
+        return functional.info_nce(rows, teachers, temperature, symmetric=self.symmetric, **options)
 
 
 class KDDivergence(nn.Module):

@@ -9,7 +9,7 @@ mean is the loss.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,16 @@ def rkd_angle(students: Tensor, teachers: Tensor) -> Tensor:
         return directions @ directions.transpose(1, 2)
 
     return F.smooth_l1_loss(relations(students), relations(teachers), reduction="none").mean(dim=(1, 2))
+
+
+def within_tokens(
+    loss: Callable[[Tensor, Tensor], Tensor], students: Tensor, teachers: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The mean loss of each sample's tokens ``[N, D]`` that count, ``[B]``; 0 of a sample without any."""
+    counting = torch.ones_like(students[:, :, 0]) if mask is None else mask
+    graphs = [(s[m != 0], t[m != 0]) for s, t, m in zip(students, teachers, counting)]
+    means = [loss(s, t).mean() if len(s) else s.sum() + t.sum() for s, t in graphs]
+    return torch.stack(means) if means else students.sum(dim=(1, 2))
 
 
 def kd_divergence(students: Tensor, teachers: Tensor, temperature: float = 4.0, standardize: bool = False) -> Tensor:

@@ -69,6 +69,9 @@ def op_calls() -> list[tuple[str, tuple]]:
     info = calls.info_nce(x, y, 0.4, "float64")
     pairs = [x, y], torch.rand(2, 7, dtype=D64) / 7, torch.tensor([1e-7], dtype=D64)
     along = [tangent], [True, False], torch.rand(2, 7, dtype=D64), torch.zeros(1, dtype=D64)
+    counts, graph_upstream = torch.tensor([4, 0, 2]), torch.randn(3, 5, dtype=D64)
+    graphs = [torch.randn(3, 5, 2, dtype=D64) for _ in range(2)], torch.rand(2, 3, 5, dtype=D64), pairs[2].expand(1, 3)
+    graphs_along = graphs[0][:1], [True, False], torch.rand(2, 3, 5, dtype=D64), torch.zeros(1, 3, dtype=D64)
     return [
         ("unit_rows", ([x.clone().requires_grad_(), y], D64)),
         ("unit_rows_backward", (unit, unit, norms, torch.float32)),
@@ -92,6 +95,12 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("pair_sums_backward", ("pkt", row_upstream, *pairs, "float64", both)),
         ("pair_sums_tangent", ("pkt", *pairs, *along, "float64")),
         ("pair_sums_double_backward", ("pkt", row_upstream, *pairs, *along, "float64", both)),
+        ("batched_pair_sums", ("pkt", *graphs, "float64", counts)),
+        ("batched_pair_sums_backward", ("pkt", graph_upstream, *graphs, "float64", both, counts)),
+        ("batched_pair_sums_tangent", ("pkt", *graphs, *graphs_along, "float64", counts)),
+        ("batched_pair_sums_double_backward", ("pkt", graph_upstream, *graphs, *graphs_along, "float64", both, counts)),
+        ("batched_rkd_angle", (graphs[0][0].clone().requires_grad_(), graphs[0][1], counts)),
+        ("batched_rkd_angle_backward", (graph_upstream, *graphs[0], both, counts)),
         ("rkd_angle", (x.clone().requires_grad_(), y)),
         ("rkd_angle_backward", (row_upstream, x, y, both)),
         ("relation_kl_tangent", (*moving, *relation, *settings)),

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -136,6 +137,26 @@ Sides<T> sides_of(const at::Tensor& rows, const at::Tensor* columns, int64_t off
   const at::Tensor& other = columns ? *columns : rows;
   return {rows.const_data_ptr<T>(), other.const_data_ptr<T>(), rows.size(0), other.size(0), rows.size(1),
           columns ? offset : 0,     columns == nullptr};
+}
+
+// body(g, counts[g]) for every graph that has rows, of at most `rows`: graph by graph on threads of their own, or one after
+// the other with all threads where there are fewer graphs than threads.
+template <class F>
+void for_graphs(const at::Tensor& counts, int64_t rows, const F& body) {
+  const int64_t graphs = counts.numel();
+  const at::Tensor held = vector("counts", counts, at::kLong, {graphs});
+  const int64_t* count = held.const_data_ptr<int64_t>();
+  for (int64_t g = 0; g < graphs; ++g) {
+    TORCH_CHECK(count[g] >= 0 && count[g] <= rows, "counts must be from 0 to ", rows, ", got ", count[g]);
+  }
+  auto run = [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowAutograd guard;
+    for (int64_t g = begin; g < end; ++g) {
+      if (count[g] > 0) body(g, count[g]);
+    }
+  };
+  if (graphs < at::get_num_threads()) run(0, graphs);
+  else at::parallel_for(0, graphs, 1, run);
 }
 
 }  // namespace gkd

@@ -204,6 +204,116 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> pair_sums_double_backward(
   return gradients_of(p, upstream, column_upstream, needs);
 }
 
+// One graph per sample: of tensors [graphs, rows, …] and of those whose graphs are the second dimension.
+at::Tensor of_graph(const at::Tensor& x, int64_t g, int64_t count) { return x.select(0, g).narrow(0, 0, count); }
+
+std::vector<at::Tensor> of_graph(at::TensorList list, int64_t g, int64_t count) {
+  std::vector<at::Tensor> out;
+  for (const at::Tensor& x : list) out.push_back(of_graph(x, g, count));
+  return out;
+}
+
+at::Tensor terms_of_graph(const at::Tensor& x, int64_t g, int64_t count) { return x.select(1, g).narrow(1, 0, count); }
+
+void check_graphs(at::TensorList sides, const at::Tensor& terms, const at::Tensor& constants, const at::Tensor& counts) {
+  TORCH_CHECK(!sides.empty() && sides[0].dim() == 3, "sides must have 3 dimensions [graphs, rows, width]");
+  const int64_t graphs = sides[0].size(0), rows = sides[0].size(1);
+  for (const at::Tensor& x : sides) {
+    TORCH_CHECK(x.dim() == 3 && x.size(0) == graphs && x.size(1) == rows, "sides must have shape [", graphs, ", ", rows,
+                ", width], got ", x.sizes());
+  }
+  TORCH_CHECK(counts.dim() == 1 && counts.size(0) == graphs, "counts must have shape [", graphs, "], got ",
+              counts.sizes());
+  TORCH_CHECK(terms.dim() == 3 && terms.size(1) == graphs && terms.size(2) == rows, "terms must have shape [terms, ",
+              graphs, ", ", rows, "], got ", terms.sizes());
+  TORCH_CHECK(constants.dim() == 2 && constants.size(1) == graphs, "constants must have shape [constants, ", graphs,
+              "], got ", constants.sizes());
+}
+
+at::Tensor batched_sums(c10::string_view kind, const at::Tensor& rows, const at::Tensor& counts, auto&& sums_of_graph) {
+  at::Tensor sums = at::zeros({kind_of(kind).sums, rows.size(0), rows.size(1)}, rows.options().dtype(at::kDouble));
+  for_graphs(counts, rows.size(1), [&](int64_t g, int64_t count) {
+    terms_of_graph(sums, g, count).copy_(sums_of_graph(g, count));
+  });
+  return sums;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> batched_gradients(at::TensorList sides, const at::Tensor& terms,
+                                                                  const at::Tensor& counts,
+                                                                  const c10::List<bool>& needs,
+                                                                  auto&& gradients_of_graph) {
+  TORCH_CHECK(needs.size() == sides.size(), "needs must have ", sides.size(), " entries, got ", needs.size());
+  std::vector<at::Tensor> gradients;
+  for (size_t q = 0; q < sides.size(); ++q) {
+    if (needs.get(q)) gradients.push_back(at::zeros_like(sides[q]));
+  }
+  at::Tensor moved = at::zeros_like(terms);
+  for_graphs(counts, terms.size(2), [&](int64_t g, int64_t count) {
+    const auto [own, own_terms] = gradients_of_graph(g, count);
+    for (size_t q = 0; q < own.size(); ++q) of_graph(gradients[q], g, count).copy_(own[q]);
+    terms_of_graph(moved, g, count).copy_(own_terms);
+  });
+  return {gradients, moved};
+}
+
+Problem problem_of_graph(c10::string_view kind, at::TensorList sides, const at::Tensor& terms,
+                         const at::Tensor& constants, c10::string_view product_precision, int64_t g, int64_t count,
+                         bool second_order = false) {
+  return problem_of(kind, of_graph(sides, g, count), terms_of_graph(terms, g, count), constants.select(1, g),
+                    product_precision, {}, {}, 0, second_order);
+}
+
+void set_directions_of_graph(Problem& p, at::TensorList tangents, const c10::List<bool>& moving,
+                             const at::Tensor& term_tangents, const at::Tensor& constant_tangents, int64_t g,
+                             int64_t count) {
+  set_directions(p, of_graph(tangents, g, count), moving, terms_of_graph(term_tangents, g, count),
+                 constant_tangents.select(1, g), {}, {});
+}
+
+at::Tensor batched_pair_sums(c10::string_view kind, at::TensorList sides, const at::Tensor& terms,
+                             const at::Tensor& constants, c10::string_view product_precision,
+                             const at::Tensor& counts) {
+  check_graphs(sides, terms, constants, counts);
+  return batched_sums(kind, sides[0], counts, [&](int64_t g, int64_t count) {
+    return sums_of(problem_of_graph(kind, sides, terms, constants, product_precision, g, count));
+  });
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> batched_pair_sums_backward(
+    c10::string_view kind, const at::Tensor& upstream, at::TensorList sides, const at::Tensor& terms,
+    const at::Tensor& constants, c10::string_view product_precision, c10::List<bool> needs, const at::Tensor& counts) {
+  check_graphs(sides, terms, constants, counts);
+  return batched_gradients(sides, terms, counts, needs, [&](int64_t g, int64_t count) {
+    const Problem p = problem_of_graph(kind, sides, terms, constants, product_precision, g, count);
+    return gradients_of(p, of_graph(upstream, g, count), {}, needs);
+  });
+}
+
+at::Tensor batched_pair_sums_tangent(c10::string_view kind, at::TensorList sides, const at::Tensor& terms,
+                                     const at::Tensor& constants, at::TensorList tangents, c10::List<bool> moving,
+                                     const at::Tensor& term_tangents, const at::Tensor& constant_tangents,
+                                     c10::string_view product_precision, const at::Tensor& counts) {
+  check_graphs(sides, terms, constants, counts);
+  return batched_sums(kind, sides[0], counts, [&](int64_t g, int64_t count) {
+    Problem p = problem_of_graph(kind, sides, terms, constants, product_precision, g, count, true);
+    set_directions_of_graph(p, tangents, moving, term_tangents, constant_tangents, g, count);
+    return sums_of(p);
+  });
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> batched_pair_sums_double_backward(
+    c10::string_view kind, const at::Tensor& upstream, at::TensorList sides, const at::Tensor& terms,
+    const at::Tensor& constants, at::TensorList tangents, c10::List<bool> moving, const at::Tensor& term_tangents,
+    const at::Tensor& constant_tangents, c10::string_view product_precision, c10::List<bool> needs,
+    const at::Tensor& counts) {
+  check_graphs(sides, terms, constants, counts);
+  return batched_gradients(sides, terms, counts, needs, [&](int64_t g, int64_t count) {
+    Problem p = problem_of_graph(kind, sides, terms, constants, product_precision, g, count, true);
+    set_directions_of_graph(p, tangents, moving, term_tangents, constant_tangents, g, count);
+    return gradients_of(p, of_graph(upstream, g, count), {}, needs);
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
@@ -211,6 +321,10 @@ TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("pair_sums_backward", &pair_sums_backward);
   library.impl("pair_sums_tangent", &pair_sums_tangent);
   library.impl("pair_sums_double_backward", &pair_sums_double_backward);
+  library.impl("batched_pair_sums", &batched_pair_sums);
+  library.impl("batched_pair_sums_backward", &batched_pair_sums_backward);
+  library.impl("batched_pair_sums_tangent", &batched_pair_sums_tangent);
+  library.impl("batched_pair_sums_double_backward", &batched_pair_sums_double_backward);
 }
 
 }  // namespace gkd::pairs

@@ -62,11 +62,50 @@ std::vector<at::Tensor> rkd_angle_backward(const at::Tensor& upstream, const at:
   return gradients;
 }
 
+// One graph per sample: the first counts[g] rows of x[g].
+at::Tensor of_graph(const at::Tensor& x, int64_t g, int64_t count) { return x.select(0, g).narrow(0, 0, count); }
+
+void check_graphs(const at::Tensor& students, const at::Tensor& teachers, const at::Tensor& counts) {
+  TORCH_CHECK(students.dim() == 3 && teachers.dim() == 3 && students.size(0) == teachers.size(0) &&
+                  students.size(1) == teachers.size(1),
+              "students and teachers must have shape [graphs, rows, width], got ", students.sizes(), " and ",
+              teachers.sizes());
+  TORCH_CHECK(counts.dim() == 1 && counts.size(0) == students.size(0), "counts must have shape [", students.size(0),
+              "], got ", counts.sizes());
+}
+
+at::Tensor batched_rkd_angle(const at::Tensor& students, const at::Tensor& teachers, const at::Tensor& counts) {
+  check_graphs(students, teachers, counts);
+  at::Tensor sums = at::zeros({students.size(0), students.size(1)}, students.options().dtype(at::kDouble));
+  for_graphs(counts, students.size(1), [&](int64_t g, int64_t count) {
+    of_graph(sums, g, count).copy_(rkd_angle(of_graph(students, g, count), of_graph(teachers, g, count)));
+  });
+  return sums;
+}
+
+std::vector<at::Tensor> batched_rkd_angle_backward(const at::Tensor& upstream, const at::Tensor& students,
+                                                   const at::Tensor& teachers, c10::List<bool> needs,
+                                                   const at::Tensor& counts) {
+  check_graphs(students, teachers, counts);
+  TORCH_CHECK(needs.size() == 2, "needs must have 2 entries, got ", needs.size());
+  std::vector<at::Tensor> gradients;
+  if (needs.get(0)) gradients.push_back(at::zeros_like(students));
+  if (needs.get(1)) gradients.push_back(at::zeros_like(teachers));
+  for_graphs(counts, students.size(1), [&](int64_t g, int64_t count) {
+    const std::vector<at::Tensor> own = rkd_angle_backward(of_graph(upstream, g, count), of_graph(students, g, count),
+                                                           of_graph(teachers, g, count), needs);
+    for (size_t q = 0; q < own.size(); ++q) of_graph(gradients[q], g, count).copy_(own[q]);
+  });
+  return gradients;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("rkd_angle", &rkd_angle);
   library.impl("rkd_angle_backward", &rkd_angle_backward);
+  library.impl("batched_rkd_angle", &batched_rkd_angle);
+  library.impl("batched_rkd_angle_backward", &batched_rkd_angle_backward);
 }
 
 }  // namespace gkd::angle

@@ -30,8 +30,8 @@ at a fixed upstream.
                   column_term_tangents=None, column_upstream=None, offset=0) -> (gradients, term_gradients)
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -64,6 +64,12 @@ for _name, _arguments in {
     "pair_sums_double_backward": f"str kind, Tensor upstream, {_ROWS}, {_DIRECTIONS}, str product_precision, "
     f"bool[] needs, {_COLUMNS}, {_COLUMN_DIRECTIONS}, Tensor? column_upstream=None, int offset=0) -> "
     "(Tensor[], Tensor)",
+    "batched_pair_sums": f"str kind, {_ROWS}, str product_precision, Tensor counts) -> Tensor",
+    "batched_pair_sums_backward": f"str kind, Tensor upstream, {_ROWS}, str product_precision, bool[] needs, "
+    "Tensor counts) -> (Tensor[], Tensor)",
+    "batched_pair_sums_tangent": f"str kind, {_ROWS}, {_DIRECTIONS}, str product_precision, Tensor counts) -> Tensor",
+    "batched_pair_sums_double_backward": f"str kind, Tensor upstream, {_ROWS}, {_DIRECTIONS}, str product_precision, "
+    "bool[] needs, Tensor counts) -> (Tensor[], Tensor)",
 }.items():
     torch.library.define(f"gkd_fast::{_name}", f"({_arguments}", tags=PT2)
     refuse_derivative(f"gkd_fast::{_name}")
@@ -71,16 +77,20 @@ for _name, _arguments in {
 
 @torch.library.register_fake("gkd_fast::pair_sums")
 @torch.library.register_fake("gkd_fast::pair_sums_tangent")
+@torch.library.register_fake("gkd_fast::batched_pair_sums")
+@torch.library.register_fake("gkd_fast::batched_pair_sums_tangent")
 def _(kind, sides, *arguments, **named):
-    return sides[0].new_empty(SUMS[kind], sides[0].shape[0], dtype=torch.float64)
+    return sides[0].new_empty(SUMS[kind], *sides[0].shape[:-1], dtype=torch.float64)
 
 
 @torch.library.register_fake("gkd_fast::pair_sums_backward")
+@torch.library.register_fake("gkd_fast::batched_pair_sums_backward")
 def _(kind, upstream, sides, terms, constants, product_precision, needs, *columns, **named):
     return needed_like(sides, needs), torch.empty_like(terms)
 
 
 @torch.library.register_fake("gkd_fast::pair_sums_double_backward")
+@torch.library.register_fake("gkd_fast::batched_pair_sums_double_backward")
 def _(kind, upstream, sides, terms, constants, tangents, moving, term_tangents, constant_tangents, product_precision,
       needs, *columns, **named):  # fmt: skip
     return needed_like(sides, needs), torch.empty_like(terms)
@@ -88,24 +98,26 @@ def _(kind, upstream, sides, terms, constants, tangents, moving, term_tangents, 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A kind's rows and what they meet: each method is the op of that name over all blocks of columns."""
+    """A kind's rows and what they meet: each method is the op of that name over all blocks of columns, or with
+    ``counts`` of many graphs."""
 
     kind: str
     columns: Columns | None
     precision: str
     sides: tuple[Tensor, ...]
     terms: Tensor
+    counts: Tensor | None = None
 
     def sums(self, constants: Tensor) -> Tensor:
         def part(**block):
-            return [run(partial(torch.ops.gkd_fast.pair_sums, self.kind), self.sides, *self._own(constants), **block)]
+            return [run(self._op(), self.sides, *self._own(constants), **block)]
 
         return self._over(part)[0]
 
     def gradients(self, constants: Tensor, upstream: Tensor, needs: list[bool]) -> tuple[list[Tensor], Tensor]:
         def part(**block):
             arguments = upstream, self.sides, *self._own(constants), needs
-            gradients, terms = run(partial(torch.ops.gkd_fast.pair_sums_backward, self.kind), *arguments, **block)
+            gradients, terms = run(self._op("_backward"), *arguments, **block)
             return [*gradients, terms]
 
         *gradients, terms = self._over(part, column_upstream=upstream)
@@ -114,20 +126,23 @@ class Pairs:
     def sum_tangents(self, constants: Tensor, directions: "Directions") -> Tensor:
         def part(**block):
             arguments = self.sides, self.terms, constants, *directions.arguments(), self.precision
-            return [run(partial(torch.ops.gkd_fast.pair_sums_tangent, self.kind), *arguments, **block)]
+            return [run(self._op("_tangent"), *arguments, **block)]
 
         return self._over(part, directions)[0]
 
     def gradient_tangents(self, constants: Tensor, directions: "Directions", upstream: Tensor, needs: list[bool]):
         def part(**block):
             arguments = upstream, self.sides, self.terms, constants, *directions.arguments(), self.precision, needs
-            gradients, terms = run(
-                partial(torch.ops.gkd_fast.pair_sums_double_backward, self.kind), *arguments, **block
-            )
+            gradients, terms = run(self._op("_double_backward"), *arguments, **block)
             return [*gradients, terms]
 
         *gradients, terms = self._over(part, directions, column_upstream=upstream)
         return gradients, terms
+
+    def _op(self, derivative: str = "") -> Callable:
+        if self.counts is None:
+            return partial(getattr(torch.ops.gkd_fast, "pair_sums" + derivative), self.kind)
+        return partial(getattr(torch.ops.gkd_fast, "batched_pair_sums" + derivative), self.kind, counts=self.counts)
 
     def _own(self, constants: Tensor):
         return self.terms, constants, self.precision
@@ -192,15 +207,16 @@ class Fixed:
 
 
 class MeanDistances:
-    """κ^q = N/Σ_ij d^q_ij over the N = B(B − 1) pairs. dκ/dd = −κ²/N, so γ = −(κ²/N) Σ_i g_i ∂ℓ_i/∂κ."""
+    """κ^q = N/Σ_ij d^q_ij over the N = B(B − 1) pairs, B a number or of many graphs each one's, ``[G]``.
+    dκ/dd = −κ²/N, so γ = −(κ²/N) Σ_i g_i ∂ℓ_i/∂κ."""
 
-    def __init__(self, batch: int):
-        self.count = max(batch * (batch - 1), 1)
+    def __init__(self, batch: int | Tensor):
+        pairs = batch * (batch - 1)
+        self.count = pairs.double().clamp(min=1) if isinstance(pairs, Tensor) else max(pairs, 1)
 
     def forward(self, pairs: Pairs) -> tuple[Tensor, list[Tensor]]:
-        totals = self._all(
-            pairs, [side.sums(pairs.terms.new_zeros(0, dtype=torch.float64))[0] for side in _each(pairs)]
-        )
+        none = _no_constants(pairs)
+        totals = self._all(pairs, [side.sums(none)[0] for side in _each(pairs)])
         scales = torch.where(totals > 0, self.count / totals, 0)
         losses, *slopes = pairs.sums(torch.cat([scales, torch.zeros_like(scales)]))
         return losses, [scales, torch.stack(slopes)]
@@ -211,7 +227,7 @@ class MeanDistances:
 
     def tangent(self, pairs: Pairs, saved, upstream, sides, moving, terms) -> tuple[Tensor, Directions]:
         scales, slopes = saved
-        none = scales.new_zeros(0)
+        none = _no_constants(pairs)
         along = iter(sides)
         totals = []
         for q, (side, moves) in enumerate(zip(_each(pairs), moving, strict=True)):
@@ -228,28 +244,38 @@ class MeanDistances:
 
     @staticmethod
     def _all(pairs: Pairs, sums) -> Tensor:
-        """Each side's total over all rows of all ranks."""
-        total = torch.stack([x.sum() for x in sums])
+        """Each side's total over all rows of all ranks, or over each graph's."""
+        total = torch.stack([x.sum(dim=-1) for x in sums])
         return total if pairs.columns is None else pairs.columns.shards.sum(total)
 
 
 def _each(pairs: Pairs) -> list[Pairs]:
     """The distances of each side."""
     return [
-        Pairs("distances", pairs.columns and pairs.columns.only(q), pairs.precision, (x,), pairs.terms[q : q + 1])
+        replace(
+            pairs, kind="distances", columns=pairs.columns and pairs.columns.only(q), sides=(x,),
+            terms=pairs.terms[q : q + 1],
+        )
         for q, x in enumerate(pairs.sides)
-    ]
+    ]  # fmt: skip
+
+
+def _no_constants(pairs: Pairs) -> Tensor:
+    return pairs.terms.new_zeros(0, *pairs.terms.shape[1:-1], dtype=torch.float64)
 
 
 class PairLosses(torch.autograd.Function):
-    """The losses ``[I]`` in float64, differentiable by sides and terms; with ``columns`` the other ranks run it at the
-    same time."""
+    """The losses ``[I]`` or, of graphs, ``[G, I]`` in float64, differentiable by sides and terms; with ``columns`` the
+    other ranks run it at the same time."""
 
     @staticmethod
-    def forward(ctx, kind, constants, columns, precision, terms, *sides):
-        pairs = Pairs(kind, columns, precision, sides, terms)
+    def forward(ctx, kind, constants, columns, precision, *tensors):
+        # Not two tensors in the variable part: of such a call torch.compile takes the context for left out.
+        counts, terms, *sides = tensors
+        pairs = Pairs(kind, columns, precision, tuple(sides), terms, counts)
         losses, saved = constants.forward(pairs)
         ctx.kind, ctx.constants, ctx.precision, ctx.count = kind, constants, precision, len(sides)
+        ctx.counts = counts  # Whole numbers, of which nothing is derived.
         _save(ctx, columns, terms, *sides, *saved)
         return losses
 
@@ -257,24 +283,23 @@ class PairLosses(torch.autograd.Function):
     def backward(ctx, upstream):
         columns, (terms, *saved) = _saved(ctx)
         sides, saved = saved[: ctx.count], saved[ctx.count :]
-        needs = flags(ctx.needs_input_grad[5:])
-        moved, *gradients = PairLossesBackward.apply(
-            ctx.kind, ctx.constants, columns, ctx.precision, needs, len(saved), *saved, upstream, terms, *sides
-        )
-        return *[None] * 4, moved, *scatter(gradients, needs)
+        needs = flags(ctx.needs_input_grad[6:])
+        options = ctx.kind, ctx.constants, columns, ctx.counts, ctx.precision, needs
+        moved, *gradients = PairLossesBackward.apply(*options, len(saved), *saved, upstream, terms, *sides)
+        return *[None] * 5, moved, *scatter(gradients, needs)
 
 
 class PairLossesBackward(torch.autograd.Function):
     """The gradients of terms and sides."""
 
     @staticmethod
-    def forward(ctx, kind, constants, columns, precision, needs, extra, *tensors):
+    def forward(ctx, kind, constants, columns, counts, precision, needs, extra, *tensors):
         saved, (upstream, terms, *sides) = tensors[:extra], tensors[extra:]
-        pairs = Pairs(kind, columns, precision, tuple(sides), terms)
+        pairs = Pairs(kind, columns, precision, tuple(sides), terms, counts)
         upstream_rows = upstream.to(terms.dtype).contiguous()
         at = constants.backward(pairs, saved, upstream)
         gradients, moved = pairs.gradients(at, upstream_rows, needs)
-        ctx.options = kind, constants, precision, needs, extra
+        ctx.options = kind, constants, counts, precision, needs, extra
         ctx.set_materialize_grads(False)
         _save(ctx, columns, *tensors)
         return moved, *gradients
@@ -282,21 +307,21 @@ class PairLossesBackward(torch.autograd.Function):
     @staticmethod
     @last_derivative
     def backward(ctx, terms_cotangent, *cotangents):
-        kind, constants, precision, needed, extra = ctx.options
+        kind, constants, counts, precision, needed, extra = ctx.options
         columns, tensors = _saved(ctx)
         saved, (upstream, terms, *sides) = tensors[:extra], tensors[extra:]
-        pairs = Pairs(kind, columns, precision, tuple(sides), terms)
+        pairs = Pairs(kind, columns, precision, tuple(sides), terms, counts)
         tangents, moving = tangents_of(list(cotangents), needed)
         along = torch.zeros_like(terms) if terms_cotangent is None else terms_cotangent.contiguous()
         losses, directions = constants.tangent(pairs, saved, upstream, tangents, moving, along)
-        needs_upstream, needs_terms, *needs = flags(ctx.needs_input_grad[6 + extra :])
+        needs_upstream, needs_terms, *needs = flags(ctx.needs_input_grad[7 + extra :])
         gradients, moved = [None] * len(needs), None
         if needs_terms or any(needs):
             at = constants.backward(pairs, saved, upstream)
             rows = upstream.to(terms.dtype).contiguous()
             gradients, moved = pairs.gradient_tangents(at, directions, rows, needs)
             gradients = scatter(gradients, needs)
-        return *[None] * (6 + extra), losses if needs_upstream else None, moved if needs_terms else None, *gradients
+        return *[None] * (7 + extra), losses if needs_upstream else None, moved if needs_terms else None, *gradients
 
 
 def _save(ctx, columns: Columns | None, *tensors: Tensor) -> None:
@@ -318,9 +343,11 @@ def pair_losses(
     constants: Fixed | MeanDistances,
     product_precision: str,
     columns: Columns | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """The first of the kind's sums, ``[I]`` in float64, of rows in float32 or float64."""
+    """The first of the kind's sums, ``[I]`` in float64, of rows in float32 or float64; with ``counts`` those of graphs
+    of so many rows each, ``[G, I]``."""
     refuse_forward_mode((terms, *sides))
     return PairLosses.apply(
-        kind, constants, columns, product_precision, terms.contiguous(), *(x.contiguous() for x in sides)
+        kind, constants, columns, product_precision, counts, terms.contiguous(), *(x.contiguous() for x in sides)
     )

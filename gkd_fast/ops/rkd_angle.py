@@ -7,6 +7,11 @@
     rkd_angle_backward(upstream, students, teachers, needs) -> gradients
         upstream: gradient of the sums, [B], in the rows' type.  needs: two bools; only those gradients come back.
 
+    batched_rkd_angle(students, teachers, counts) -> sums
+    batched_rkd_angle_backward(upstream, students, teachers, needs, counts) -> gradients
+        The same of many graphs, one per sample: rows [G, B, D], of which the first counts[g] ([G], int64) of graph g
+        are its own and the others nothing, with results of 0; sums and upstream [G, B].
+
 There is no second order.
 """
 
@@ -21,15 +26,25 @@ torch.library.define(
     "(Tensor upstream, Tensor students, Tensor teachers, bool[] needs) -> Tensor[]",
     tags=PT2,
 )
+torch.library.define(
+    "gkd_fast::batched_rkd_angle", "(Tensor students, Tensor teachers, Tensor counts) -> Tensor", tags=PT2
+)
+torch.library.define(
+    "gkd_fast::batched_rkd_angle_backward",
+    "(Tensor upstream, Tensor students, Tensor teachers, bool[] needs, Tensor counts) -> Tensor[]",
+    tags=PT2,
+)
 
 
 @torch.library.register_fake("gkd_fast::rkd_angle")
-def _(students, teachers):
-    return students.new_empty(students.shape[0], dtype=torch.float64)
+@torch.library.register_fake("gkd_fast::batched_rkd_angle")
+def _(students, teachers, counts=None):
+    return students.new_empty(students.shape[:-1], dtype=torch.float64)
 
 
 @torch.library.register_fake("gkd_fast::rkd_angle_backward")
-def _(upstream, students, teachers, needs):
+@torch.library.register_fake("gkd_fast::batched_rkd_angle_backward")
+def _(upstream, students, teachers, needs, counts=None):
     return needed_like((students, teachers), needs)
 
 
@@ -38,10 +53,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, upstream):
-    students, teachers = ctx.saved_tensors
-    needs = flags(ctx.needs_input_grad)
+    students, teachers, *counts = ctx.saved_tensors
+    needs = flags(ctx.needs_input_grad[:2])
+    op = torch.ops.gkd_fast.batched_rkd_angle_backward if counts else torch.ops.gkd_fast.rkd_angle_backward
     own = upstream.to(students.dtype).contiguous()
-    return tuple(scatter(torch.ops.gkd_fast.rkd_angle_backward(own, students, teachers, needs), needs))
+    return *scatter(op(own, students, teachers, needs, *counts), needs), *[None] * len(counts)
 
 
 def _refuse(ctx, *cotangents):
@@ -51,11 +67,15 @@ def _refuse(ctx, *cotangents):
     )
 
 
-register_autograd("gkd_fast::rkd_angle", _backward, setup_context=_setup_context)
-register_autograd("gkd_fast::rkd_angle_backward", _refuse)
+for _name in ("rkd_angle", "batched_rkd_angle"):
+    register_autograd(f"gkd_fast::{_name}", _backward, setup_context=_setup_context)
+    register_autograd(f"gkd_fast::{_name}_backward", _refuse)
 
 
-def rkd_angle(students: Tensor, teachers: Tensor) -> Tensor:
-    """The sums ``[B]`` in float64; see the head of this file."""
+def rkd_angle(students: Tensor, teachers: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The sums ``[B]`` in float64, with ``counts`` those of many graphs, ``[G, B]``; see the head of this file."""
     refuse_forward_mode((students, teachers))
-    return torch.ops.gkd_fast.rkd_angle(students.contiguous(), teachers.contiguous())
+    rows = students.contiguous(), teachers.contiguous()
+    if counts is None:
+        return torch.ops.gkd_fast.rkd_angle(*rows)
+    return torch.ops.gkd_fast.batched_rkd_angle(*rows, counts)

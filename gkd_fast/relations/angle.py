@@ -6,7 +6,15 @@ from gkd_fast import ops, reference
 from gkd_fast.relations.common import Batch, relation_losses
 
 
-def rkd_angle(students: Tensor, teachers: Tensor, *, reduction: str = "mean", backend: str = "auto") -> Tensor:
+def rkd_angle(
+    students: Tensor,
+    teachers: Tensor,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+    within: str = "batch",
+    mask: Tensor | None = None,
+) -> Tensor:
     """The angle-wise loss of relational distillation (Park et al., *Relational Knowledge Distillation*, 2019): the mean
     over all B³ triples of ρ(cos^s_ijk − cos^t_ijk).
 
@@ -19,6 +27,9 @@ def rkd_angle(students: Tensor, teachers: Tensor, *, reduction: str = "mean", ba
         teachers: ``[B, D_t]``.
         reduction: ``"mean"`` over the batch, or ``"none"``: ``[B]``, the means over j and k.
         backend: ``"auto"``, ``"reference"`` (which needs B²·D numbers at once), ``"cpp"`` or ``"triton"``.
+        within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, and every
+            sample's are a graph of their own. The loss of a sample is that of its graph.
+        mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
@@ -27,9 +38,10 @@ def rkd_angle(students: Tensor, teachers: Tensor, *, reduction: str = "mean", ba
 
     def fused(batch: Batch) -> Tensor:
         # Angles do not change when all rows move, but differences of products are the more exact, the shorter rows are.
-        sides = (x - x.detach().mean(dim=0) for x in batch.sides)
-        return ops.rkd_angle(*sides) / batch.size**2
+        sides = (batch.centred(x) for x in batch.sides)
+        return ops.rkd_angle(*sides, batch.counts) / batch.size**2
 
     return relation_losses(
-        ("rkd_angle",), reference.rkd_angle, fused, students, teachers, reduction, backend, None, "rkd_angle"
-    )
+        ("rkd_angle",), reference.rkd_angle, fused, students, teachers, reduction, backend, None, "rkd_angle", None,
+        within, mask,
+    )  # fmt: skip

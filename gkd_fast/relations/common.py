@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gkd_fast import distributed, ops
+from gkd_fast import distributed, ops, reference
 from gkd_fast._arguments import (
     autocast_disabled,
     check_features,
@@ -19,26 +19,32 @@ from gkd_fast.distributed import Group, Shards, checking, of_union, shards_of
 from gkd_fast.ops.columns import Columns
 
 REDUCTIONS = ("mean", "none")
+WITHIN = ("batch", "tokens")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss is computed of on a fused backend.
+    """What a loss is computed of on a fused backend: one graph, or one per sample.
 
     Attributes:
-        students, teachers: features in float32 or float64, this process's.
+        students, teachers: features ``[B, D]`` in float32 or float64, this process's; of graphs ``[G, N, D]``, each
+            with its own rows first and then rows of zeros.
         precision: of tile products.
         shards: where the batch is that of several ranks, how it lies there.
+        counts: the graphs' numbers of rows, ``[G]``; None: there is one graph.
     """
 
     students: Tensor
     teachers: Tensor
     precision: str
     shards: Shards | None
+    counts: Tensor | None = None
 
     @property
-    def size(self) -> int:
-        """The number of samples on all ranks."""
+    def size(self) -> int | Tensor:
+        """The number of a graph's rows, on all ranks; of graphs, which may have none, ``[G, 1]`` and at least 1."""
+        if self.counts is not None:
+            return self.counts.clamp(min=1).to(self.students.dtype)[:, None]
         return len(self.students) if self.shards is None else self.shards.total
 
     @property
@@ -52,6 +58,26 @@ class Batch:
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks."""
         return distributed.total(self.shards, x)
+
+    def row_sum(self, x: Tensor) -> Tensor:
+        """The sum over a graph's rows."""
+        return self.total(x.sum(dim=-2))
+
+    def centred(self, x: Tensor) -> Tensor:
+        """The rows less their mean, which has no gradient."""
+        return x - (self.row_sum(x.detach()) / self.size)[..., None, :]
+
+    def pair_losses(self, kind: str, sides: list[Tensor], terms: Tensor, constants, precision: str | None = None):
+        """:func:`gkd_fast.ops.pair_losses` of the graph or graphs."""
+        columns, used = self.columns(sides), precision or self.precision
+        return ops.pair_losses(kind, sides, terms, constants, used, columns, self.counts)
+
+    def constants(self, values: list[float]) -> Tensor:
+        """Numbers as an op takes them, without a copy from host to device."""
+        like = self.students if self.counts is None else self.counts
+        shape = () if self.counts is None else self.counts.shape
+        found = [torch.full((1, *shape), x, dtype=torch.float64, device=like.device) for x in values]
+        return torch.cat([torch.empty(0, *shape, dtype=torch.float64, device=like.device), *found])
 
     def columns(self, rows: Sequence[Tensor]) -> Columns | None:
         """All ranks' rows, where there are several."""
@@ -68,31 +94,52 @@ def relation_losses(
     backend: str,
     process_group: Group,
     op: str | None = None,
-    finish: Callable[[Tensor, Batch], Tensor] | None = None,
+    finish: Callable[[Tensor, int | Tensor], Tensor] | None = None,
+    within: str = "batch",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The losses per sample, or their mean, by ``definition`` or on a fused backend.
+
+    Within the tokens of each sample the loss of a sample is that of its graph: the mean over its tokens.
 
     Args:
         told: the function's name and its options, which must be the same on all ranks.
         definition: of ``gkd_fast.reference``, on features in float32 or float64.
         fused: the same; its results may be wider than the features.
         op: the op that it needs, None where PyTorch's own do.
-        finish: makes the loss of the losses per sample where it is not their mean.
+        finish: makes the loss of the mean of a graph's losses and of its size where it is not the mean.
+        within: "batch" or "tokens".
+        mask: the tokens that count.
     """
+    of_tokens = within == "tokens"
     with checking(process_group, told[0]):
         check_reduction(reduction)
-        check_pair(students, teachers, process_group is not None)
+        check_within(students, teachers, within, mask, process_group is not None)
         dtype = compute_dtype({"students": students, "teachers": teachers})
+        if of_tokens and op is not None:
+            op = f"batched_{op}"
         is_fused = relation_backend(backend, students, op) != "reference"
-    shards = shards_of(process_group, [students, teachers], (*told, reduction, is_fused))
+    shards = shards_of(process_group, [students, teachers], (*told, reduction, is_fused, within))
     if is_fused and op is not None:
         ops.refuse_forward_mode((students, teachers))
     with autocast_disabled(students):
-        batch = Batch(students.to(dtype), teachers.to(dtype), product_precision(students), shards)
+        s, t = students.to(dtype), teachers.to(dtype)
+        if of_tokens:
+            if is_fused:
+                batch = Batch(*graphs_of(s, t, mask, product_precision(students)))
+                losses, sizes = fused(batch).sum(dim=-1) / batch.size[:, 0], batch.size[:, 0]
+            else:
+                losses = reference.within_tokens(definition, s, t, mask)
+                sizes = token_counts(s, mask).clamp(min=1)
+            losses = losses if finish is None else finish(losses, sizes)
+            return (losses if reduction == "none" else mean(losses, shards)).to(dtype)
+        batch = Batch(s, t, product_precision(students), shards)
         losses = fused(batch) if is_fused else of_union(definition, batch.sides, shards)
         if reduction == "none":
             return losses.to(dtype)
-        return (mean(losses, shards) if finish is None else finish(losses, batch)).to(dtype)
+        if finish is None:
+            return mean(losses, shards).to(dtype)
+        return finish(batch.total(losses.sum()) / batch.size, batch.size).to(dtype)
 
 
 def mean(losses: Tensor, shards: Shards | None) -> Tensor:
@@ -106,6 +153,66 @@ def check_pair(students: Tensor, teachers: Tensor, may_be_empty: bool = False) -
     check_features("teachers", teachers, may_be_empty)
     if len(students) != len(teachers):
         raise ValueError(f"teachers must have the batch size of students ({len(students)}), got {len(teachers)}")
+
+
+def check_within(
+    students: Tensor, teachers: Tensor, within: str, mask: Tensor | None, may_be_empty: bool = False
+) -> None:
+    """Raises TypeError or ValueError unless both are features of one batch, or of the tokens of one batch's samples."""
+    if within not in WITHIN:
+        raise ValueError(f"within must be one of {WITHIN}, got {within!r}")
+    if within == "batch":
+        if mask is not None:
+            raise ValueError('mask needs within="tokens", got within="batch"')
+        check_pair(students, teachers, may_be_empty)
+        return
+    for name, x in (("students", students), ("teachers", teachers)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating point Tensor, got {got}")
+        if x.dim() != 3 or 0 in x.shape[1:] or not (may_be_empty or len(x)):
+            raise ValueError(f"{name} must be [samples, tokens, width], none of them 0, got shape {tuple(x.shape)}")
+    if students.shape[:2] != teachers.shape[:2]:
+        raise ValueError(
+            f"teachers must have the samples and tokens of students {tuple(students.shape[:2])}, got "
+            f"{tuple(teachers.shape[:2])}"
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
+    if mask.shape != students.shape[:2] or mask.device != students.device:
+        raise ValueError(
+            f"mask must have shape {tuple(students.shape[:2])} on {students.device}, got {tuple(mask.shape)} on "
+            f"{mask.device}"
+        )
+
+
+def token_counts(x: Tensor, mask: Tensor | None) -> Tensor:
+    """How many tokens of each sample count, ``[B]``."""
+    if mask is None:
+        return torch.full((len(x),), x.shape[1], dtype=torch.int64, device=x.device)
+    return (mask != 0).sum(dim=1)
+
+
+def graphs_of(students: Tensor, teachers: Tensor, mask: Tensor | None, precision: str):
+    """The fields of a :class:`Batch` of graphs; the tokens that do not count come last, as zeros."""
+    counts = token_counts(students, mask)
+    if mask is None:
+        return students, teachers, precision, None, counts
+    counting = mask != 0
+    order = (~counting).to(torch.uint8).argsort(dim=1, stable=True)[:, :, None]
+
+    def moved(x: Tensor) -> Tensor:
+        return torch.where(counting[:, :, None], x, 0).take_along_dim(order, dim=1)
+
+    return moved(students), moved(teachers), precision, None, counts
+
+
+def unit_rows(sides: Sequence[Tensor]) -> list[Tensor]:
+    """The L2-normalised rows of tensors ``[…, D]``."""
+    unit = ops.unit_rows([x.flatten(0, -2) for x in sides], sides[0].dtype)
+    return [e.view(x.shape) for e, x in zip(unit, sides, strict=True)]
 
 
 def check_reduction(reduction: str) -> None:
@@ -139,8 +246,3 @@ def as_multiplied(rows: Tensor, precision: str) -> Tensor:
     else:
         return rows
     return rows + (rounded - rows.detach())
-
-
-def constants(values: list[float], like: Tensor) -> Tensor:
-    """Numbers as an op takes them, without a copy from host to device."""
-    return torch.stack([torch.full((), x, dtype=torch.float64, device=like.device) for x in values])

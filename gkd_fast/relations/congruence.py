@@ -8,7 +8,7 @@ from torch import Tensor
 from gkd_fast import ops, reference
 from gkd_fast._arguments import check_positive
 from gkd_fast.distributed import Group
-from gkd_fast.relations.common import Batch, constants, relation_losses
+from gkd_fast.relations.common import Batch, relation_losses, unit_rows
 from gkd_fast.relations.gram import gram_differences, gram_total
 
 KERNELS = ("bilinear", "gaussian")
@@ -25,6 +25,8 @@ def correlation_congruence(
     reduction: str = "mean",
     backend: str = "auto",
     process_group: Group = None,
+    within: str = "batch",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Correlation congruence (Peng et al., *Correlation Congruence for Knowledge Distillation*, 2019): ‖K^s − K^t‖/B².
 
@@ -40,10 +42,13 @@ def correlation_congruence(
         gamma: γ > 0 of the Gaussian kernel.
         order: degree of its polynomial, 1 to 16.
         squared: ‖K^s − K^t‖²/B², which is the paper's; without it the norm itself, as in common code.
-        reduction: ``"mean"``, or for the squared loss ``"none"``: ``[B]``.
+        reduction: ``"mean"``, or for the squared loss and within tokens ``"none"``: ``[B]``.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
             such that its mean over ranks is the global loss.
+        within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, and every
+            sample's are a graph of their own. The loss of a sample is that of its graph.
+        mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
@@ -54,31 +59,31 @@ def correlation_congruence(
     check_positive("gamma", gamma)
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 16:
         raise ValueError(f"order must be a whole number from 1 to 16, got {order!r}")
-    if reduction == "none" and not squared:
+    if reduction == "none" and not squared and within == "batch":
         raise ValueError('reduction="none" needs squared=True: the norm is no mean of losses per sample')
 
     def fused(batch: Batch) -> Tensor:
-        unit = ops.unit_rows(list(batch.sides), batch.students.dtype)
+        unit = unit_rows(batch.sides)
         if kernel == "bilinear":
-            if reduction == "none":
+            if reduction == "none" and batch.counts is None:
                 return gram_differences(*unit, batch) / batch.size
-            return gram_total(*unit, batch)[None] / (batch.size * batch.ranks)
+            return gram_total(*unit, batch)[..., None] / (batch.size * batch.ranks)
         factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
-        terms = unit[0].new_empty(0, len(unit[0]))
-        fixed = ops.Fixed(constants(factors, terms))
-        losses = ops.pair_losses("polynomial", unit, terms, fixed, batch.precision, batch.columns(unit))
-        return losses / batch.size
+        terms = unit[0].new_empty(0, *unit[0].shape[:-1])
+        return batch.pair_losses("polynomial", unit, terms, ops.Fixed(batch.constants(factors))) / batch.size
 
-    def finish(losses: Tensor, batch: Batch) -> Tensor:
-        squares = batch.total(losses.sum()) / batch.size
-        return squares if squared else _root(squares) / batch.size
+    def finish(squares: Tensor, size: int | Tensor) -> Tensor:
+        return squares if squared else _root(squares) / size
 
     def definition(s: Tensor, t: Tensor) -> Tensor:
         return reference.correlation_congruence(s, t, kernel, gamma, order)
 
     told = "correlation_congruence", kernel, gamma, order, squared
     op = "pair_sums" if kernel == "gaussian" else None
-    return relation_losses(told, definition, fused, students, teachers, reduction, backend, process_group, op, finish)
+    return relation_losses(
+        told, definition, fused, students, teachers, reduction, backend, process_group, op, finish,
+        within, mask,
+    )  # fmt: skip
 
 
 def _root(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from gkd_fast._arguments import (
     select_backend,
 )
 from gkd_fast.distributed import Group, Shards, checking, shards_of, union, unit_columns
-from gkd_fast.relations.common import check_pair, check_reduction, mean
+from gkd_fast.relations.common import check_reduction, check_within, graphs_of, mean, unit_rows
 
 
 def info_nce(
@@ -27,6 +27,8 @@ def info_nce(
     backend: str = "auto",
     process_group: Group = None,
     bank: Tensor | None = None,
+    within: str = "batch",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE (van den Oord et al., 2018): −log softmax_j(ŝ_i·t̂_j/τ)[i], and with ``symmetric`` the mean of this and of
     −log softmax_j(ŝ_j·t̂_i/τ)[i], as in CLIP (Radford et al., 2021) and CLIP-KD (Yang et al., 2024).
@@ -46,6 +48,11 @@ def info_nce(
         process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
             such that its mean over ranks is the global loss.
         bank: further teachers ``[N, D]`` to tell the own one from, without gradient; the same on all ranks.
+            Within tokens there is none.
+        within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, of which
+            each is told from the others of its sample; a sample's loss is the mean of its tokens'. Products are made by
+            PyTorch's batched ones, in memory of B·N².
+        mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
@@ -53,19 +60,23 @@ def info_nce(
     """
     with checking(process_group, "info_nce"):
         check_reduction(reduction)
-        check_pair(students, teachers, process_group is not None)
-        if students.shape[1] != teachers.shape[1]:
-            raise ValueError(f"teachers must have the students' width {students.shape[1]}, got {teachers.shape[1]}")
+        check_within(students, teachers, within, mask, process_group is not None)
+        if students.shape[-1] != teachers.shape[-1]:
+            raise ValueError(f"teachers must have the students' width {students.shape[-1]}, got {teachers.shape[-1]}")
+        if bank is not None and within == "tokens":
+            raise ValueError('bank must be None within="tokens", got a Tensor')
         dtype = compute_dtype({"students": students, "teachers": teachers})
         value = _number(temperature)
         more = None if bank is None else check_bank("bank", [bank], [teachers])
         fused = select_backend(backend, students) != "reference"
-    told = "info_nce", value, symmetric, reduction, bank_size(more), fused
+    told = "info_nce", value, symmetric, reduction, bank_size(more), fused, within
     shards = shards_of(process_group, [students, teachers], told, more)
     precision = product_precision(students)
     with autocast_disabled(students):
         s, t = students.to(dtype), teachers.to(dtype)
-        if fused:
+        if within == "tokens":
+            losses = (_batched if fused else _definition_of_tokens)(s, t, temperature, symmetric, mask)
+        elif fused:
             # Its value is 1, its gradient that by the temperature.
             scale = temperature.detach() / temperature if isinstance(temperature, Tensor) else None
             scale = None if scale is None else scale.to(dtype)
@@ -112,6 +123,32 @@ def _fused(
 
     losses = half(students, teachers, bank)
     return (losses + half(teachers, students, None)) / 2 if symmetric else losses
+
+
+def _batched(
+    students: Tensor, teachers: Tensor, temperature: float | Tensor, symmetric: bool, mask: Tensor | None
+) -> Tensor:
+    *sides, _, _, counts = graphs_of(students, teachers, mask, "")
+    s, t = unit_rows(sides)
+    logits = s @ t.mT / temperature
+    counting = torch.arange(s.shape[1], device=s.device) < counts[:, None]
+    own = logits.diagonal(dim1=1, dim2=2)
+
+    def half(dim: int) -> Tensor:
+        # Finite, so that a sample without tokens has finite sums.
+        others = counting[:, None, :] if dim == 2 else counting[:, :, None]
+        return logits.masked_fill(~others, torch.finfo(s.dtype).min).logsumexp(dim=dim) - own
+
+    losses = (half(2) + half(1)) / 2 if symmetric else half(2)
+    return torch.where(counting, losses, 0).sum(dim=1) / counts.clamp(min=1)
+
+
+def _definition_of_tokens(
+    students: Tensor, teachers: Tensor, temperature: float | Tensor, symmetric: bool, mask: Tensor | None
+) -> Tensor:
+    return reference.within_tokens(
+        lambda s, t: reference.info_nce(s, t, temperature, symmetric), students, teachers, mask
+    )
 
 
 def _definition(

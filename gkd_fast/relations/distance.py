@@ -9,7 +9,14 @@ from gkd_fast.relations.common import Batch, as_multiplied, relation_losses
 
 
 def rkd_distance(
-    students: Tensor, teachers: Tensor, *, reduction: str = "mean", backend: str = "auto", process_group: Group = None
+    students: Tensor,
+    teachers: Tensor,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+    process_group: Group = None,
+    within: str = "batch",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The distance-wise loss of relational distillation (Park et al., *Relational Knowledge Distillation*, 2019): the
     mean over all B² pairs of ρ(d^s_ij/μ^s − d^t_ij/μ^t).
@@ -24,6 +31,9 @@ def rkd_distance(
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
             such that its mean over ranks is the global loss.
+        within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, and every
+            sample's are a graph of their own. The loss of a sample is that of its graph.
+        mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
@@ -32,14 +42,12 @@ def rkd_distance(
 
     def fused(batch: Batch) -> Tensor:
         # Distances do not change when all rows move, but n_i + n_j − 2x_ij is the more exact, the shorter rows are.
-        centres = [batch.total(x.detach().sum(dim=0)) / batch.size for x in batch.sides]
-        sides = [as_multiplied(x - centre, batch.precision) for x, centre in zip(batch.sides, centres)]
-        terms = torch.stack([x.square().sum(dim=1) for x in sides])
-        means = ops.MeanDistances(batch.size)
-        losses = ops.pair_losses("rkd_distance", sides, terms, means, batch.precision, batch.columns(sides))
-        return losses / batch.size
+        sides = [as_multiplied(batch.centred(x), batch.precision) for x in batch.sides]
+        terms = torch.stack([x.square().sum(dim=-1) for x in sides])
+        means = ops.MeanDistances(batch.size if batch.counts is None else batch.counts)
+        return batch.pair_losses("rkd_distance", sides, terms, means) / batch.size
 
     return relation_losses(
         ("rkd_distance",), reference.rkd_distance, fused, students, teachers, reduction, backend, process_group,
-        "pair_sums",
+        "pair_sums", None, within, mask,
     )  # fmt: skip

@@ -17,6 +17,8 @@ def similarity_preserving(
     reduction: str = "mean",
     backend: str = "auto",
     process_group: Group = None,
+    within: str = "batch",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Similarity-preserving distillation (Tung & Mori, *Similarity-Preserving Knowledge Distillation*, 2019).
 
@@ -34,6 +36,9 @@ def similarity_preserving(
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
             such that its mean over ranks is the global loss.
+        within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, and every
+            sample's are a graph of their own. The loss of a sample is that of its graph.
+        mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
@@ -46,11 +51,11 @@ def similarity_preserving(
         if norm == 2:
             positive = squares > 0
             return torch.where(positive, torch.where(positive, squares, 1).rsqrt(), 0)
-        fixed = ops.Fixed(x.new_empty(0, dtype=torch.float64))
         # Products of the rows' own type: those of the Gram matrices are.
         precision = str(x.dtype).removeprefix("torch.")
-        sums = ops.pair_losses("absolute_sums", [x], x.new_empty(0, len(x)), fixed, precision, batch.columns([x]))
-        sums = sums.to(x.dtype)
+        sums = batch.pair_losses(
+            "absolute_sums", [x], x.new_empty(0, *x.shape[:-1]), ops.Fixed(batch.constants([])), precision
+        ).to(x.dtype)
         positive = sums > 0
         return torch.where(positive, 1 / torch.where(positive, sums, 1), 0)
 
@@ -66,12 +71,14 @@ def similarity_preserving(
 
     told = "similarity_preserving", norm
     op = "pair_sums" if norm == 1 else None
-    return relation_losses(told, definition, fused, students, teachers, reduction, backend, process_group, op)
+    return relation_losses(
+        told, definition, fused, students, teachers, reduction, backend, process_group, op, None, within, mask
+    )
 
 
 def _scaled(x: Tensor, batch: Batch) -> Tensor:
     """Rows of size 1 at most, of which products of four neither over- nor underflow; the loss does not depend on it."""
-    largest = x.detach().abs().amax() if len(x) else x.new_zeros(())
+    largest = x.detach().abs().amax(dim=(-2, -1), keepdim=True) if len(x) else x.new_zeros((1, 1))
     if batch.shards is not None:
-        largest = batch.shards.stack(largest).amax()
+        largest = batch.shards.stack(largest).amax(dim=0)
     return x / torch.where(largest > 0, largest, 1)
