@@ -9,7 +9,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from gkd_fast import functional, ops, reference
-from tests.ops_cases import D64, DTYPES, Calls, check, requires_cpp, results, rows, same_bits, threads
+from gkd_fast.relations import gram_blocks
+from tests.ops_cases import D64, DTYPES, FUSED, Calls, check, requires_cpp, results, rows, same_bits, threads
 
 LOSSES = {
     "pkt": functional.pkt,
@@ -300,3 +301,22 @@ def test_without_kernels_auto_takes_the_reference(monkeypatch, recwarn):
     assert torch.equal(functional.pkt(x, y), reference.pkt(x, y).mean())
     with pytest.raises(RuntimeError, match="backend='cpp' is not available: there are no cpp kernels of pair_sums"):
         functional.pkt(x, y, backend="cpp")
+
+
+@pytest.mark.parametrize("norm2", [True, False])
+def test_gram_matrices_are_summed_in_blocks_of_rows(monkeypatch, norm2):
+    """With whole blocks and a part of one, rows of zeros, and gradients of one side or both."""
+    monkeypatch.setattr(gram_blocks, "BLOCK", 16)
+    name = "similarity_preserving, norm 2" if norm2 else "correlation_bilinear"
+    for batch in (7, 32, 45):
+        inputs = rows(batch, 5, 4, kind="zero rows")
+        for wanted in ([0], [1], [0, 1]):
+            found = []
+            for backend in (FUSED, "reference"):
+                leaves = [x.clone().requires_grad_(k in wanted) for k, x in enumerate(inputs)]
+                loss = PER_SAMPLE[name](*leaves, backend=backend)
+                found.append(
+                    [loss.detach(), *torch.autograd.grad(loss, [leaves[k] for k in wanted], 3 * loss.detach())]
+                )
+            for x, y in zip(*found, strict=True):
+                assert (x - y).abs().max() <= 1e-12 * max(1, y.abs().max())

@@ -132,10 +132,12 @@ def test_the_same_bits_of_any_number_of_threads(name):
 def test_compiled(name):
     loss = partial(LOSSES[name], within="tokens", backend="cpp")
     inputs, mask = tokens(3, 9, name), padding(3, 9)
+    torch.compiler.reset()  # One function compiled for every loss of this process would be too many.
     compiled = torch.compile(loss, fullgraph=True)
     torch.testing.assert_close(compiled(*inputs, mask=mask), loss(*inputs, mask=mask), rtol=1e-12, atol=1e-14)
     found, expected = (derived(partial(f, mask=mask), inputs) for f in (compiled, loss))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

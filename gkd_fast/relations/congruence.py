@@ -10,6 +10,7 @@ from gkd_fast._arguments import check_positive
 from gkd_fast.distributed import Group
 from gkd_fast.relations.common import Batch, relation_losses, unit_rows
 from gkd_fast.relations.gram import gram_differences, gram_total
+from gkd_fast.relations.gram_blocks import Differences, blocked, in_blocks
 
 KERNELS = ("bilinear", "gaussian")
 
@@ -63,9 +64,13 @@ def correlation_congruence(
         raise ValueError('reduction="none" needs squared=True: the norm is no mean of losses per sample')
 
     def fused(batch: Batch) -> Tensor:
+        each = reduction == "none" and batch.counts is None
+        if kernel == "bilinear" and not each and blocked(batch):
+            total = in_blocks(Differences(), lambda s, t: gram_total(*unit_rows((s, t)), batch), *batch.sides)
+            return total[None] / batch.size
         unit = unit_rows(batch.sides)
         if kernel == "bilinear":
-            if reduction == "none" and batch.counts is None:
+            if each:
                 return gram_differences(*unit, batch) / batch.size
             return gram_total(*unit, batch)[..., None] / (batch.size * batch.ranks)
         factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]

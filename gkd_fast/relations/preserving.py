@@ -1,5 +1,7 @@
 """similarity_preserving: differences of products, each sample's divided by their norm."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from gkd_fast import ops, reference
 from gkd_fast.distributed import Group
 from gkd_fast.relations.common import Batch, relation_losses
 from gkd_fast.relations.gram import gram_dots
+from gkd_fast.relations.gram_blocks import Cosines, blocked, in_blocks
 
 
 def similarity_preserving(
@@ -60,11 +63,18 @@ def similarity_preserving(
         return torch.where(positive, 1 / torch.where(positive, sums, 1), 0)
 
     def fused(batch: Batch) -> Tensor:
+        if norm == 2 and blocked(batch):
+            return (
+                in_blocks(Cosines(), lambda s, t: plain(replace(batch, students=s, teachers=t)), *batch.sides)
+                / batch.size
+            )
+        return plain(batch) / batch.size
+
+    def plain(batch: Batch) -> Tensor:
         s, t = (_scaled(x, batch) for x in batch.sides)
         squares = gram_dots(s, s, batch), gram_dots(t, t, batch)
         a, b = (inverse_norms(x, square, batch) for x, square in zip((s, t), squares))
-        losses = a.square() * squares[0] + b.square() * squares[1] - 2 * a * b * gram_dots(s, t, batch)
-        return losses / batch.size
+        return a.square() * squares[0] + b.square() * squares[1] - 2 * a * b * gram_dots(s, t, batch)
 
     def definition(s: Tensor, t: Tensor) -> Tensor:
         return reference.similarity_preserving(s, t, norm)
