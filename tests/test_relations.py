@@ -320,3 +320,24 @@ def test_gram_matrices_are_summed_in_blocks_of_rows(monkeypatch, norm2):
                 )
             for x, y in zip(*found, strict=True):
                 assert (x - y).abs().max() <= 1e-12 * max(1, y.abs().max())
+
+
+def test_similarity_preserving_with_squares_has_forward_mode():
+    x, y = rows(9, 5, 4)
+    loss, definition = (partial(PER_SAMPLE["similarity_preserving, norm 2"], backend=b) for b in (FUSED, "reference"))
+    found, expected = (torch.func.jvp(f, (x, y), (x.flip(0), y)) for f in (loss, definition))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.flip(0))
+        tangents = [torch.autograd.forward_ad.unpack_dual(f(dual, y)).tangent for f in (loss, definition)]
+    torch.testing.assert_close(*tangents, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["similarity_preserving, norm 2", "correlation_bilinear"])
+def test_gram_losses_keep_their_types_under_autocast(name):
+    leaves = [x.float().requires_grad_() for x in rows(9, 5, 4)]
+    loss = partial(PER_SAMPLE[name], backend=FUSED)
+    plain = torch.autograd.grad(loss(*leaves), leaves)
+    with torch.autocast("cpu"):
+        within = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(within, plain, rtol=1e-5, atol=1e-7)

@@ -7,8 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gkd_fast import ops
+from gkd_fast._arguments import autocast_disabled
 from gkd_fast.ops.autograd import transformed
 
 # Rows whose temporaries are held at once: a block of the usual widths stays in the core's cache.
@@ -16,8 +18,10 @@ BLOCK = 1024
 
 
 def blocked(batch) -> bool:
-    """Whether the batch is one of this process alone that neither a transform nor a compiler looks into."""
-    return batch.shards is None and batch.counts is None and not transformed() and not torch.compiler.is_compiling()
+    """Whether the batch is one of this process alone that no transform, forward mode or compiler looks into."""
+    if batch.shards is not None or batch.counts is not None:
+        return False
+    return not transformed() and forward_ad._current_level < 0 and not torch.compiler.is_compiling()
 
 
 class Form(Protocol):
@@ -34,7 +38,6 @@ class Form(Protocol):
 
 def in_blocks(form: Form, plain: Callable[[Tensor, Tensor], Tensor], students: Tensor, teachers: Tensor) -> Tensor:
     """The form's value; ``plain``: the same in operations that have all derivatives."""
-    ops.refuse_forward_mode((students, teachers))
     return _InBlocks.apply(form, plain, students, teachers)
 
 
@@ -50,11 +53,12 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx, upstream):
         students, teachers, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        if not torch.is_grad_enabled():
-            return None, None, *ctx.form.backward(upstream, students, teachers, saved, needs)
-        wanted = [x for x, needed in zip((students, teachers), needs) if needed]
-        gradients = iter(torch.autograd.grad(ctx.plain(students, teachers), wanted, upstream, create_graph=True))
-        return None, None, *(next(gradients) if needed else None for needed in needs)
+        with autocast_disabled(students):
+            if not torch.is_grad_enabled():
+                return None, None, *ctx.form.backward(upstream, students, teachers, saved, needs)
+            wanted = [x for x, needed in zip((students, teachers), needs) if needed]
+            gradients = iter(torch.autograd.grad(ctx.plain(students, teachers), wanted, upstream, create_graph=True))
+            return None, None, *(next(gradients) if needed else None for needed in needs)
 
 
 class Cosines:
