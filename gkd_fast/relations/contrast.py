@@ -16,6 +16,9 @@ from gkd_fast._arguments import (
 from gkd_fast.distributed import Group, Shards, checking, shards_of, union, unit_columns
 from gkd_fast.relations.common import check_reduction, check_within, graphs_of, mean, unit_rows
 
+# So cold that sums are taken about the largest logit of every row, which holds for whatever the logits are scaled by.
+OF_OWN_SHIFTS = 0.01
+
 
 def info_nce(
     students: Tensor,
@@ -40,8 +43,8 @@ def info_nce(
     Args:
         students: ``[B, D]``.
         teachers: ``[B, D]``.
-        temperature: τ > 0, a number, or a 0-dim tensor or parameter, which then has its gradient; a tensor's value is
-            read on the host.
+        temperature: τ > 0, a number, or a 0-dim tensor or parameter, which then has its gradient. A tensor's value on a
+            GPU is not read on the host, which would wait for the device: the losses are NaN where it is not positive.
         symmetric: both directions.
         reduction: ``"mean"`` over the batch, or ``"none"``: ``[B]``.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
@@ -77,9 +80,11 @@ def info_nce(
         if within == "tokens":
             losses = (_batched if fused else _definition_of_tokens)(s, t, temperature, symmetric, mask)
         elif fused:
-            # Its value is 1, its gradient that by the temperature.
-            scale = temperature.detach() / temperature if isinstance(temperature, Tensor) else None
-            scale = None if scale is None else scale.to(dtype)
+            scale = None
+            if isinstance(temperature, Tensor):
+                # 1, where the temperature's value is known, with the gradient by the temperature.
+                positive = torch.where(temperature > 0, temperature, torch.nan)
+                scale = ((value if _stays(temperature) else temperature.detach()) / positive).to(dtype)
             losses = _fused(s, t, value, scale, symmetric, precision, shards, more)
         else:
             losses = _definition(s, t, temperature, symmetric, shards, more)
@@ -94,9 +99,16 @@ def _number(temperature: float | Tensor) -> float:
         raise ValueError(
             f"temperature must be a number or a 0-dim floating point tensor, got {tuple(temperature.shape)}"
         )
+    if _stays(temperature):
+        return OF_OWN_SHIFTS
     value = float(temperature.detach())
     check_positive("temperature", value)
     return value
+
+
+def _stays(temperature: Tensor) -> bool:
+    """Whether the value stays on the device, because reading it would wait for the kernels before it."""
+    return ops.missing("triton", temperature.device) is None
 
 
 def _fused(

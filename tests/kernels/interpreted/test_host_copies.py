@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
+from gkd_fast import functional
 from gkd_fast.kernels.common import table
 from gkd_fast.ops.node_contrast_columns import _merge
 from tests.second_order_cases import FUNCTIONS, second_order
@@ -49,6 +50,30 @@ def test_up_to_the_second_order(name, division, monkeypatch):
         with Copies(monkeypatch) as copies:
             second_order(function, inputs, upstream, "triton")
     assert copies.names == []
+
+
+@pytest.mark.parametrize("temperature", [0.004, 0.07, 3.0])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_temperature_on_the_device(temperature, large, division, monkeypatch):
+    division("whole" if large else "small")
+    students, teachers = features(20, 9, 9, dtype=torch.float32)
+    learned = torch.tensor(temperature, requires_grad=True)
+    wanted = [students, teachers, learned]
+    with table.forced(16, 16), Copies(monkeypatch) as copies:
+        losses = functional.info_nce(students, teachers, learned, reduction="none", backend="triton")
+        found = [losses, *torch.autograd.grad(losses, wanted, torch.ones_like(losses))]
+    assert copies.names == []
+    exact = [x.detach().double().requires_grad_() for x in wanted]
+    losses = functional.info_nce(*exact, reduction="none", backend="reference")
+    truth = [losses, *torch.autograd.grad(losses.sum(), exact)]
+    for x, y in zip(found, truth, strict=True):
+        assert (x - y).abs().max() <= 1e-5 * max(y.abs().max(), 1 / temperature if x.dim() else 1)
+
+
+def test_a_temperature_on_the_device_that_is_not_positive():
+    x, y = features(3, 5, 5, dtype=torch.float32)
+    with table.forced(16, 16):
+        assert functional.info_nce(x, y, torch.tensor(-1.0), backend="triton").isnan()
 
 
 def test_putting_sets_of_columns_together(monkeypatch):
