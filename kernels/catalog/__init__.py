@@ -8,7 +8,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from gkd_fast.kernels.catalog.pairs import pair_losses
+from gkd_fast.kernels.catalog.pairs import angles, pair_losses
 from gkd_fast.kernels.catalog.small import small_batches
 from gkd_fast.kernels.catalog.tangent import second_order
 from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_width
@@ -58,7 +58,7 @@ from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradie
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 # Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
-SIZES = ("dim", "dims", "places", "width", "widths", "strides", "row_strides")
+SIZES = ("dim", "student_dim", "teacher_dim", "dims", "places", "width", "widths", "strides", "row_strides")
 DOUBLES = ("constants", "constant_tangents", "moments", "squares", "totals")
 FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero", "share", "least")
 
@@ -161,7 +161,7 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     convolved = 1 if stages == (1, 1) else sum(stages)
     others = [
         *build.unit_rows(sum(stages)), *second_order(build, *stages), *small_batches(build, *stages),
-        *pair_losses(build),
+        *pair_losses(build), *angles(build),
     ]  # fmt: skip
     if padded_width(dim) > largest_width(arch, dtype):
         return [*build.strips(*stages), *others]

@@ -11,6 +11,7 @@ from gkd_fast.kernels.common.table import MULTIPROCESSORS, PRODUCTS_APART, block
 from gkd_fast.kernels.common.tangents import columns_at_a_time
 from gkd_fast.kernels.pair_sums.kinds import KINDS
 from gkd_fast.kernels.pair_sums.tiles import pair_row_sums, pair_weights
+from gkd_fast.kernels.rkd_angle.tiles import angle_products, angle_sums, angle_weights
 
 # Constants per kind; the polynomial is of degree 2.
 COUNTS = {"absolute_sums": 0, "distances": 0, "rkd_distance": 4, "polynomial": 3, "pkt": 1}
@@ -96,3 +97,26 @@ def _make(build, fn, direction, constants, lists, config, products, logarithms, 
         "pair_sums", fn, direction, constants, lists, config.warps, config.stages, config.rows, config.columns,
         products, logarithms, 0, build._exemption(), grid, f"{name} of {kind}", OF_PRODUCT, strip=strip,
     )  # fmt: skip
+
+
+def angles(build) -> Iterator:
+    """Those of rkd_angle, in the types of rows; a launch is that of a strip of nodes."""
+    if build.product.name not in ("float32", "tf32x3", "float64"):
+        return
+    for fn, direction, constants in (
+        (angle_products, "forward", {}), (angle_sums, "forward", {}), (angle_weights, "backward", {"WANTED": 1}),
+    ):  # fmt: skip
+        config = tiles(fn.__name__, build.arch, build.product.name, 0)
+        sizes = {
+            "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+            "BLOCK_WIDTH": block_width(build.product.name), **build.product.constants(),
+        }  # fmt: skip
+
+        def grid(batch: int, config=config, width=sizes["BLOCK_WIDTH"]) -> tuple[int, int]:
+            return triton.cdiv(batch, config.rows) * triton.cdiv(batch, config.columns), triton.cdiv(build.dim, width)
+
+        products = 1 if fn is angle_products else 2
+        yield build._make(
+            "rkd_angle", fn, direction, constants | sizes, {}, config.warps, config.stages, config.rows,
+            config.columns, products, 0, 0, build._exemption(), grid, None, (),
+        )  # fmt: skip

@@ -123,6 +123,24 @@ gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
 gfx942 ieee    0  32x32w2s1  32x32w2s1  32x32w2s1  32x32w2s1
 gfx942 float64 0  16x16w2s1  16x16w2s1  16x16w2s1  16x16w2s1
 """
+# rkd_angle multiplies in the rows' own type.
+ANGLE_KERNELS = ("angle_products", "angle_sums", "angle_weights")
+_ANGLE_LINES = """
+sm_80  tf32x3  0  32x32w4s1  32x32w4s1  16x32w4s1
+sm_80  ieee    0  32x32w4s1  32x32w4s1  16x32w4s1
+sm_80  float64 0  16x16w4s1  16x16w4s1  16x16w4s1
+sm_86  tf32x3  0  32x32w4s1  32x32w4s1  16x32w4s1
+sm_86  ieee    0  32x32w4s1  32x32w4s1  16x32w4s1
+sm_86  float64 0  16x16w4s1  16x16w4s1  16x16w4s1
+sm_90  tf32x3  0  32x32w4s1  32x32w4s1  16x32w4s1
+sm_90  ieee    0  32x32w4s1  32x32w4s1  16x32w4s1
+sm_90  float64 0  16x16w4s1  16x16w4s1  16x16w4s1
+sm_100 tf32x3  0  64x64w8s1  32x32w4s1  16x32w4s1
+sm_100 ieee    0  32x32w4s1  32x32w4s1  16x32w4s1
+sm_100 float64 0  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 ieee    0  32x32w4s1  32x32w4s1  16x32w4s1
+gfx942 float64 0  16x16w4s1  16x16w4s1  16x16w4s1
+"""
 # Where several products in a loop are laid out by whole rows, which doubles a tile's registers.
 PRODUCTS_APART = ("sm_80", "sm_86")
 # Small batches' programs own so many rows; tiles of weights, which every warp holds whole, have so many columns, and
@@ -163,6 +181,7 @@ def _parse(lines: str, kernels: tuple[str, ...]) -> dict[tuple[str, str, int], d
 _ENTRIES = _parse(_LINES, KERNELS)
 _SECOND_ORDER = _parse(_SECOND_ORDER_LINES, SECOND_ORDER_KERNELS)
 _PAIRS = _parse(_PAIR_LINES, PAIR_KERNELS)
+_ANGLES = _parse(_ANGLE_LINES, ANGLE_KERNELS)
 
 # Strips hold similarities, not rows: their tiles only pass through registers.
 STRIP = Tiles(32, 64, 4, 1)
@@ -192,6 +211,8 @@ def _entry(kernel: str, arch: str, product: str, width: int) -> tuple[Key, Tiles
         entries = _SECOND_ORDER
     elif kernel in PAIR_KERNELS:
         entries = _PAIRS
+    elif kernel in ANGLE_KERNELS:
+        entries = _ANGLES
     entry = min(w for entry_arch, entry_kind, w in entries if (entry_arch, entry_kind) == (arch, kind) and w >= width)
     return (kernel, arch, product, entry), entries[arch, kind, entry][kernel]
 

@@ -74,8 +74,10 @@ def complaints(spec: Specialization) -> list[str]:
 def test_default_configurations(arch, dtype, dim):
     specs = specializations(arch, dtype, dim)
     ops = {"relation_kl", "node_contrast", "graph_conv", "unit_rows"}
-    # float16 rows of pair_sums are multiplied as tf32.
-    assert {spec.op for spec in specs} == ops | ({"pair_sums"} if dtype != "float16" else set())
+    # float16 rows of pair_sums are multiplied as tf32, all short types of rkd_angle in float32.
+    ops |= {"pair_sums"} if dtype != "float16" else set()
+    ops |= {"rkd_angle"} if dtype in OTHER_TYPES else set()
+    assert {spec.op for spec in specs} == ops
     assert {spec.op for spec in specs if spec.small} == {"relation_kl", "node_contrast", "graph_conv"}
     assert [complaint for spec in specs for complaint in complaints(spec)] == []
 

@@ -1,0 +1,1 @@
+"""rkd_angle on GPUs: ``launches`` is where an op comes in."""
