@@ -5,6 +5,7 @@ The interpreter sees none of these. Every buffer that a launcher allocates is Na
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -128,6 +129,39 @@ def test_second_order(product, op):
     function = graph_conv() if op == "graph_conv" else losses(op, 1, temperature=0.4)
     names = judge(function, product, *widths, results=second_order)
     assert any("tangent" in name for name in names)
+
+
+def relations(name, **options):
+    return partial(getattr(functional, name), reduction="none", **options)
+
+
+# float16 rows are multiplied as tf32.
+PAIR_PRODUCTS = ["bfloat16", *(pytest.param(x, marks=full) for x in ("float16", "tf32x3", "float32", "float64"))]
+each_pair_product = pytest.mark.parametrize("product", PAIR_PRODUCTS, indirect=True)
+PAIR_LOSSES = {
+    "pkt": relations("pkt"),
+    "rkd_distance": relations("rkd_distance"),
+    "correlation_congruence": relations("correlation_congruence", kernel="gaussian", squared=True),
+}
+
+
+@each_pair_product
+@pytest.mark.parametrize("name", ["pkt", *(pytest.param(x, marks=full) for x in PAIR_LOSSES if x != "pkt")])
+def test_losses_over_pairs(product, name):
+    assert {"pair_row_sums", "pair_weights"} <= judge(PAIR_LOSSES[name], product, 8, 40)
+
+
+@full
+@pytest.mark.parametrize("product", ["tf32x3", "float64"], indirect=True)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_second_order_of_losses_over_pairs(product, name):
+    judge(PAIR_LOSSES[name], product, 8, 40, rows=20, results=second_order)
+
+
+@full
+@pytest.mark.parametrize("product", ["tf32x3", "float64"], indirect=True)
+def test_rkd_angle(product):
+    assert {"angle_products", "angle_sums", "angle_weights"} <= judge(relations("rkd_angle"), product, 8, 40, rows=20)
 
 
 @full
