@@ -138,8 +138,8 @@ sm_90  float64 0  16x16w4s1  16x16w4s1  16x16w4s1
 sm_100 tf32x3  0  64x64w8s1  32x32w4s1  16x32w4s1
 sm_100 ieee    0  32x32w4s1  32x32w4s1  16x32w4s1
 sm_100 float64 0  16x16w4s1  16x16w4s1  16x16w4s1
-gfx942 ieee    0  32x32w4s1  32x32w4s1  16x32w4s1
-gfx942 float64 0  16x16w4s1  16x16w4s1  16x16w4s1
+gfx942 ieee    0  32x32w2s1  32x32w2s1  32x32w2s1
+gfx942 float64 0  16x16w2s1  16x16w2s1  16x16w2s1
 """
 # Where several products in a loop are laid out by whole rows, which doubles a tile's registers.
 PRODUCTS_APART = ("sm_80", "sm_86")
