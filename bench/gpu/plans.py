@@ -56,9 +56,8 @@ def small_plan(work: Work) -> Plan:
 def large_plan(work: Work) -> Plan:
     forward, stages = work.direction == "forward", work.stages
     if work.op == "relation_kl":
-        return Plan(
-            ("relation_sums",) if forward else ("relation_factors", "relation_gradients"), relation_copies(work)
-        )
+        kernels = ("relation_sums",) if forward else ("relation_factors", "relation_gradients")
+        return Plan(kernels, 2 * stages)
     if work.op == "node_contrast":
         if keeps_weighted(work):
             return Plan(("contrast_sums",), stages) if forward else Plan(("contrast_differences",))
@@ -99,20 +98,6 @@ def keeps_weighted(work: Work) -> bool:
     from gkd_fast.ops.node_contrast import KEEP_WEIGHTED_BYTES
 
     return work.stages**2 * work.batch * work.dim * 4 <= KEEP_WEIGHTED_BYTES
-
-
-def relation_copies(work: Work) -> int:
-    """How many matrices are copied: each stage of a launch, as rows and, for every piece of the rows, as columns."""
-    from gkd_fast.kernels.common import launch, table
-
-    name = "relation_sums" if work.direction == "forward" else "relation_gradients"
-    (arch,) = (device.arch for device in devices.DEVICES if device.name == work.device)
-    width = launch.padded_width(work.dim)
-    S, T = (min(work.stages, most) for most in table.relation_group(name, arch, work.dtype, width))
-    groups = -(-work.stages // S) * -(-work.stages // T)
-    in_one_piece = work.batch * (S + T) * width * COPIED_TYPES.get(work.dtype, 0) <= launch.COLUMN_BYTES
-    passes = 1 if in_one_piece else 1 + -(-work.batch // launch.ROWS_AT_A_TIME)
-    return groups * (S + T) * passes
 
 
 def cublas_seconds(work: Work, device: devices.Device, products: int) -> tuple[float, str]:

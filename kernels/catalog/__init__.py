@@ -20,7 +20,7 @@ from gkd_fast.kernels.common.operands import BLOCK_WIDTH as OPERAND_WIDTH
 from gkd_fast.kernels.common.operands import MOST_PARTS, block_width, round_rows, row_sums
 from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.common.strips import MOST_ROWS
-from gkd_fast.kernels.common.table import MULTIPROCESSORS, largest_width, polynomials, relation_group, tiles
+from gkd_fast.kernels.common.table import MULTIPROCESSORS, largest_width, polynomials, sharing, teachers_at_once, tiles
 from gkd_fast.kernels.common.tile import COUNTS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_ROWS as MOMENT_ROWS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_WIDTH as MOMENT_WIDTH
@@ -48,8 +48,8 @@ from gkd_fast.kernels.node_contrast.tiles import (
     contrast_losses,
     contrast_sums,
 )  # fmt: skip
-from gkd_fast.kernels.relation_kl.gradient_tiles import relation_factors, relation_gradients
-from gkd_fast.kernels.relation_kl.launches import STATISTICS_BLOCK
+from gkd_fast.kernels.relation_kl.gradient_tiles import add_slots, relation_factors, relation_gradients
+from gkd_fast.kernels.relation_kl.launches import SLOT_BLOCK, STATISTICS_BLOCK
 from gkd_fast.kernels.relation_kl.tiles import relation_losses, relation_sums
 from gkd_fast.kernels.unit_rows.launches import BLOCK_ROWS as UNIT_ROWS
 from gkd_fast.kernels.unit_rows.launches import BLOCK_WIDTH as UNIT_WIDTH
@@ -58,7 +58,7 @@ from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradie
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 # Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
-SIZES = ("dim", "student_dim", "teacher_dim", "dims", "places", "width", "widths", "strides", "row_strides")
+SIZES = ("dim", "student_dim", "teacher_dim", "dims", "places", "width", "widths", "strides", "row_strides", "sizes")
 DOUBLES = ("constants", "constant_tangents", "moments", "squares", "totals")
 FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero", "share", "least")
 
@@ -160,7 +160,7 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     # A call of one graph_conv, or of all of a loss's.
     convolved = 1 if stages == (1, 1) else sum(stages)
     others = [
-        *build.unit_rows(sum(stages)), *second_order(build, *stages), *small_batches(build, *stages),
+        *build.unit_rows(sum(stages)), *second_order(build), *small_batches(build, *stages),
         *pair_losses(build), *angles(build),
     ]  # fmt: skip
     if padded_width(dim) > largest_width(arch, dtype):
@@ -176,21 +176,32 @@ class _Builder:
         self.polynomials = polynomials(arch, product.name)
 
     def relation_kl(self, students: int, teachers: int):
-        for fn, direction in ((relation_sums, "forward"), (relation_gradients, "backward")):
-            most = relation_group(fn.__name__, self.arch, self.product.name, self.width)
-            S, T = min(students, most[0]), min(teachers, most[1])
-            constants = {"S": S, "T": T, "OWN_SHIFT": False} | WHOLE
-            if direction == "backward":
-                constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
-            lists = {"rows": S + T, "columns": S + T, "dims": S + T, "gradients": S}
-            yield self._walk(
-                "relation_kl", fn, direction, constants, lists, products=S + T + (S if direction == "backward" else 0),
-                bounded=S + T, exponentials=S + T, in_product_type=("rows",),
-            )  # fmt: skip
-        constants = {"S": S, "T": T, "OWN_SHIFT": False, "SUM": self.product.SUM, "BLOCK_ROWS": STATISTICS_BLOCK}
+        stages, pairs = students + teachers, students * teachers
+        shared = teachers_at_once(self.arch, self.product.name, self.width, teachers)
+        yield from self.operands("relation_kl", stages)
+        of_all = dict.fromkeys(
+            ("rows", "row_numbers", "columns", "column_numbers", "centres", "dims", "gradients"), stages
+        )  # fmt: skip
+        constants = {"S": students, "T": teachers, "OWN_SHIFT": False, "STRIP": False}
+        forward, backward = constants | {"TEACHERS": shared}, constants | {"WANTED": 1, "SCALED": self.product.scaled}
+        yield self._walk(
+            "relation_kl", relation_sums, "forward", forward, of_all, products=1 + shared, bounded=1 + shared,
+            exponentials=1 + 2 * shared, in_product_type=("rows",), pairs=students * triton.cdiv(teachers, shared),
+            teachers=shared,
+        )  # fmt: skip
+        yield self._walk(
+            "relation_kl", relation_gradients, "backward", backward, of_all, products=3, bounded=2, exponentials=2,
+            in_product_type=("rows",), pairs=pairs,
+        )  # fmt: skip
+        statistics = {"S": students, "T": teachers, "OWN_SHIFT": False, "SUM": self.product.SUM,
+                      "BLOCK_ROWS": STATISTICS_BLOCK}  # fmt: skip
+        constants = statistics | {"TEACHERS": shared}
         yield self._small("relation_kl", relation_losses, "forward", constants, {}, STATISTICS_BLOCK)
-        constants = constants | {"WANTED": (1 << S) - 1, "SCALED": self.product.scaled}
-        yield self._small("relation_kl", relation_factors, "backward", constants, {}, STATISTICS_BLOCK)
+        constants = statistics | {"HAS_LOSSES": True, "SCALED": self.product.scaled}
+        yield self._small("relation_kl", relation_factors, "backward", constants, {}, STATISTICS_BLOCK, pairs)
+        if pairs > 1:
+            lists = dict.fromkeys(("slots", "gradients", "sizes", "counts"), students)
+            yield self._small("relation_kl", add_slots, "backward", {"BLOCK": SLOT_BLOCK}, lists, SLOT_BLOCK)
         constants = {"EXCEPT_OWN": True, "WIDTH": self.width}
         yield self._walk("relation_kl", row_maxima_kernel, "forward", constants, {}, products=1)
 
@@ -291,12 +302,12 @@ class _Builder:
     def strips(self, students: int, teachers: int):
         """What wide rows need beside cuBLAS."""
         scaled, S, T = self.product.scaled, students, teachers
-        most = relation_group("relation_sums", self.arch, self.product.name, self.width)
-        pairs = {"S": min(S, most[0]), "T": min(T, most[1]), "OWN_SHIFT": False}
-        lists = dict.fromkeys(("rows", "columns", "dims"), pairs["S"] + pairs["T"]) | {"gradients": pairs["S"]}
-        backward = {"WANTED": (1 << pairs["S"]) - 1, "SCALED": scaled}
-        yield self._strip("relation_kl", relation_sums, "forward", pairs, lists)
-        yield self._strip("relation_kl", relation_gradients, "backward", pairs | backward, lists, ("gradients",))
+        of_stages = ("rows", "row_numbers", "columns", "column_numbers")
+        constants = {"S": S, "T": T, "TEACHERS": 1, "OWN_SHIFT": False}
+        yield self._strip("relation_kl", relation_sums, "forward", constants, dict.fromkeys(of_stages, S + T))
+        lists = dict.fromkeys((*of_stages, "centres", "dims"), 2) | {"gradients": 1}
+        constants = {"S": 1, "T": 1, "WANTED": 1, "OWN_SHIFT": False, "SCALED": scaled}
+        yield self._strip("relation_kl", relation_gradients, "backward", constants, lists, ("gradients",))
         lists = {"students": S, "teachers": T, "own": T}
         constants = {"S": S, "T": T, "KEEP": True, "OWN_SHIFT": False}
         yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, ("weighted",))
@@ -331,10 +342,10 @@ class _Builder:
             yield self._small("unit_rows", fn, direction, constants, lists, UNIT_ROWS, launches=stages)
 
     def _walk(self, op, fn, direction, constants, lists, *, products, bounded=0, exponentials=0, name=None,
-              in_product_type=(), pairs=1, walks=1):  # fmt: skip
+              in_product_type=(), pairs=1, walks=1, teachers=1):  # fmt: skip
         """A kernel that walks tiles of the columns."""
         kernel = graph_degree_sums.__name__ if fn is row_maxima_kernel else fn.__name__
-        config = tiles(kernel, self.arch, self.product.name, self.width)
+        config = sharing(tiles(kernel, self.arch, self.product.name, self.width), teachers)
         constants = {
             **constants, "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             **self.product.constants(),
@@ -381,7 +392,7 @@ class _Builder:
     def _type(self, argument: str, of_columns: tuple[str, ...]) -> str:
         if argument in FLOATS:
             return "fp64"
-        if argument in COUNTS or argument in SIZES or argument == "kinds":
+        if argument in COUNTS or argument in SIZES or argument in ("kinds", "counts"):
             return "i32"
         if argument.endswith("log_sums") or argument in DOUBLES:
             return "*fp64"

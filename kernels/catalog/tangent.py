@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import triton
 
 from gkd_fast.kernels.common.strips import strip_rows
-from gkd_fast.kernels.common.table import PRODUCTS_APART, block_width, relation_group, tiles
+from gkd_fast.kernels.common.table import PRODUCTS_APART, block_width, tiles
 from gkd_fast.kernels.common.tangents import columns_at_a_time
 from gkd_fast.kernels.graph_conv.tangent_tiles import (
     graph_degree_tangents,
@@ -24,14 +24,13 @@ OF_PRODUCT = (
 )  # fmt: skip
 
 
-def second_order(build, students: int, teachers: int) -> Iterator:
+def second_order(build) -> Iterator:
     """``build``: the builder of ``catalog``.
 
     Kernels with two sides come where a student moves alone, as beside a frozen teacher, and where both move.
     """
-    group = relation_group("relation_tangent_sums", build.arch, build.product.name, build.width)
     kernels = [
-        *_relation_kl(min(students, group[0]), min(teachers, group[1])), *_node_contrast(),
+        *_relation_kl(1, 1), *_node_contrast(),
         *_graph_conv(build.product.scaled),
     ]  # fmt: skip
     for op, fn, name, constants, lists, loops, exponentials, weights in kernels:

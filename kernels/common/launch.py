@@ -11,10 +11,9 @@ from torch import Tensor
 
 from gkd_fast.kernels.common import table
 
-# Columns are copied in the product's type this much at a time, in multiples of so many, and rows so many at a time.
+# Columns are copied in the product's type this much at a time, in multiples of so many.
 COLUMN_BYTES = 8 * 2**20
 COLUMN_MULTIPLE = 256
-ROWS_AT_A_TIME = 2**14
 # Tiles in float16 are scaled by a power of two to at most this.
 LARGEST_FLOAT16 = 2.0**14
 
@@ -132,10 +131,6 @@ def divide(row_blocks: int, columns: int, block_columns: int, processors: int) -
     return max(1, min(-(-columns // block_columns), processors // row_blocks))
 
 
-def row_blocks_at_a_time(rows: int, block_rows: int) -> int:
-    return cdiv(min(rows, ROWS_AT_A_TIME), block_rows)
-
-
 @dataclass(frozen=True)
 class Piece:
     """Some of a set's rows: the first, the number of them, their matrices, and whether they are the last.
@@ -201,32 +196,6 @@ def _copied(matrices, copies, step: int, factors, aligned: bool) -> Iterator[Pie
             copy[stop - start :] = 0
         pieces = copies if aligned else [copy[: stop - start] for copy in copies]
         yield Piece(start, stop - start, tuple(pieces), stop == count, aligned)
-
-
-def row_and_column_pieces(
-    rows: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype, width: int, block: int
-) -> Iterator[tuple[Piece, Piece]]:
-    """Every piece of the rows, in the product's type, with every piece of the columns; one copy for both if it is all.
-
-    Matrix units read a program's own rows from shared memory at once only if the kernel need not convert them.
-    """
-    widths, none = [width] * len(rows), [None] * len(rows)
-    if rows[0].dtype == dtype:
-        whole = Piece(0, len(rows[0]), tuple(rows), True)
-        for piece in column_pieces(columns, dtype, widths=widths, block=block):
-            yield whole, piece
-        return
-    step = min(len(columns[0]), _rows_of_a_copy(sum(widths) * dtype.itemsize))
-    copies = _copies(columns, dtype, widths, cdiv(step, block) * block)
-    if rows is columns and step == len(columns[0]):
-        for piece in _copied(columns, copies, step, none, True):
-            yield piece, piece
-        return
-    row_step = min(len(rows[0]), ROWS_AT_A_TIME)
-    row_copies = _copies(rows, dtype, widths, cdiv(row_step, block) * block)
-    for own in _copied(rows, row_copies, row_step, none, True):
-        for piece in _copied(columns, copies, step, none, True):
-            yield own, piece
 
 
 def power_of_two(bound: Tensor) -> Tensor:

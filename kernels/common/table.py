@@ -6,7 +6,7 @@ and stages of the loads' pipeline. ``make test-kernels`` compiles them all and f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 Key = tuple[str, str, str, int]  # kernel, architecture, product type, width
@@ -26,7 +26,7 @@ TYPES = {
 }  # fmt: skip
 
 _LINES = """
-sm_80  short    64  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x64w8s2
+sm_80  short    64  64x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x64w8s2
 sm_80  short   128  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w8s2
 sm_80  short   256  64x32w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w4s2  64x64w8s2  64x32w8s1
 sm_80  tf32     64  64x64w4s2  128x64w8s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  32x64w4s2
@@ -35,9 +35,9 @@ sm_80  tf32x3   64  64x32w8s1  32x64w4s1  32x64w4s1  64x32w8s1  64x32w8s1  64x32
 sm_80  ieee     64  32x32w8s1  32x32w8s1  32x32w8s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1
 sm_80  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_86  short    64  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x64w8s2
-sm_86  short   128  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s1
+sm_86  short   128  64x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s1
 sm_86  short   256  64x32w8s2  64x32w8s1  64x64w8s1  64x64w8s1  64x64w4s2  64x64w8s1  32x32w8s1
-sm_86  tf32     64  64x64w4s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x32w8s1
+sm_86  tf32     64  64x64w8s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x32w8s1
 sm_86  tf32x3   64  64x32w8s1  32x64w4s1  32x64w4s1  64x32w8s1  64x32w8s1  64x32w8s1  32x32w8s1
 sm_86  ieee     64  32x32w8s1  32x32w8s1  32x16w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1
 sm_86  float64  64  16x16w8s1  16x16w8s1  16x16w8s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w8s1
@@ -58,7 +58,7 @@ sm_100 ieee     64  32x32w8s1  32x32w8s1  32x16w4s1  32x32w4s1  32x32w4s1  32x32
 sm_100 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 gfx942 short    64  128x64w8s1  64x64w4s1  128x64w8s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1
 gfx942 short   128  128x64w8s1  64x64w4s1  64x64w4s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1
-gfx942 short   256  64x64w4s1  64x32w4s1  64x64w4s1  64x32w4s1  64x64w4s1  64x64w4s1  32x32w4s1
+gfx942 short   256  64x64w4s1  32x32w4s1  64x64w4s1  64x32w4s1  64x64w4s1  64x64w4s1  32x32w4s1
 gfx942 tf32     64  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1
 gfx942 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
 gfx942 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
@@ -184,7 +184,7 @@ _PAIRS = _parse(_PAIR_LINES, PAIR_KERNELS)
 _ANGLES = _parse(_ANGLE_LINES, ANGLE_KERNELS)
 
 # Strips hold similarities, not rows: their tiles only pass through registers.
-STRIP = Tiles(32, 64, 4, 1)
+STRIP = Tiles(32, 64, 8, 1)
 
 # Found by ``autotune`` in this process.
 overrides: dict[Key, Tiles] = {}
@@ -249,10 +249,17 @@ def small_block_width(product: str) -> int:
     return 16 if _forced is not None else SMALL_WIDTHS[TYPES[product]]
 
 
-def relation_group(kernel: str, arch: str, product: str, width: int) -> tuple[int, int]:
-    """The most students and teachers that share one launch of relation_kl; more of them would spill, or take longer."""
-    shares = kernel == "relation_sums" and arch == "sm_90" and TYPES[product] == "short" and width <= 128
-    return (1, 3) if shares else (1, 1)
+def teachers_at_once(arch: str, product: str, width: int, teachers: int) -> int:
+    """The teachers that share a program of relation_sums with a student: as many as do not spill, evenly divided."""
+    most = 1
+    if arch == "sm_90" and TYPES[product] == "short" and width <= 128:
+        most = 2 if width <= 64 else 3
+    return -(-teachers // -(-teachers // most))
+
+
+def sharing(config: Tiles, teachers: int) -> Tiles:
+    """The tiles of a program with several teachers, whose logits more warps hold."""
+    return config if teachers == 1 else replace(config, warps=2 * config.warps)
 
 
 def line(key: Key, chosen: Tiles) -> str:

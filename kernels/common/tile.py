@@ -104,17 +104,6 @@ def load_rows(matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def load_row_block(
-    matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """``load_rows`` of a program's own rows; an ALIGNED matrix is WIDTH wide."""
-    if ALIGNED:
-        return load_rows(matrix, start, count, WIDTH, BLOCK, WIDTH, TYPE)
-    else:
-        return load_rows(matrix, start, count, dim, BLOCK, WIDTH, TYPE)
-
-
-@triton.jit
 def load_columns(
     matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
 ):

@@ -1,6 +1,7 @@
 """relation_kl's backward kernels: gradients as M_ij e_j, from row statistics and the log-sums that forward left.
 
-The relations and weights R and U are those of ``tiles``.
+The relations and weights R and U are those of ``tiles``. Every pair of stages is a program of its own; what pairs give
+to one stage is added in their order.
 """
 
 import triton
@@ -15,89 +16,64 @@ from gkd_fast.kernels.common.tile import (
     divide_walk,
     edge_tile,
     inner_tile,
-    load_columns,
-    load_rows,
-    load_tile,
+    load_numbers,
     load_vector,
     number,
-    place_among,
-    product,
+    pick,
     store_rows,
     store_tile,
     store_vector,
 )  # fmt: skip
-from gkd_fast.kernels.relation_kl.tiles import relations, stage_rows
+from gkd_fast.kernels.relation_kl.tiles import own_rows, walked_relations
+
+# Row statistics of a pair.
+ALPHA, BETA, ETA, STUDENT_SHIFT, TEACHER_SHIFT, FACTORS = (tl.constexpr(k) for k in range(6))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_factors(
-    upstream, losses, student_log_sums, teacher_log_sums, factors, power, row_count, upstream_row_stride,
-    upstream_stride, outer: tl.float64, slope: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
-    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
+    upstream, losses, student_log_sums, teacher_log_sums, factors, power, row_count, stride, outer: tl.float64,
+    slope: tl.float64, S: tl.constexpr, T: tl.constexpr, HAS_LOSSES: tl.constexpr, OWN_SHIFT: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The row statistics of the backward, times slope = 1/(σ²τ), of one side.
+    """factors[pair, k, i], the row statistics of the backward, times slope = 1/(σ²τ), of one side.
 
-    α_s = Σ_t g_st/Z^s, β_ts = g_st/Z^t, η_t = Σ_s β_ts (ℓ_st + log Z^t − log Z^s); Z in units of the weights U, with
+    α = g/Z^s, β = g/Z^t, η = β (ℓ + log Z^t − log Z^s), 0 without HAS_LOSSES; Z in units of the weights U, with
     OWN_SHIFT what log2 Z, the shift, was rounded by.
     """
-    i = tl.program_id(0) * BLOCK_ROWS
-    row = tl.arange(0, BLOCK_ROWS)
-    place = (i + row).to(tl.int64) * upstream_row_stride
-    inside = row < row_count - i
+    i, pair = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    s, t = pair // T, pair % T
+    row = i + tl.arange(0, BLOCK_ROWS)
+    place = row.to(tl.int64) * (S * T) + pair
     unit = number(slope, SUM)
     if SCALED:
         unit = unit * tl.load(power)
-    log_sums = ()
-    inverse = ()
-    for q in tl.static_range(S + T):
-        if q < S:
-            log_z = load_vector(student_log_sums + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
-        else:
-            log_z = load_vector(teacher_log_sums + (q - S) * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
-        log_sums = log_sums + (log_z,)
-        if OWN_SHIFT:
-            shift, ratio = shift_and_ratio(log_z, SUM)
-            out = factors + (S + T * S + T + q) * number(row_count, tl.int64)
-            store_vector(out, shift, i, row_count, BLOCK_ROWS)
-        else:
-            ratio = tl.exp2((number(outer, SUM) - log_z * LOG2E).to(SUM))
-        inverse = inverse + (ratio,)
-    for s in tl.static_range(S):
-        total = tl.zeros([BLOCK_ROWS], SUM)
-        for t in tl.static_range(T):
-            total += tl.load(upstream + place + (s * upstream_stride + t), mask=inside, other=0)
-        store_vector(factors + s * number(row_count, tl.int64), total * inverse[s] * unit, i, row_count, BLOCK_ROWS)
-    for t in tl.static_range(T):
-        eta = tl.zeros([BLOCK_ROWS], SUM)
-        for s in tl.static_range(S):
-            g = tl.load(upstream + place + (s * upstream_stride + t), mask=inside, other=0)
-            beta = g * inverse[S + t] * unit
-            out = factors + (S + t * S + s) * number(row_count, tl.int64)
-            store_vector(out, beta, i, row_count, BLOCK_ROWS)
-            if WANTED >> S:
-                loss = tl.load(losses + place + (s * upstream_stride + t), mask=inside, other=0)
-                eta += beta * (loss + (log_sums[S + t] - log_sums[s]).to(SUM))
-        store_vector(factors + (S + T * S + t) * number(row_count, tl.int64), eta, i, row_count, BLOCK_ROWS)
+    student_log_z = load_vector(student_log_sums + number(s, tl.int64) * stride, i, row_count, BLOCK_ROWS)
+    teacher_log_z = load_vector(teacher_log_sums + number(t, tl.int64) * stride, i, row_count, BLOCK_ROWS)
+    out = factors + number(pair, tl.int64) * row_count * FACTORS
+    if OWN_SHIFT:
+        shift, student_ratio = shift_and_ratio(student_log_z, SUM)
+        store_vector(out + STUDENT_SHIFT * number(row_count, tl.int64), shift, i, row_count, BLOCK_ROWS)
+        shift, ratio = shift_and_ratio(teacher_log_z, SUM)
+        store_vector(out + TEACHER_SHIFT * number(row_count, tl.int64), shift, i, row_count, BLOCK_ROWS)
+    else:
+        student_ratio = tl.exp2((number(outer, SUM) - student_log_z * LOG2E).to(SUM))
+        ratio = tl.exp2((number(outer, SUM) - teacher_log_z * LOG2E).to(SUM))
+    g = tl.load(upstream + place, mask=row < row_count, other=0) * unit
+    beta = g * ratio
+    eta = beta * 0
+    if HAS_LOSSES:
+        loss = tl.load(losses + place, mask=row < row_count, other=0)
+        eta = beta * (loss + (teacher_log_z - student_log_z).to(SUM))
+    store_vector(out + ALPHA * number(row_count, tl.int64), g * student_ratio, i, row_count, BLOCK_ROWS)
+    store_vector(out + BETA * number(row_count, tl.int64), beta, i, row_count, BLOCK_ROWS)
+    store_vector(out + ETA * number(row_count, tl.int64), eta, i, row_count, BLOCK_ROWS)
 
 
 @triton.constexpr_function
 def num_factors(S, T):
-    """Row statistics of the backward: α [S], β [T, S], η [T] and the shifts [S + T]."""
+    """Row statistics of the second order: α [S], β [T, S], η [T] and the shifts [S + T]."""
     return S + T * S + T + S + T
-
-
-@triton.constexpr_function
-def is_read(k, S, T, wanted, own_shift):
-    """Whether factor k enters a gradient whose stage's bit of ``wanted`` is set."""
-    if k < S:
-        return bool(wanted >> k & 1)
-    k -= S
-    if k < T * S:
-        return bool((wanted >> k % S | wanted >> S + k // S) & 1)
-    k -= T * S
-    if k < T:
-        return bool(wanted >> S + k & 1)
-    return own_shift
 
 
 @triton.jit
@@ -110,46 +86,15 @@ def both_sides(weights, mirrored, row_factor, column_factor, OWN_SHIFT: tl.const
 
 
 @triton.jit
-def load_row_factors(
-    factors, i, count, BLOCK: tl.constexpr, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
-    OWN_SHIFT: tl.constexpr,
-):  # fmt: skip
-    """α [S], β [T, S], η [T] and, with OWN_SHIFT, the shifts [S + T] of a block of rows; 0 where not read."""
-    loaded = ()
-    for k in tl.static_range(num_factors(S, T)):
-        if is_read(k, S, T, WANTED, OWN_SHIFT):
-            loaded = loaded + (load_vector(factors + k * number(count, tl.int64), i, count, BLOCK)[:, None],)
-        else:
-            loaded = loaded + (0.0,)
-    return loaded
-
-
-@triton.jit
 def column_factor(factors, k: tl.constexpr, j, count, BLOCK: tl.constexpr):
     """Factor k of a tile's columns; loaded where it is used, so that its registers are not held during a product."""
     return load_vector(factors + k * number(count, tl.int64), j, count, BLOCK)[None, :]
 
 
 @triton.jit
-def stage_weights(
-    own, columns, dims, q: tl.constexpr, i, j, row_count, column_count, offset, mine, column_factors, inner, outer,
-    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, EDGE: tl.constexpr, STRIP: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
-):  # fmt: skip
-    """R, U_ij, U_ji (the same unless OWN_SHIFT) and the columns of stage q's tile."""
-    if STRIP:
-        other = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-        c = other
-    else:
-        other = load_columns(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
-        c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
-    k: tl.constexpr = S + T * S + T + q
-    weights, mirrored = relation_weights(
-        r, mine[k], column_factors, k, j, column_count, outer, OWN_SHIFT, BLOCK_COLUMNS
-    )
-    return r, weights, mirrored, other
+def row_factor(factors, k: tl.constexpr, i, count, BLOCK: tl.constexpr):
+    """Factor k of a block of rows."""
+    return load_vector(factors + k * number(count, tl.int64), i, count, BLOCK)[:, None]
 
 
 @triton.jit
@@ -168,124 +113,159 @@ def relation_weights(
 
 @triton.jit
 def add_gradients(
-    total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset, inner, outer,
-    S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr, OWN_SHIFT: tl.constexpr, EDGE: tl.constexpr,
-    STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    total, own, levels, columns, column_numbers, gradients, mine, column_factors, i, j, row_count, column_count, offset,
+    inner, outer, WANTED: tl.constexpr, OWN_SHIFT: tl.constexpr, EDGE: tl.constexpr, STRIP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
-    """The wanted stages' gradients with M_ij e_j of the tile at (i, j) added; with STRIP the tile of M is stored."""
-    # Teachers first: students need of them only crossed_s = Σ_t U^t (β_it + β_jt).
-    crossed = ()
-    teachers = ()
-    for t in tl.static_range(T):
-        stage = stage_weights(
-            own, columns, dims, S + t, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
-            OWN_SHIFT, EDGE, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
-        )  # fmt: skip
-        new = ()
-        for s in tl.static_range(S):
-            if (WANTED >> s) & 1:
-                beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
-                term = both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
-                if t > 0:
-                    term += crossed[len(new)]
-                new = new + (term,)
-        crossed = new
-        if WANTED >> S:
-            teachers = teachers + (stage,)
-    students = ()
+    """Of the wanted sides Σ M_ij and Σ M_ij x̂_j with those of the tile at (i, j) added; with STRIP the tile of M is
+    stored.
+    """
     new = ()
-    for s in tl.static_range(S):
-        if (WANTED >> S) | ((WANTED >> s) & 1):
-            stage = stage_weights(
-                own, columns, dims, s, i, j, row_count, column_count, offset, mine, column_factors, inner, outer, S, T,
-                OWN_SHIFT, EDGE, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION, POLYNOMIALS,
-            )  # fmt: skip
-            if (WANTED >> s) & 1:
-                alpha = column_factor(column_factors, s, j, column_count, BLOCK_COLUMNS)
-                m = both_sides(stage[1], stage[2], mine[s], alpha, OWN_SHIFT) - crossed[place_among(WANTED, s)]
-                m = convert(stage[0] * m, TYPE)
-                if STRIP:
-                    store_tile(gradients[place_among(WANTED, s)], m, i, j, row_count, column_count, BLOCK_ROWS,
-                               BLOCK_COLUMNS)  # fmt: skip
-                else:
-                    new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
-            if WANTED >> S:
-                students = students + (stage[0],)
-    for t in tl.static_range(T):
-        if (WANTED >> (S + t)) & 1:
-            stage = teachers[t]
-            eta = column_factor(column_factors, S + T * S + t, j, column_count, BLOCK_COLUMNS)
-            m = -both_sides(stage[1], stage[2], mine[S + T * S + t], eta, OWN_SHIFT)
-            for s in tl.static_range(S):
-                beta = column_factor(column_factors, S + t * S + s, j, column_count, BLOCK_COLUMNS)
-                difference = (stage[0] - students[s]) * (outer * LN2)
-                m += difference * both_sides(stage[1], stage[2], mine[S + t * S + s], beta, OWN_SHIFT)
-            m = convert(stage[0] * m, TYPE)
-            if STRIP:
-                store_tile(gradients[place_among(WANTED, S + t)], m, i, j, row_count, column_count, BLOCK_ROWS,
-                           BLOCK_COLUMNS)  # fmt: skip
-            else:
-                new = new + (add_product(m, stage[3], total[len(new)], PRECISION),)
+    # The teacher first: the student needs of it only U^t (β_i + β_j).
+    teacher, of_teacher = walked_relations(
+        own[1], levels[1], columns[1], column_numbers[1], i, j, row_count, column_count, offset, inner, 0.0, EDGE,
+        STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION, POLYNOMIALS,
+    )  # fmt: skip
+    weights, mirrored = relation_weights(teacher, mine[TEACHER_SHIFT], column_factors, TEACHER_SHIFT, j, column_count,
+                                         outer, OWN_SHIFT, BLOCK_COLUMNS)  # fmt: skip
+    beta = column_factor(column_factors, BETA, j, column_count, BLOCK_COLUMNS)
+    crossed = both_sides(weights, mirrored, mine[BETA], beta, OWN_SHIFT)
+    if WANTED & 2:
+        eta = column_factor(column_factors, ETA, j, column_count, BLOCK_COLUMNS)
+        settled = both_sides(weights, mirrored, mine[ETA], eta, OWN_SHIFT)
+    student, of_student = walked_relations(
+        own[0], levels[0], columns[0], column_numbers[0], i, j, row_count, column_count, offset, inner, 0.0, EDGE,
+        STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION, POLYNOMIALS,
+    )  # fmt: skip
+    if WANTED & 1:
+        weights, mirrored = relation_weights(student, mine[STUDENT_SHIFT], column_factors, STUDENT_SHIFT, j,
+                                             column_count, outer, OWN_SHIFT, BLOCK_COLUMNS)  # fmt: skip
+        alpha = column_factor(column_factors, ALPHA, j, column_count, BLOCK_COLUMNS)
+        m = student * (both_sides(weights, mirrored, mine[ALPHA], alpha, OWN_SHIFT) - crossed)
+        new = new + add_weighted_tile(total, 0, m, of_student, gradients, i, j, row_count, column_count, STRIP,
+                                      BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION)  # fmt: skip
+    if WANTED & 2:
+        m = teacher * ((teacher - student) * (outer * LN2) * crossed - settled)
+        new = new + add_weighted_tile(total, WANTED & 1, m, of_teacher, gradients, i, j, row_count, column_count, STRIP,
+                                      BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION)  # fmt: skip
     return new
+
+
+@triton.jit
+def add_weighted_tile(
+    total, place: tl.constexpr, m, columns, gradients, i, j, row_count, column_count, STRIP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums and gradient of the wanted side at ``place`` with those of a tile of M; with STRIP that is stored."""
+    sums = total[2 * place] + tl.sum(m, 1)
+    m = convert(m, TYPE)
+    if STRIP:
+        store_tile(gradients[place], m, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        return (sums, total[2 * place + 1])
+    else:
+        return (sums, add_product(m, columns, total[2 * place + 1], PRECISION))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_gradients(
-    rows, columns, dims, gradients, row_factors, column_factors, power, first_row, row_count, column_count, offset,
-    parts, accumulate, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
-    OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    rows, row_numbers, columns, column_numbers, centres, dims, gradients, sums, row_factors, column_factors, power,
+    first_row, count, row_count, column_count, offset, parts, wanted, inner: tl.float64, outer: tl.float64,
+    S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr, OWN_SHIFT: tl.constexpr, SCALED: tl.constexpr,
+    STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
-    """dE_i = Σ_j M_ij e_j over the part's columns, for the stages whose bit of WANTED is set.
+    """dE_i = Σ_j M_ij e_j over the part's columns for ``count`` rows from ``first_row``, of one pair's sides of WANTED
+    (bit 0: student, 1: teacher) whose stage's bit of ``wanted`` is set.
 
-    With the factors scaled by 1/(σ²τ): M^s = R^s [U^s (α_i + α_j) − Σ_t U^t (β_it + β_jt)] and
-    M^t = R^t U^t [Σ_s (L^t − L^s)(β_is + β_js) − (η_i + η_j)]. The rows are those from ``first_row``. With STRIP the
-    columns are strips of similarities and the gradients strips of M.
+    With the factors scaled by 1/(σ²τ): M^s = R^s [U^s (α_i + α_j) − U^t (β_i + β_j)] and
+    M^t = R^t U^t [(L^t − L^s)(β_i + β_j) − (η_i + η_j)]. gradients: of every stage [partner, part, count, dim]. With
+    STRIP the columns are strips of products of the only pair, the gradients strips of M of the wanted sides, and
+    sums[part, side, i] those of M.
     """
     i = first_row + tl.program_id(0) * BLOCK_ROWS
-    part = tl.program_id(1)
+    part, pair = tl.program_id(1), tl.program_id(2)
+    places = (pair // T, S + pair % T)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     inner, outer = number(inner, SUM), number(outer, SUM)
-    own = stage_rows(rows, dims, i - first_row, row_count - first_row, S + T, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, TYPE)
+    row_factors += number(pair, tl.int64) * row_count * FACTORS
+    column_factors += number(pair, tl.int64) * column_count * FACTORS
+    own = ()
+    levels = ()
+    others = ()
+    other_numbers = ()
     total = ()
-    for q in tl.static_range(S + T):
-        if (WANTED >> q) & 1 and not STRIP:
-            total = total + (tl.zeros([BLOCK_ROWS, WIDTH], SUM),)
-    mine = load_row_factors(row_factors, i, row_count, BLOCK_ROWS, S, T, WANTED, OWN_SHIFT)
+    for side in tl.static_range(2):
+        own = own + (own_rows(pick(rows, places[side]), i, STRIP, BLOCK_ROWS, WIDTH),)
+        levels = levels + (load_numbers(pick(row_numbers, places[side]), i, BLOCK_ROWS) * inner,)
+        others = others + (pick(columns, places[side]),)
+        other_numbers = other_numbers + (pick(column_numbers, places[side]),)
+        if (WANTED >> side) & 1:
+            total = total + (tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_ROWS, 16 if STRIP else WIDTH], SUM))
+    mine = ()
+    for k in tl.static_range(FACTORS):
+        if is_read(k, WANTED, OWN_SHIFT):
+            mine = mine + (row_factor(row_factors, k, i, row_count, BLOCK_ROWS),)
+        else:
+            mine = mine + (0.0,)
     # A second loop for the edges would cost operands of 32 bits their registers.
     if TYPE.primitive_bitwidth > 16:
         for j in range(start, stop, BLOCK_COLUMNS):
             total = add_gradients(
-                total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset,
-                inner, outer, S, T, WANTED, OWN_SHIFT, None, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
-                PRECISION, POLYNOMIALS,
+                total, own, levels, others, other_numbers, gradients, mine, column_factors, i, j, row_count,
+                column_count, offset, inner, outer, WANTED, OWN_SHIFT, None, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
+                TYPE, PRECISION, POLYNOMIALS,
             )  # fmt: skip
     else:
         whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
         for k in range(0, whole - crossed):
             j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
             total = add_gradients(
-                total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset,
-                inner, outer, S, T, WANTED, OWN_SHIFT, False, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
-                PRECISION, POLYNOMIALS,
+                total, own, levels, others, other_numbers, gradients, mine, column_factors, i, j, row_count,
+                column_count, offset, inner, outer, WANTED, OWN_SHIFT, False, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
+                TYPE, PRECISION, POLYNOMIALS,
             )  # fmt: skip
         for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
             j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
             total = add_gradients(
-                total, own, columns, dims, gradients, mine, column_factors, i, j, row_count, column_count, offset,
-                inner, outer, S, T, WANTED, OWN_SHIFT, True, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
-                PRECISION, POLYNOMIALS,
+                total, own, levels, others, other_numbers, gradients, mine, column_factors, i, j, row_count,
+                column_count, offset, inner, outer, WANTED, OWN_SHIFT, True, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
+                TYPE, PRECISION, POLYNOMIALS,
             )  # fmt: skip
-    if not STRIP:
-        if SCALED:
-            unscale = 1.0 / tl.load(power)
-        for q in tl.static_range(S + T):
-            if (WANTED >> q) & 1:
-                out = gradients[place_among(WANTED, q)] + part * number(row_count, tl.int64) * dims[q]
-                gradient = total[place_among(WANTED, q)]
+    for side in tl.static_range(2):
+        if (WANTED >> side) & 1:
+            weight = total[2 * (side & WANTED)]
+            if STRIP:
+                out = sums + (part * WANTED.bit_count() + (side & WANTED)) * number(row_count, tl.int64)
+                store_vector(out, weight, i, row_count, BLOCK_ROWS)
+            else:
+                stage = places[side]
+                gradient = total[2 * (side & WANTED) + 1]
+                gradient += weight[:, None] * load_numbers(pick(centres, stage), 0, WIDTH)[None, :]
                 if SCALED:
-                    gradient = gradient * unscale
-                before = load_rows(out, i, row_count * accumulate, dims[q], BLOCK_ROWS, WIDTH, SUM)
-                store_rows(out, before + gradient, i, row_count, dims[q], BLOCK_ROWS, WIDTH)
+                    gradient = gradient * (1.0 / tl.load(power))
+                partner = pair % T if side == 0 else pair // T
+                dim = pick(dims, stage)
+                out = pick(gradients, stage) + (partner * parts + part) * number(count, tl.int64) * dim
+                here = tl.where((wanted >> stage) & 1 != 0, count, 0)
+                store_rows(out, gradient, i - first_row, here, dim, BLOCK_ROWS, WIDTH)
+
+
+@triton.constexpr_function
+def is_read(k, wanted, own_shift):
+    """Whether factor k enters the gradients of these sides."""
+    is_shift = k >= int(STUDENT_SHIFT)
+    of_student, of_teacher = k in (int(ALPHA), int(STUDENT_SHIFT)), k == int(ETA)
+    return not (is_shift and not own_shift or of_student and not wanted & 1 or of_teacher and not wanted & 2)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def add_slots(slots, gradients, sizes, counts, BLOCK: tl.constexpr):
+    """gradient = Σ slots [count, size] of every stage, in their order."""
+    k, stage = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    source, size, count = pick(slots, stage), pick(sizes, stage), pick(counts, stage)
+    mask = k < size
+    total = tl.load(source + k, mask=mask, other=0)
+    for slot in range(1, count):
+        total += tl.load(source + number(slot, tl.int64) * size + k, mask=mask, other=0)
+    tl.store(pick(gradients, stage) + k, total, mask=mask)

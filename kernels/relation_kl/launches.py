@@ -1,17 +1,16 @@
-"""relation_kl on GPUs: the launches of ``tiles``, in groups of stages that fit a program's registers."""
+"""relation_kl on GPUs: the launches of ``tiles`` and ``gradient_tiles``, all pairs of stages in one."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
-    Piece,
     Product,
     architecture,
-    column_pieces,
     divide,
     matrices,
     multiprocessors,
@@ -19,16 +18,15 @@ from gkd_fast.kernels.common.launch import (
     padded_width,
     power_of_two,
     product_of,
-    row_and_column_pieces,
-    row_blocks_at_a_time,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, centred, operands, stored_width
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
-from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns, strip_rows
-from gkd_fast.kernels.common.table import Tiles, largest_width, polynomials, relation_group, tiles
+from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
+from gkd_fast.kernels.common.table import Tiles, largest_width, polynomials, sharing, teachers_at_once, tiles
 from gkd_fast.kernels.relation_kl import small
-from gkd_fast.kernels.relation_kl.gradient_tiles import num_factors, relation_factors, relation_gradients
+from gkd_fast.kernels.relation_kl.gradient_tiles import FACTORS, add_slots, relation_factors, relation_gradients
 from gkd_fast.kernels.relation_kl.tiles import num_sums, relation_losses, relation_sums
 
 LOG2E = 1.4426950408889634
@@ -37,6 +35,9 @@ LARGEST_POLYNOMIAL_RANGE = 124
 # Up to this 1/τ the sums of exp(L − 1/τ) cannot underflow in float32.
 LARGEST_SHARED_SHIFT = 80
 STATISTICS_BLOCK = 256
+# What the pairs give to their stages, before it is added, of as many rows as take this much.
+SLOT_BYTES = 64 * 2**20
+SLOT_BLOCK = 1024
 
 
 class Problem:
@@ -66,64 +67,65 @@ class Problem:
         self.slope = 1 / (bandwidth**2 * temperature)
         self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
         self.row_count, self.column_count = len(self.rows[0]), len(self.columns[0])
-        self.dims = tuple(x.shape[1] for x in self.rows)
+        self.dims = tuple([x.shape[1] for x in self.rows])
         self.widest = max(self.dims)
         self.is_wide = padded_width(self.widest) > largest_width(self.arch, self.product.name)
+        self.width = 16 if self.is_wide else padded_width(self.widest)
 
-    def groups(self, kernel: str) -> Iterator[tuple[list[int], list[int]]]:
-        """Blocks of stage pairs: the students and the teachers that share a launch."""
-        most_students, most_teachers = relation_group(
-            kernel, self.arch, self.product.name, self.width(range(len(self.rows)))
-        )
-        for s in range(0, self.num_students, most_students):
-            for t in range(0, self.num_teachers, most_teachers):
-                yield (
-                    list(range(s, min(s + most_students, self.num_students))),
-                    list(range(t, min(t + most_teachers, self.num_teachers))),
-                )
+    @property
+    def num_pairs(self) -> int:
+        return self.num_students * self.num_teachers
 
-    def width(self, stages) -> int:
-        """The padded width of a launch; strips hold no rows."""
-        return 16 if self.is_wide else padded_width(*(self.rows[q].shape[1] for q in stages))
+    def stored_widths(self) -> list[int]:
+        """Columns of the stages' operands: of all alike, as one launch has them, or as cuBLAS takes them."""
+        return [stored_width(dim, True) for dim in self.dims] if self.is_wide else [self.width] * len(self.dims)
 
-    def tiles(self, kernel: str, stages) -> Tiles:
-        return tiles("strip" if self.is_wide else kernel, self.arch, self.product.name, self.width(stages))
+    @cached_property
+    def operands(self) -> tuple[list[Operand], list[Operand]]:
+        """The rows and the columns as products take them, about the columns' means."""
+        widths = self.stored_widths()
+        columns = rows = centred(self.columns, self.product, widths)
+        if self.has_columns:
+            rows = operands(self.rows, self.product, widths, [x.centre for x in columns])
+        return rows, columns
 
-    def parts(self, config: Tiles) -> int:
-        """Among how many programs the columns of a row block are divided."""
-        row_blocks = row_blocks_at_a_time(self.row_count, config.rows)
-        processors = multiprocessors(self.rows[0].device)
-        return divide(row_blocks, self.column_count, config.columns, processors)
+    def tiles(self, kernel: str) -> Tiles:
+        return tiles("strip" if self.is_wide else kernel, self.arch, self.product.name, self.width)
 
-    def stages(self, students: list[int], teachers: list[int]) -> list[int]:
-        return students + [self.num_students + t for t in teachers]
+    def parts(self, config: Tiles, rows: int, programs: int) -> int:
+        """Among how many programs the columns of a row block are divided, of which ``programs`` work on each."""
+        row_blocks = triton.cdiv(rows, config.rows) * programs
+        return divide(row_blocks, self.column_count, config.columns, multiprocessors(self.rows[0].device))
 
-    def pieces(self, stages: list[int], config: Tiles) -> Iterator[tuple[Piece, Piece]]:
-        """Pieces of the rows with pieces of the columns."""
-        rows = [self.rows[q] for q in stages]
-        columns = rows if not self.has_columns else [self.columns[q] for q in stages]
-        if not self.is_wide:
-            yield from row_and_column_pieces(rows, columns, self.product.torch_type, self.width(stages),
-                                             max(config.rows, config.columns))  # fmt: skip
-            return
-        own = Piece(0, self.row_count, tuple(x.to(self.product.torch_type) for x in rows), True)
-        for piece in column_pieces(columns, self.product.torch_type, most=strip_columns(self.row_count, len(stages))):
-            yield own, piece
+    def row_strips(self) -> Iterator[slice]:
+        """All rows, or of wide ones a strip after another."""
+        return row_strips(self.row_count, self.widest) if self.is_wide else iter([slice(0, self.row_count)])
 
-    def similarities(self, own: Piece, piece: Piece) -> tuple[Tensor, ...]:
-        """The strips of similarities of wide rows."""
-        if not self.is_wide:
-            return ()
-        return tuple(multiply(x, columns.T) for x, columns in zip(own.matrices, piece.matrices, strict=True))
+    def pieces(self, rows: int, strips: int) -> Iterator[slice]:
+        """All columns, or of wide ones as many at a time as ``strips`` strips of so many rows may have."""
+        step = strip_columns(rows, strips) if self.is_wide else self.column_count
+        return column_strips(self.column_count, step)
 
-    def constants(self, students, teachers, config, piece: Piece) -> dict:
+    def constants(self, config: Tiles) -> dict:
         """Compile-time arguments of the two kernels that walk tiles."""
         return {
-            "S": len(students), "T": len(teachers), "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide,
-            "ALIGNED": piece.aligned, "WIDTH": self.width(self.stages(students, teachers)), "BLOCK_ROWS": config.rows,
+            "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide, "WIDTH": self.width, "BLOCK_ROWS": config.rows,
             "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": self.polynomials, "num_warps": config.warps,
             "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
+
+
+def _rows_of(sets: Sequence[Operand]) -> tuple[Tensor, ...]:
+    return tuple([x.rows for x in sets])
+
+
+def _numbers_of(sets: Sequence[Operand]) -> tuple[Tensor, ...]:
+    return tuple([x.numbers for x in sets])
+
+
+def _products(rows: Sequence[Operand], columns: Sequence[Operand], count: int) -> tuple[Tensor, ...]:
+    """Strips of the products of wide rows, ``count`` of them."""
+    return tuple([multiply(x.rows[:count], y.rows.T) for x, y in zip(rows, columns, strict=True)])
 
 
 def relation_kl(
@@ -132,8 +134,6 @@ def relation_kl(
     problem = Problem(students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns,
                       offset)  # fmt: skip
     x, rows = problem.rows[0], problem.row_count
-    if problem.is_wide and rows > strip_rows(problem.widest):
-        return _forward_in_strips(problem, temperature, bandwidth, product_precision)
     losses = x.new_empty(rows, problem.num_students, problem.num_teachers)
     counts = problem.num_students, problem.num_teachers
     log_sums = [x.new_empty(count, rows, dtype=torch.float64) for count in counts]
@@ -141,54 +141,50 @@ def relation_kl(
         small.relation_kl(problem, losses, *log_sums)
         return losses, *log_sums
     with on_device(x):
-        for group in problem.groups("relation_sums"):
-            _forward(problem, *group, losses, *log_sums)
+        shifts = _own_shifts(problem) if problem.own_shift else losses
+        for strip in problem.row_strips():
+            here = shifts[:, strip] if problem.own_shift else shifts
+            _forward(problem, strip, here, losses[strip], *(y[:, strip] for y in log_sums))
     return losses, *log_sums
 
 
-def _forward_in_strips(problem: Problem, *options) -> tuple[Tensor, Tensor, Tensor]:
-    sides = problem.num_students
-    columns = problem.columns[:sides], problem.columns[sides:]
-    results = []
-    for strip in row_strips(problem.row_count, problem.widest):
-        rows = [x[strip] for x in problem.rows]
-        results.append(relation_kl(rows[:sides], rows[sides:], *options, *columns, problem.offset + strip.start))
-    losses, student_log_sums, teacher_log_sums = zip(*results, strict=True)
-    return torch.cat(losses), torch.cat(student_log_sums, dim=1), torch.cat(teacher_log_sums, dim=1)
-
-
-def _forward(problem, students, teachers, losses, student_log_sums, teacher_log_sums):
-    """The losses of one group of stage pairs, written to their places."""
-    stages = problem.stages(students, teachers)
-    x, rows = problem.rows[0], problem.row_count
-    config = problem.tiles("relation_sums", stages)
-    parts = problem.parts(config)
-    dims = tuple(problem.rows[q].shape[1] for q in stages)
-    sums = x.new_empty(parts, num_sums(len(students), len(teachers)), rows)
-    shifts = _own_shifts(problem, stages) if problem.own_shift else losses
-    out = (losses[:, students[0] :, teachers[0] :], student_log_sums[students[0] :], teacher_log_sums[teachers[0] :])
-    strides = losses.stride(0), losses.stride(1)
-    for own, piece in problem.pieces(stages, config):
-        launch(relation_sums, **problem.constants(students, teachers, config, piece))(
-            (triton.cdiv(own.count, config.rows), parts), own.matrices,
-            problem.similarities(own, piece) or piece.matrices, dims, sums, shifts, *out, own.start, rows, piece.count,
-            problem.offset - piece.start, parts, int(piece.start > 0), int(piece.is_last), *strides,
-            problem.inner, problem.outer,
+def _forward(problem: Problem, strip: slice, shifts: Tensor, losses: Tensor, *log_sums: Tensor):
+    """The losses and log-sums of a strip of rows, written to their places."""
+    count, teachers = len(losses), problem.num_teachers
+    shared = 1 if problem.is_wide else teachers_at_once(problem.arch, problem.product.name, problem.width, teachers)
+    groups = problem.num_students * triton.cdiv(teachers, shared)
+    config = sharing(problem.tiles("relation_sums"), shared)
+    parts = problem.parts(config, count, groups)
+    sums = losses.new_empty(parts, groups, num_sums(shared), count)
+    common = {"S": problem.num_students, "T": teachers, "TEACHERS": shared}
+    rows, columns = problem.operands
+    if problem.is_wide:
+        rows = [x[strip] for x in rows]
+    own = _rows_of(rows), _numbers_of(rows)
+    for piece in problem.pieces(count, len(rows)):
+        others = [x[piece] for x in columns] if problem.is_wide else columns
+        products = _products(rows, others, count) if problem.is_wide else _rows_of(others)
+        launch(relation_sums, **common, **problem.constants(config))(
+            (triton.cdiv(count, config.rows), parts, groups), products if problem.is_wide else own[0], own[1],
+            products, _numbers_of(others), sums, shifts, losses, *log_sums, count, piece.stop - piece.start,
+            problem.offset + strip.start - piece.start, parts, int(piece.start > 0),
+            int(piece.stop == problem.column_count), problem.row_count, problem.inner, problem.outer,
         )  # fmt: skip
     if parts > 1:
         launch(
-            relation_losses, S=len(students), T=len(teachers), OWN_SHIFT=problem.own_shift,
-            BLOCK_ROWS=STATISTICS_BLOCK, SUM=problem.product.SUM,
+            relation_losses, **common, OWN_SHIFT=problem.own_shift, BLOCK_ROWS=STATISTICS_BLOCK,
+            SUM=problem.product.SUM,
         )(
-            (triton.cdiv(rows, STATISTICS_BLOCK),), sums, shifts, *out, rows, parts, *strides, problem.outer,
+            (triton.cdiv(count, STATISTICS_BLOCK), groups), sums, shifts, losses, *log_sums, count, parts,
+            problem.row_count, problem.outer,
         )  # fmt: skip
 
 
-def _own_shifts(problem: Problem, stages: list[int]) -> Tensor:
+def _own_shifts(problem: Problem) -> Tensor:
     """Each row's largest logit in base 2, per stage; the diagonal's logit 0 is the least that there is."""
-    maxima = problem.rows[0].new_empty(len(stages), problem.row_count)
-    for k, q in enumerate(stages):
-        row_maxima(maxima[k], problem.rows[q], problem.columns[q], problem.offset, True, problem.product)
+    maxima = problem.rows[0].new_empty(len(problem.rows), problem.row_count)
+    for q, (rows, columns) in enumerate(zip(problem.rows, problem.columns, strict=True)):
+        row_maxima(maxima[q], rows, columns, problem.offset, True, problem.product)
     return torch.exp2((maxima - 1) * problem.inner) * problem.outer
 
 
@@ -212,34 +208,16 @@ def relation_kl_backward(
     own, other = ([x if x is None else x.contiguous() for x in side] if side else None for side in (own, other))
     if is_small(problem.row_count, problem.has_columns, problem.widest):
         return small.relation_kl_backward(problem, *own, needs)
-    if problem.is_wide and problem.row_count > strip_rows(problem.widest):
-        return _backward_in_strips(problem, own, other, temperature, bandwidth, product_precision, needs)
-    groups = list(problem.groups("relation_gradients"))
-    adds = problem.is_wide or len(groups) > 1
-    new = torch.zeros_like if adds else torch.empty_like
-    gradients = [new(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
+    if not any(needs):
+        return []
     with on_device(problem.rows[0]):
         scale = power_of(problem, own[0], other and other[0]) if problem.product.scaled else own[0]
-        for group in groups:
-            _backward(problem, *group, own, other, gradients, scale, adds)
-    return [g for g in gradients if g is not None]
-
-
-def _backward_in_strips(problem: Problem, own, other, temperature, bandwidth, product_precision, needs) -> list[Tensor]:
-    sides = problem.num_students
-    columns = problem.columns[:sides], problem.columns[sides:]
-    gradients = [x.new_empty(x.shape) for x, needed in zip(problem.rows, needs, strict=True) if needed]
-    upstream, losses, student_log_sums, teacher_log_sums = own
-    for strip in row_strips(problem.row_count, problem.widest):
-        rows = [x[strip] for x in problem.rows]
-        of_strip = relation_kl_backward(
-            upstream[strip], rows[:sides], rows[sides:], losses[strip], student_log_sums[:, strip],
-            teacher_log_sums[:, strip], temperature, bandwidth, product_precision, needs, *columns,
-            problem.offset + strip.start, *(other or ()),
-        )  # fmt: skip
-        for gradient, part in zip(gradients, of_strip, strict=True):
-            gradient[strip] = part
-    return gradients
+        row_factors = column_factors = _factors(problem, own, problem.row_count, scale)
+        if problem.has_columns:
+            column_factors = _factors(problem, other, problem.column_count, scale)
+        gradients_of = _gradients_in_strips if problem.is_wide else _gradients
+        gradients = gradients_of(problem, row_factors, column_factors, needs, scale)
+    return [x for x, needed in zip(gradients, needs, strict=True) if needed]
 
 
 def power_of(problem: Problem, upstream: Tensor, column_upstream: Tensor | None, growth: float = 1.0) -> Tensor:
@@ -247,71 +225,114 @@ def power_of(problem: Problem, upstream: Tensor, column_upstream: Tensor | None,
     largest = upstream.abs().amax()
     if column_upstream is not None and column_upstream is not upstream:
         largest = torch.maximum(largest, column_upstream.abs().amax())
-    pairs = problem.num_students * problem.num_teachers
-    return power_of_two(largest * (growth * problem.slope * 4 * pairs * max(1.0, math.log(problem.column_count))))
+    return power_of_two(
+        largest * (growth * problem.slope * 4 * problem.num_pairs * max(1.0, math.log(problem.column_count)))
+    )
 
 
-def _factors(problem, students, teachers, side, count: int, wanted: int, scale: Tensor) -> Tensor:
-    """The row statistics of one side for one group of pairs; a side without upstream has none."""
-    x, num_stages = problem.rows[0], len(students) + len(teachers)
-    shape = num_factors(len(students), len(teachers)), count
+def _factors(problem: Problem, side, count: int, scale: Tensor) -> Tensor:
+    """The row statistics of one side, [pairs, FACTORS, count]; a side without upstream has none."""
+    x, shape = problem.rows[0], (problem.num_pairs, FACTORS.value, count)
     if side is None:
         factors = x.new_zeros(shape)
         # Any shift will do that keeps the weights finite.
-        factors[-num_stages:] = problem.outer
+        factors[:, -2:] = problem.outer
         return factors
     upstream, losses, student_log_sums, teacher_log_sums = side
     factors = x.new_empty(shape)
-    s, t = students[0], teachers[0]
     launch(
-        relation_factors, S=len(students), T=len(teachers), WANTED=wanted, OWN_SHIFT=problem.own_shift,
-        SCALED=problem.product.scaled, BLOCK_ROWS=STATISTICS_BLOCK, SUM=problem.product.SUM,
+        relation_factors, S=problem.num_students, T=problem.num_teachers, HAS_LOSSES=losses is not None,
+        OWN_SHIFT=problem.own_shift, SCALED=problem.product.scaled, BLOCK_ROWS=STATISTICS_BLOCK,
+        SUM=problem.product.SUM,
     )(
-        (triton.cdiv(count, STATISTICS_BLOCK),), upstream[:, s:, t:],
-        upstream if losses is None else losses[:, s:, t:], student_log_sums[s:], teacher_log_sums[t:], factors, scale,
-        count, upstream.stride(0), upstream.stride(1), problem.outer, problem.slope,
+        (triton.cdiv(count, STATISTICS_BLOCK), problem.num_pairs), upstream, upstream if losses is None else losses,
+        student_log_sums, teacher_log_sums, factors, scale, count, count, problem.outer, problem.slope,
     )  # fmt: skip
     return factors
 
 
-def _backward(problem, students, teachers, own, other, gradients, scale, adds: bool):
-    """The gradients of one group's losses, written or, with ``adds``, added to what is there."""
-    stages = problem.stages(students, teachers)
-    wanted = sum(1 << k for k, q in enumerate(stages) if gradients[q] is not None)
-    if not wanted:
-        return
-    rows = problem.row_count
-    config = problem.tiles("relation_gradients", stages)
-    parts = problem.parts(config)
-    dims = tuple(problem.rows[q].shape[1] for q in stages)
-    row_factors = _factors(problem, students, teachers, own, rows, wanted, scale)
-    column_factors = row_factors
-    if problem.has_columns:
-        column_factors = _factors(problem, students, teachers, other, problem.column_count, wanted, scale)
-    out = [gradients[q] for q in stages if gradients[q] is not None]
-    divided = parts > 1 and not problem.is_wide
-    partial = [x.new_empty(parts, *x.shape) for x in out] if divided else out
-    for block, piece in problem.pieces(stages, config):
-        strips = problem.similarities(block, piece)
-        if strips:
-            partial = [x.new_empty(rows, piece.count, dtype=problem.product.torch_type) for x in out]
-        constants = problem.constants(students, teachers, config, piece)
-        launch(relation_gradients, WANTED=wanted, SCALED=problem.product.scaled, **constants)(
-            (triton.cdiv(block.count, config.rows), parts), block.matrices, strips or piece.matrices, dims,
-            tuple(partial), row_factors, _piece_of(column_factors, piece), scale, block.start, rows, piece.count,
-            problem.offset - piece.start,
-            parts, int(piece.start > 0 or (adds and not divided)), problem.inner, problem.outer,
+def _sides(problem: Problem, needs: Sequence[bool]) -> int:
+    """Which sides of the pairs have gradients: bit 0 students, bit 1 teachers."""
+    return any(needs[: problem.num_students]) + 2 * any(needs[problem.num_students :])
+
+
+def _gradients(problem: Problem, row_factors, column_factors, needs, scale: Tensor) -> list[Tensor]:
+    """Every pair gives its stages' gradients to slots of their own, which are then added."""
+    S, T, rows = problem.num_students, problem.num_teachers, problem.row_count
+    partners = [T] * S + [S] * T
+    gradients = [torch.empty_like(x) if needed else x for x, needed in zip(problem.rows, needs, strict=True)]
+    wanted = sum(1 << q for q, needed in enumerate(needs) if needed)
+    stages = [q for q, needed in enumerate(needs) if needed]
+    row_bytes = sum(partners[q] * problem.dims[q] for q in stages) * gradients[0].element_size()
+    step = min(rows, max(ROW_MULTIPLE, SLOT_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE))
+    config = problem.tiles("relation_gradients")
+    parts = problem.parts(config, step, problem.num_pairs)
+    one_each = parts == 1 and all(partners[q] == 1 for q in stages)
+    if one_each:
+        step = rows
+    own, columns = problem.operands
+    operand_arguments = _rows_of(own), _numbers_of(own), _rows_of(columns), _numbers_of(columns)
+    centres = tuple([x.centre for x in columns])
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        slots = list(gradients)
+        if not one_each:
+            for q in stages:
+                slots[q] = gradients[q].new_empty(partners[q] * parts, count, problem.dims[q])
+        launch(
+            relation_gradients, S=S, T=T, WANTED=_sides(problem, needs), SCALED=problem.product.scaled,
+            **problem.constants(config),
+        )(
+            (triton.cdiv(count, config.rows), parts, problem.num_pairs), *operand_arguments, centres, problem.dims,
+            tuple(slots), row_factors, row_factors, column_factors, scale, first, count, rows, problem.column_count,
+            problem.offset, parts, wanted, problem.inner, problem.outer,
         )  # fmt: skip
-        if strips:
-            needed = [c for c, q in zip(piece.matrices, stages, strict=True) if gradients[q] is not None]
-            for x, weights, values in zip(out, partial, needed, strict=True):
-                product = multiply(weights, values)
-                x += product / scale if problem.product.scaled else product
-    if divided:
-        for x, pieces in zip(out, partial, strict=True):
-            x.copy_(x + pieces.sum(dim=0) if adds else pieces.sum(dim=0))
+        if not one_each:
+            here = [gradients[q][first : first + count] for q in stages]
+            largest = max(x.numel() for x in here)
+            launch(add_slots, BLOCK=SLOT_BLOCK)(
+                (triton.cdiv(largest, SLOT_BLOCK), len(stages)), tuple([slots[q] for q in stages]), tuple(here),
+                tuple([x.numel() for x in here]), tuple([partners[q] * parts for q in stages]),
+            )  # fmt: skip
+    return gradients
 
 
-def _piece_of(factors: Tensor, piece: Piece) -> Tensor:
-    """The columns' statistics of one piece, contiguous."""
-    return factors[:, piece.start : piece.start + piece.count].contiguous()
+def _gradients_in_strips(problem: Problem, row_factors, column_factors, needs, scale: Tensor) -> list[Tensor]:
+    """Of wide rows: a pair after another, whose strips of M cuBLAS multiplies with the columns."""
+    gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(problem.rows, needs, strict=True)]
+    for strip in problem.row_strips():
+        for pair in range(problem.num_pairs):
+            stages = (pair // problem.num_teachers, problem.num_students + pair % problem.num_teachers)
+            if any(needs[q] for q in stages):
+                _add_strip(problem, strip, stages, row_factors[pair, :, strip].contiguous(), column_factors[pair],
+                           gradients, scale)  # fmt: skip
+    return gradients
+
+
+def _add_strip(problem: Problem, strip: slice, stages, row_factors, column_factors, gradients, scale: Tensor):
+    """Adds the gradients of one pair's losses at a strip of rows."""
+    count, config = strip.stop - strip.start, problem.tiles("relation_gradients")
+    parts = problem.parts(config, count, 1)
+    rows, columns = ([x[q] for q in stages] for x in problem.operands)
+    rows = [x[strip] for x in rows]
+    needed = [k for k, q in enumerate(stages) if gradients[q] is not None]
+    wanted = sum(1 << k for k in needed)
+    dims = tuple([problem.dims[q] for q in stages])
+    out = [gradients[stages[k]][strip] for k in needed]
+    for piece in problem.pieces(count, len(stages)):
+        others = [x[piece] for x in columns]
+        products, width = _products(rows, others, count), piece.stop - piece.start
+        weights = [x.new_empty(count, width, dtype=problem.product.torch_type) for x in out]
+        sums = row_factors.new_empty(parts, len(needed), count)
+        launch(
+            relation_gradients, S=1, T=1, WANTED=wanted, SCALED=problem.product.scaled, **problem.constants(config)
+        )(
+            (triton.cdiv(count, config.rows), parts, 1), products, _numbers_of(rows), products, _numbers_of(others),
+            products, dims, tuple(weights), sums, row_factors, column_factors[:, piece].contiguous(), scale, 0, count,
+            count, width, problem.offset + strip.start - piece.start, parts, wanted, problem.inner, problem.outer,
+        )  # fmt: skip
+        of_rows = sums.sum(dim=0)
+        for place, (k, x) in enumerate(zip(needed, out, strict=True)):
+            product = multiply(weights[place], others[k].rows)[:, : dims[k]]
+            product.addcmul_(of_rows[place][:, None], others[k].centre[: dims[k]])
+            x += product / scale if problem.product.scaled else product

@@ -11,7 +11,7 @@ from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
 from gkd_fast.kernels.common.small import load_of_pair, negative_distances, store_weighted
 from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, number, pick, replace_edges, store_vector
 from gkd_fast.kernels.node_contrast.tiles import nth_set_bit
-from gkd_fast.kernels.relation_kl.tiles import pair_loss
+from gkd_fast.kernels.relation_kl.tiles import divergence, pair_loss
 
 
 @triton.jit
@@ -51,8 +51,8 @@ def relation_small_losses(
     teacher = small_relations(rows, dims, S + t, i, 0, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
                               PRECISION)  # fmt: skip
     logits, z, teacher_log_sum = logits_and_sums(teacher, outer)
-    q = tl.sum(tl.exp2(logits) * (logits - student_logits), 1)
-    loss = pair_loss(q, student_z, z, student_z - z)
+    u, v, x = tl.exp2(logits), tl.exp2(student_logits), student_logits - logits
+    loss = pair_loss(-tl.sum(u * x, 1), student_z, z, tl.sum(v - u, 1), tl.sum(divergence(x * LN2, u, v), 1))
     row = i + tl.arange(0, BLOCK_ROWS)
     tl.store(losses + row * (S * T) + tl.program_id(1), loss, mask=row < count)
     if t == 0:

@@ -35,6 +35,14 @@ class MovingProblem(Problem):
         self.directions = Directions(self.product, of_rows, of_columns)
         self.row_tangents, self.column_tangents = self.directions.sides
 
+    def groups(self) -> Iterator[tuple[list[int], list[int]]]:
+        """The student and the teacher of every pair."""
+        for pair in range(self.num_pairs):
+            yield [pair // self.num_teachers], [pair % self.num_teachers]
+
+    def stages(self, students: list[int], teachers: list[int]) -> list[int]:
+        return students + [self.num_students + t for t in teachers]
+
     def moving(self, stages: list[int]) -> list[int]:
         return [q for q in stages if self.row_tangents[q] is not None]
 
@@ -79,7 +87,7 @@ def relation_kl_tangent(
     levels = losses + (teacher_log_sums.T[:, None, :] - student_log_sums.T[:, :, None])
     moved = torch.zeros_like(losses), torch.zeros_like(student_log_sums), torch.zeros_like(teacher_log_sums)
     with on_device(losses):
-        for group in problem.groups("relation_tangent_sums"):
+        for group in problem.groups():
             if problem.moving(problem.stages(*group)):
                 for block, part in problem.blocks():
                     _move_group(part, *group, log_sums[:, block], losses[block], levels[block], [
@@ -162,7 +170,7 @@ def relation_kl_double_backward(
             # Beside M's entries, M˙'s: υ ≤ 2/σ² and ρ ≤ υ/τ along directions of length 1.
             growth = max(1.0, 2 / bandwidth**2 * (1 + 3 / temperature))
             power = power_of(problem, own[0], other and other[0], growth)
-        for group in problem.groups("relation_double_gradients"):
+        for group in problem.groups():
             stages = problem.stages(*group)
             if not problem.moving(stages):
                 continue

@@ -59,7 +59,8 @@ def relation_tangent_sums(
             BLOCK_ROWS,
             BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
         )  # fmt: skip
-        r = relations(c, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY, None)
+        r = relations(c * inner - inner, i, j, offset, column_count, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY,
+                      None)  # fmt: skip
         if OWN_SHIFT:
             shift = load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)[:, None]
             weights = tl.exp2(r * outer - shift)
@@ -95,7 +96,7 @@ def stage_tangents(
         rows, row_tangents, columns, column_tangents, dims, q, i, j, row_count, column_count, MOVING, APART, BLOCK_ROWS,
         BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
     )  # fmt: skip
-    r = relations(c, i, j, offset, column_count, inner, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY, None)
+    r = relations(c * inner - inner, i, j, offset, column_count, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY, None)
     shift = 0.0
     if OWN_SHIFT:
         shift = row_factor(row_factors, S + T * S + T + q, i, row_count, BLOCK_ROWS)

@@ -1,9 +1,14 @@
-"""relation_kl's kernels: every program owns a block of rows, walks the columns and keeps all stages' sums.
+"""relation_kl's kernels: every program owns a block of rows, walks the columns and keeps its stages' sums.
 
 In base 2, with l = R·outer − shift, R = 2^((c − 1)·inner) off the diagonal and 0 on it, and U = 2^l:
 Z = Σ_j U, Q = Σ_j U^t (l^t − l^s), ℓ = ln2·(Q/Z^t + log2(Z^s/Z^t)). The shift is the bound ``outer`` of all logits,
-or each row's largest logit where sums under the bound could underflow. Where stages are alike the two terms of ℓ nearly
-cancel: so Q has the logits that U has, with their roundings, and V = Z^s − Z^t is summed beside Z.
+or each row's largest logit where sums under the bound could underflow. The rows are ``operands``, whose numbers h give
+c − 1 = x̂_i·x̂_j − h_i − h_j.
+
+Where stages are alike the two terms of ℓ nearly cancel. So with d = ln2·(l^s − l^t) there is also the sum of what is
+never negative, D = Σ_j U^t (e^d − 1 − d), and that of differences, V = Z^s − Z^t: of y = V/Z^t that is not large
+
+    ℓ = D/Z^t − (y − log(1 + y)).
 """
 
 import triton
@@ -18,183 +23,255 @@ from gkd_fast.kernels.common.tile import (
     divide_walk,
     edge_tile,
     inner_tile,
-    load_columns,
-    load_row_block,
+    load_block,
+    load_numbers,
     load_tile,
     load_vector,
     number,
+    pick,
     product,
     replace_edges,
     store_vector,
 )  # fmt: skip
 
+# Below these the series of e^d − 1 − d and of y − log(1 + y) take the place of differences.
+SMALL_LOGIT = tl.constexpr(0.35)
+SMALL_RATIO = tl.constexpr(0.125)
+MODERATE_RATIO = tl.constexpr(0.5)
+
 
 @triton.jit
 def relations(
-    c, i, j, offset, column_count, inner, MISSING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    POLYNOMIALS: tl.constexpr, EDGE: tl.constexpr = True,
+    exponents, i, j, offset, column_count, MISSING: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, POLYNOMIALS: tl.constexpr, EDGE: tl.constexpr = True,
 ):  # fmt: skip
-    """R of a tile of similarities: at an EDGE 0 on the diagonal, MISSING, unless that is 0, in missing columns.
+    """R of a tile of exponents (c − 1)·inner: at an EDGE 0 on the diagonal, MISSING in missing columns.
 
     EDGE None: found out when the kernel runs.
     """
-    r = bounded_exp2(c * inner - inner, POLYNOMIALS)
-    return replace_edges(r, i, j, offset, column_count, 0.0, MISSING, MISSING != 0, EDGE, BLOCK_ROWS, BLOCK_COLUMNS)
+    r = bounded_exp2(exponents, POLYNOMIALS)
+    return replace_edges(r, i, j, offset, column_count, 0.0, MISSING, True, EDGE, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
-def stage_rows(
-    rows, dims, i, count, STAGES: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, TYPE: tl.constexpr,
+def walked_relations(
+    own, level, columns, column_numbers, i, j, row_count, column_count, offset, inner, MISSING: tl.constexpr,
+    EDGE: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
-    """A program's own rows of every stage; none with STRIP."""
-    own = ()
-    if not STRIP:
-        for q in tl.static_range(STAGES):
-            own = own + (load_row_block(rows[q], i, count, dims[q], BLOCK_ROWS, WIDTH, TYPE, ALIGNED),)
-    return own
+    """R of a stage's tile at (i, j), and its block of columns; ``level`` is the rows' h·inner.
+
+    With STRIP ``columns`` are the products themselves, [row_count, column_count].
+    """
+    if STRIP:
+        other = load_tile(columns, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        c = other
+    else:
+        other = load_block(columns, j, BLOCK_COLUMNS, WIDTH)
+        c = product(own, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * inner)[None, :]
+    r = relations(c * inner - near, i, j, offset, column_count, MISSING, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+    return r, other
+
+
+@triton.jit
+def own_rows(rows, i, STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's own rows of a stage; none with STRIP."""
+    if STRIP:
+        return 0.0
+    else:
+        return load_block(rows, i, BLOCK_ROWS, WIDTH)
+
+
+@triton.jit
+def divergence(d, u, v):
+    """u (e^d − 1 − d) ≥ 0 with u e^d = v: small d by the series, 5e-7 near, as a difference would be roundings."""
+    direct = v - u - u * d
+    if u.dtype == tl.float64:
+        return direct
+    else:
+        p = d * (1 / 5040) + 1 / 720
+        p = p * d + 1 / 120
+        p = p * d + 1 / 24
+        p = p * d + 1 / 6
+        p = p * d + 1 / 2
+        square = d * d
+        return tl.where(square < SMALL_LOGIT * SMALL_LOGIT, u * (square * p), direct)
 
 
 @triton.jit
 def add_sums(
-    total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S: tl.constexpr,
-    T: tl.constexpr, EDGE: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    POLYNOMIALS: tl.constexpr,
+    total, own, levels, columns, column_numbers, shift, i, j, row_count, column_count, offset, inner, outer,
+    TEACHERS: tl.constexpr, EDGE: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """The sums with those of the tile at (i, j) added."""
-    students = ()
     of_stages = ()
     of_pairs = ()
-    for q in tl.static_range(S + T):
-        if STRIP:
-            c = load_tile(columns[q], i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-        else:
-            other = load_columns(columns[q], j, column_count, dims[q], BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
-            c = product(own[q], tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-        r = relations(c, i, j, offset, column_count, inner, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
+    for q in tl.static_range(1 + TEACHERS):
+        r, _ = walked_relations(
+            own[q], levels[q], columns[q], column_numbers[q], i, j, row_count, column_count, offset, inner, NOWHERE,
+            EDGE, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION, POLYNOMIALS,
+        )  # fmt: skip
         logits = r * outer - shift[q]
         weights = tl.exp2(logits)
-        z = tl.sum(weights, 1)
-        of_stages = of_stages + (total[q] + z,)
-        if q < S:
-            students = students + ((logits, z),)
+        of_stages = of_stages + (total[q] + tl.sum(weights, 1),)
+        if q == 0:
+            student_logits = logits
         else:
-            for s in tl.static_range(S):
-                divergence = tl.sum(weights * (logits - students[s][0]), 1)
-                of_pairs = of_pairs + (total[S + T + len(of_pairs)] + divergence,)
-                of_pairs = of_pairs + (total[S + T + len(of_pairs)] + (students[s][1] - z),)
+            # Made again, so that its registers are not held beside the logits'.
+            student = tl.exp2(student_logits)
+            x = student_logits - logits
+            before = of_pair(total, TEACHERS, q)
+            of_pairs = of_pairs + (
+                before[0] - tl.sum(weights * x, 1),
+                before[1] + tl.sum(student - weights, 1),
+                before[2] + tl.sum(divergence(x * LN2, weights, student), 1),
+            )
     return of_stages + of_pairs
 
 
 @triton.constexpr_function
-def num_sums(S, T):
-    """Sums of the forward: Z [S + T], and Q and V of every pair [T, S, 2]."""
-    return S + T + 2 * S * T
+def num_sums(teachers):
+    """Sums of a student and so many teachers: Z of each, and Q, V and D of every pair."""
+    return 1 + teachers + 3 * teachers
 
 
 @triton.jit
-def pair_loss(q, student_z, teacher_z, v):
-    """ℓ = ln2·(Q/Z^t + log2(Z^s/Z^t)); near 1 the quotient's logarithm is 2 artanh(V/(Z^s + Z^t)). Not below 0."""
-    ratio = tl.log2(student_z / teacher_z) * LN2
-    if q.dtype != tl.float64:
-        x = v / (student_z + teacher_z)
-        square = x * x
-        near = 2 * x * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7))))
-        ratio = tl.where(tl.abs(x) < 1 / 8, near, ratio)
-    loss = q / teacher_z * LN2 + ratio
+def of_pair(total, TEACHERS: tl.constexpr, q: tl.constexpr):
+    """Q, V and D of a group's teacher at place q."""
+    return total[1 + TEACHERS + 3 * (q - 1) : 1 + TEACHERS + 3 * q]
+
+
+@triton.jit
+def pair_loss(q, student_z, teacher_z, v, d):
+    """ℓ, not below 0."""
+    loss = q / teacher_z * LN2 + tl.log2(student_z / teacher_z) * LN2
+    y = v / teacher_z
+    # y − log(1 + y) = y x − 2 x³ (1/3 + x²/5 + x⁴/7 + …)
+    x = y / (2 + y)
+    square = x * x
+    series = y * x - 2 * x * square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9))))
+    if q.dtype == tl.float64:
+        excess = y - tl.log(1 + y)
+    else:
+        excess = tl.where(tl.abs(y) < SMALL_RATIO, series, y - tl.log2(1 + y) * LN2)
+    loss = tl.where(tl.abs(y) < MODERATE_RATIO, d / teacher_z - excess, loss)
     return tl.where(loss < 0, 0.0, loss)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_sums(
-    rows, columns, dims, sums, shifts, losses, student_log_sums, teacher_log_sums, first_row, row_count, column_count,
-    offset, parts, accumulate, is_last, loss_row_stride, loss_stride, inner: tl.float64, outer: tl.float64,
-    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    rows, row_numbers, columns, column_numbers, sums, shifts, losses, student_log_sums, teacher_log_sums, row_count,
+    column_count, offset, parts, accumulate, is_last, stride, inner: tl.float64, outer: tl.float64, S: tl.constexpr,
+    T: tl.constexpr, TEACHERS: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
-    """sums[part, k, i] over the part's columns, in ``num_sums``' order.
+    """sums[part, group, k, i] over the part's columns, in ``num_sums``' order; a group is a student and teachers.
 
-    The rows are those from ``first_row``. With STRIP the columns are strips of similarities [row_count, column_count].
+    stride: that of the log-sums' and shifts' stages. With STRIP the columns are strips of products.
     """
-    i = first_row + tl.program_id(0) * BLOCK_ROWS
-    part = tl.program_id(1)
+    i = tl.program_id(0) * BLOCK_ROWS
+    part, group = tl.program_id(1), tl.program_id(2)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     inner, outer = number(inner, SUM), number(outer, SUM)
-    own = stage_rows(rows, dims, i - first_row, row_count - first_row, S + T, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, TYPE)
+    own = ()
+    levels = ()
+    others = ()
+    other_numbers = ()
     shift = ()
-    total = ()
-    for q in tl.static_range(S + T):
+    for q in tl.static_range(1 + TEACHERS):
+        stage = stage_of(group, q, S, T, TEACHERS)
+        own = own + (own_rows(pick(rows, stage), i, STRIP, BLOCK_ROWS, WIDTH),)
+        levels = levels + (load_numbers(pick(row_numbers, stage), i, BLOCK_ROWS) * inner,)
+        others = others + (pick(columns, stage),)
+        other_numbers = other_numbers + (pick(column_numbers, stage),)
         if OWN_SHIFT:
-            shift = shift + (load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)[:, None],)
+            shift = shift + (load_vector(shifts + number(stage, tl.int64) * stride, i, row_count, BLOCK_ROWS)[:, None],)
         else:
             shift = shift + (outer,)
-    for _ in tl.static_range(num_sums(S, T)):
+    total = ()
+    for _ in tl.static_range(num_sums(TEACHERS)):
         total = total + (tl.zeros([BLOCK_ROWS], SUM),)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in range(0, whole - crossed):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
-        total = add_sums(total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S, T,
-                         False, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        total = add_sums(total, own, levels, others, other_numbers, shift, i, j, row_count, column_count, offset, inner,
+                         outer, TEACHERS, False, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION,
                          POLYNOMIALS)  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
-        total = add_sums(total, own, columns, dims, shift, i, j, row_count, column_count, offset, inner, outer, S, T,
-                         True, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        total = add_sums(total, own, levels, others, other_numbers, shift, i, j, row_count, column_count, offset, inner,
+                         outer, TEACHERS, True, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION,
                          POLYNOMIALS)  # fmt: skip
+    place = sums + (part * tl.num_programs(2) + group) * number(row_count, tl.int64) * num_sums(TEACHERS)
     complete = ()
-    for k in tl.static_range(num_sums(S, T)):
-        before = sums + (part * num_sums(S, T) + k) * number(row_count, tl.int64)
-        complete = complete + (total[k] + load_vector(before, i, row_count * accumulate, BLOCK_ROWS),)
+    for k in tl.static_range(num_sums(TEACHERS)):
+        before = load_vector(place + k * number(row_count, tl.int64), i, row_count * accumulate, BLOCK_ROWS)
+        complete = complete + (total[k] + before,)
     if (is_last != 0) & (parts == 1):
-        store_losses(complete, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride,
-                     loss_stride, outer, S, T, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
+        store_losses(complete, shifts, losses, student_log_sums, teacher_log_sums, group, i, row_count, stride, outer,
+                     S, T, TEACHERS, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
     else:
-        for k in tl.static_range(num_sums(S, T)):
-            out = sums + (part * num_sums(S, T) + k) * number(row_count, tl.int64)
-            store_vector(out, complete[k], i, row_count, BLOCK_ROWS)
+        for k in tl.static_range(num_sums(TEACHERS)):
+            store_vector(place + k * number(row_count, tl.int64), complete[k], i, row_count, BLOCK_ROWS)
+
+
+@triton.jit
+def stage_of(group, q: tl.constexpr, S: tl.constexpr, T: tl.constexpr, TEACHERS: tl.constexpr):
+    """The stage at place q of a group; a last group that is not full has its last teacher several times."""
+    GROUPS: tl.constexpr = (T + TEACHERS - 1) // TEACHERS
+    if q == 0:
+        return group // GROUPS
+    else:
+        return S + tl.minimum(group % GROUPS * TEACHERS + (q - 1), T - 1)
 
 
 @triton.jit
 def store_losses(
-    total, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride, loss_stride, outer,
-    S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    total, shifts, losses, student_log_sums, teacher_log_sums, group, i, row_count, stride, outer, S: tl.constexpr,
+    T: tl.constexpr, TEACHERS: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The losses and log-sums of a block of rows, from sums in ``num_sums``' order."""
-    row = tl.arange(0, BLOCK_ROWS)
-    for q in tl.static_range(S + T):
+    """The losses and log-sums of a group's block of rows, from sums in ``num_sums``' order.
+
+    Every group of a stage has the same log-sums of it, to the bit.
+    """
+    row = i + tl.arange(0, BLOCK_ROWS)
+    student = stage_of(group, 0, S, T, TEACHERS)
+    for q in tl.static_range(1 + TEACHERS):
+        stage = stage_of(group, q, S, T, TEACHERS)
         shift = outer
         if OWN_SHIFT:
-            shift = load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
+            shift = load_vector(shifts + number(stage, tl.int64) * stride, i, row_count, BLOCK_ROWS)
         log_z = log_sum(total[q], shift)
-        if q < S:
-            store_vector(student_log_sums + q * number(row_count, tl.int64), log_z, i, row_count, BLOCK_ROWS)
+        if q == 0:
+            store_vector(student_log_sums + number(stage, tl.int64) * stride, log_z, i, row_count, BLOCK_ROWS)
         else:
-            store_vector(teacher_log_sums + (q - S) * number(row_count, tl.int64), log_z, i, row_count, BLOCK_ROWS)
-            for s in tl.static_range(S):
-                of_pair = total[S + T + 2 * ((q - S) * S + s) : S + T + 2 * ((q - S) * S + s) + 2]
-                loss = pair_loss(of_pair[0], total[s], total[q], of_pair[1])
-                place = (i + row).to(tl.int64) * loss_row_stride + s * loss_stride + (q - S)
-                tl.store(losses + place, loss, mask=row < row_count - i)
+            store_vector(teacher_log_sums + number(stage - S, tl.int64) * stride, log_z, i, row_count, BLOCK_ROWS)
+            sums = of_pair(total, TEACHERS, q)
+            loss = pair_loss(sums[0], total[0], total[q], sums[1], sums[2])
+            place = row.to(tl.int64) * (S * T) + (student * T + (stage - S))
+            tl.store(losses + place, loss, mask=row < row_count)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_losses(
-    sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, parts, loss_row_stride, loss_stride,
-    outer: tl.float64, S: tl.constexpr, T: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    sums, shifts, losses, student_log_sums, teacher_log_sums, row_count, parts, stride, outer: tl.float64,
+    S: tl.constexpr, T: tl.constexpr, TEACHERS: tl.constexpr, OWN_SHIFT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
     """The losses from the sums of several parts, added in the order of the parts."""
-    i = tl.program_id(0) * BLOCK_ROWS
+    i, group = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
     total = ()
-    for _ in tl.static_range(num_sums(S, T)):
+    for _ in tl.static_range(num_sums(TEACHERS)):
         total = total + (tl.zeros([BLOCK_ROWS], SUM),)
     for part in range(parts):
+        place = sums + (part * tl.num_programs(1) + group) * number(row_count, tl.int64) * num_sums(TEACHERS)
         new = ()
-        for k in tl.static_range(num_sums(S, T)):
-            of_part = sums + (part * num_sums(S, T) + k) * number(row_count, tl.int64)
-            new = new + (total[k] + load_vector(of_part, i, row_count, BLOCK_ROWS),)
+        for k in tl.static_range(num_sums(TEACHERS)):
+            of_part = load_vector(place + k * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)
+            new = new + (total[k] + of_part,)
         total = new
-    store_losses(total, shifts, losses, student_log_sums, teacher_log_sums, i, row_count, loss_row_stride, loss_stride,
-                 number(outer, SUM), S, T, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip
+    store_losses(total, shifts, losses, student_log_sums, teacher_log_sums, group, i, row_count, stride,
+                 number(outer, SUM), S, T, TEACHERS, OWN_SHIFT, BLOCK_ROWS)  # fmt: skip

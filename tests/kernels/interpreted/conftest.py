@@ -51,7 +51,8 @@ class Division:
         if name == "pieces":
             self.monkeypatch.setattr(launch, "COLUMN_BYTES", 1)
             self.monkeypatch.setattr(launch, "COLUMN_MULTIPLE", 16)
-            self.monkeypatch.setattr(launch, "ROWS_AT_A_TIME", 16)
+            self.monkeypatch.setattr(relation_kl, "SLOT_BYTES", 1)
+            self.monkeypatch.setattr(relation_kl, "ROW_MULTIPLE", 16)
         if name == "strips":
             for constant, value in {"LEAST": 16, "MOST_ROWS": 16, "STRIP_BYTES": 1}.items():
                 self.monkeypatch.setattr(strips, constant, value)

@@ -21,6 +21,22 @@ FUNCTIONS = {
     "graph_conv row": partial(functional.graph_conv, bandwidth="auto", normalization="row"),
 }
 LOSSES = {name: of_one_pair(getattr(functional, name)) for name in ("relation_kl", "node_contrast")}
+
+
+def with_a_bank(student, teacher, backend):
+    bank = tuple([x.detach().roll(1, 1)] for x in (student, teacher))
+    return functional.relation_kl([student], [teacher], backend=backend, bank=bank)
+
+
+def of_four_pairs(student, teacher, backend):
+    students, teachers = [student, student.roll(1, 0)], [teacher, teacher.roll(2, 1)]
+    return functional.relation_kl(students, teachers, backend=backend)
+
+
+RELATIONS = {
+    "relation_kl": LOSSES["relation_kl"], "relation_kl with a bank": with_a_bank,
+    "relation_kl of four pairs": of_four_pairs,
+}  # fmt: skip
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -35,7 +51,7 @@ def largest_errors(name: str, cosine: float, tiles: dict, results) -> list[float
     """Of every result, relative to its largest entry, with products in bfloat16."""
     inputs = alike(2, cosine)
     single = [x.detach().float().requires_grad_() for x in inputs]
-    function = (FUNCTIONS | LOSSES)[name]
+    function = (FUNCTIONS | LOSSES | RELATIONS)[name]
     shape = function(*inputs, backend="reference").shape
     upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     truth = results(function, inputs, upstream, backend="reference")
@@ -65,3 +81,13 @@ def test_second_order(name, cosine, division):
 @pytest.mark.parametrize("cosine", [0, 0.9, 0.99])
 def test_losses_of_small_batches(name, cosine, division):
     assert max(largest_errors(name, cosine, division("small"), values_and_gradients)) <= 1e-2
+
+
+@pytest.mark.parametrize("cosine", [0, 0.9, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize(
+    ("name", "divided"),
+    [("relation_kl", "small"), ("relation_kl", "strips"), ("relation_kl with a bank", "programs"),
+     ("relation_kl of four pairs", "programs")],
+)  # fmt: skip
+def test_relations_of_batches_of_any_size(name, cosine, divided, division):
+    assert max(largest_errors(name, cosine, division(divided), values_and_gradients)) <= 1e-2
