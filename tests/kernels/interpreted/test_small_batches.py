@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from gkd_fast.kernels import OPS
+from gkd_fast.kernels.common import small, table
 
 from .judge import features, values_and_gradients
 from .test_graph_conv import graph_conv
@@ -13,7 +14,7 @@ from .test_node_contrast import node_contrast
 from .test_relation_kl import relation_kl
 
 # Operations of PyTorch that launch nothing: allocations and views.
-FREE = ("empty", "new_empty", "empty_like", "detach", "expand", "select", "slice", "unsqueeze", "t", "view")
+FREE = ("alias", "empty", "new_empty", "empty_like", "detach", "expand", "select", "slice", "unsqueeze", "t", "view")
 PRECISIONS = ("float32", "float16")
 
 
@@ -73,6 +74,20 @@ def test_relation_kl_is_one_launch_and_its_gradients_too(launches, precision, di
         upstream = torch.rand_like(results[0])
         names, gradients = launches("relation_kl_backward", upstream, students, teachers, *results, *options, needs)
         assert names == ["relation_small_gradients"] and len(gradients) == sum(needs)
+
+
+@pytest.mark.parametrize(("S", "T"), [(1, 1), (2, 3)])
+def test_relation_kl_of_larger_batches_takes_as_many_launches_whatever_the_stages(launches, monkeypatch, S, T):
+    monkeypatch.setattr(small, "SMALL_BATCH", 0)
+    units, options = unit_rows(launches, S + T, 9, "bfloat16"), (0.1, 1.0, "bfloat16")
+    students, teachers = units[:S], units[S:]
+    with table.forced(16, 16):
+        names, results = launches("relation_kl", students, teachers, *options)
+        assert names == ["row_sums", "round_rows", "relation_sums"]
+        arguments = torch.rand_like(results[0]), students, teachers, *results, *options
+        names, _ = launches("relation_kl_backward", *arguments, [True] * (S + T))
+    added = ["add_slots"] if S * T > 1 else []
+    assert names == ["relation_factors", "row_sums", "round_rows", "relation_gradients", *added]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
