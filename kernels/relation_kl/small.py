@@ -51,8 +51,17 @@ def relation_small_losses(
     teacher = small_relations(rows, dims, S + t, i, 0, count, inner, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
                               PRECISION)  # fmt: skip
     logits, z, teacher_log_sum = logits_and_sums(teacher, outer)
-    u, v, x = tl.exp2(logits), tl.exp2(student_logits), student_logits - logits
-    loss = pair_loss(-tl.sum(u * x, 1), student_z, z, tl.sum(v - u, 1), tl.sum(divergence(x * LN2, u, v), 1))
+    u, x = tl.exp2(logits), student_logits - logits
+    q = -tl.sum(u * x, 1)
+    if SUM == tl.float64:
+        # Differences have digits enough, and tiles fewer registers.
+        v = student_z - z
+        d = v + q * LN2
+    else:
+        student_u = tl.exp2(student_logits)
+        v = tl.sum(student_u - u, 1)
+        d = tl.sum(divergence(x * LN2, u, student_u), 1)
+    loss = pair_loss(q, student_z, z, v, d)
     row = i + tl.arange(0, BLOCK_ROWS)
     tl.store(losses + row * (S * T) + tl.program_id(1), loss, mask=row < count)
     if t == 0:
