@@ -6,6 +6,7 @@ from bench.gpu import devices
 
 SMALL_BATCH = 256  # gkd_fast.kernels.common.small's, which needs Triton
 COPIED_TYPES = {"bfloat16": 2, "float16": 2}  # columns are copied in the product's type, of so many bytes
+PLANNED = ("relation_kl", "node_contrast", "graph_conv", "unit_rows")
 # What is timed: forward; forward and backward; these and the double backward.
 DIRECTIONS = ("forward", "backward", "double backward")
 
@@ -35,7 +36,9 @@ class Plan:
 
 
 def plan(work: Work) -> Plan:
-    """Of one direction alone; gradients to students, or to nodes and messages."""
+    """Of one direction alone; gradients to students, or to nodes and messages. Empty for ops that are not timed."""
+    if work.op not in PLANNED:
+        return Plan()
     if work.direction == "double backward":
         return second_order_plan(work)
     return small_plan(work) if work.batch <= SMALL_BATCH else large_plan(work)
