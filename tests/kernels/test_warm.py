@@ -8,8 +8,8 @@ from pathlib import Path
 # Of a step of two stages each, docs/developers/kernels.md; the first step looks at diagnostics too.
 MOST_COMPILED, MOST_LAUNCHED = 21, 15
 
-# Of three stages each above what the kernels of small batches take: all that is graph_conv's, and the rows' norms.
-MOST_OF_GRAPHS = 25
+# Of three stages each above what the kernels of small batches take.
+MOST_OF_A_LARGE_BATCH = 37
 
 STAGES = "--stages=16,24 --teacher-stages=24,32 --embed-dim=32"
 
@@ -76,9 +76,9 @@ with offline("sm_90"):
         with torch.autocast("cpu", torch.bfloat16):
             loss = criterion(students, teachers, torch.randint(0, 7, (300,)))
         loss.backward()
-print(sum(not name.startswith(("contrast", "relation")) for name in launched))
+print(len(launched))
 """
 
 
-def test_stages_of_a_large_batch_share_the_launches_of_their_graphs(tmp_path):
-    assert int(run("-c", COUNT, cache=tmp_path)) <= MOST_OF_GRAPHS
+def test_stages_and_pairs_of_a_large_batch_share_their_launches(tmp_path):
+    assert int(run("-c", COUNT, cache=tmp_path)) <= MOST_OF_A_LARGE_BATCH

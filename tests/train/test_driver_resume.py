@@ -31,7 +31,7 @@ MOMENTS = {
     "hypergradient": (UnrolledSGD, "hypergradient", 3),
     "save, before the driver's state": (checkpoint.torch, "save", 9),
     "save, before the manifest": (checkpoint, "_describe", 6),
-    "save, before the rename": (checkpoint.os, "replace", 3),
+    "save, before the rename": (checkpoint.os, "replace", 4),
     "save, after the rename": (checkpoint, "_checkpoints", 4),
     "end of the epoch, after the metrics": (Run, "_save", 2),
     "writing the weights": (Run, "_pair_weight_change", 1),
