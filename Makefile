@@ -25,9 +25,9 @@ test: install
 	$(BIN)/python -m pytest -n $(WORKERS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels
 
-# Every kernel's default configuration, compiled for every architecture; needs no GPU.
+# Every kernel's default configuration, compiled for every architecture, or CASES='sm_90 and bfloat16' of them; needs no GPU.
 test-kernels: install
-	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py
+	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py $(if $(CASES),-k '$(CASES)')
 
 # The oldest PyTorch and Triton, in an environment and a copy of the sources of their own, since the extension is built
 # for one PyTorch: the tests of the ops and of the loss, all kernels interpreted, and Hopper's compiled.
