@@ -9,20 +9,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from gkd_fast import functional, losses
 
 from .ops_cases import D64, requires_cpp, same_bits, threads
+from .test_relations import BACKENDS, PER_SAMPLE
 
-LOSSES = {
-    "pkt": functional.pkt,
-    "rkd_distance": functional.rkd_distance,
+LOSSES = PER_SAMPLE | {
     "rkd_angle": functional.rkd_angle,
-    "similarity_preserving": functional.similarity_preserving,
-    "similarity_preserving, norm 2": partial(functional.similarity_preserving, norm=2),
-    "correlation_bilinear": partial(functional.correlation_congruence, squared=True),
-    "correlation_gaussian": partial(functional.correlation_congruence, kernel="gaussian", squared=True),
     "info_nce": partial(functional.info_nce, temperature=0.3),
     "info_nce, one-sided": partial(functional.info_nce, temperature=0.3, symmetric=False),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
-BACKENDS = ["reference", pytest.param("cpp", marks=requires_cpp)]
 
 
 def tokens(samples: int, count: int, name: str = "", dtype=D64, seed: int = 0) -> list[torch.Tensor]:

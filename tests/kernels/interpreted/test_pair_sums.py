@@ -5,32 +5,19 @@ from functools import partial
 import pytest
 import torch
 
-from gkd_fast import functional, reference
+from gkd_fast import functional
 from gkd_fast.kernels.common import table
 from tests.ops_cases import DTYPES, check, rows
 from tests.second_order_cases import second_order
-from tests.test_relations import KINDS, pair_problem, published, whole_batch_and_row_sets
+from tests.test_relations import DEFINITIONS, KINDS, PER_SAMPLE, pair_problem, published, whole_batch_and_row_sets
 
 from .judge import features, judge
 
-LOSSES = {
-    "pkt": functional.pkt,
-    "rkd_distance": functional.rkd_distance,
-    "similarity_preserving": functional.similarity_preserving,
-    "correlation_gaussian": partial(functional.correlation_congruence, kernel="gaussian", squared=True),
-    "correlation_gaussian of order 5": partial(
-        functional.correlation_congruence, kernel="gaussian", gamma=0.7, order=5, squared=True
-    ),
-}
-DEFINITIONS = {
-    "pkt": reference.pkt,
-    "rkd_distance": reference.rkd_distance,
-    "similarity_preserving": reference.similarity_preserving,
-    "correlation_gaussian": partial(reference.correlation_congruence, kernel="gaussian"),
-}
-LOSSES = {name: partial(loss, reduction="none") for name, loss in LOSSES.items()}
+# The losses whose tiles are kernels; the others are D×D forms.
+KERNELS = ("pkt", "rkd_distance", "similarity_preserving", "correlation_gaussian", "correlation_gaussian of order 5")
+LOSSES = {name: partial(PER_SAMPLE[name], reduction="none") for name in KERNELS}
 each_loss = pytest.mark.parametrize("name", LOSSES)
-each_definition = pytest.mark.parametrize("name", DEFINITIONS)
+each_definition = pytest.mark.parametrize("name", KERNELS)
 
 
 @pytest.mark.parametrize("name", ["pkt", "rkd_distance", "similarity_preserving", "correlation_gaussian"])
