@@ -22,8 +22,10 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize(("path", "code"), BLOCKS)
-def test_example(path, code, monkeypatch):
-    for name in re.findall(r"^from (torchvision|sklearn)", code, flags=re.MULTILINE):
+def test_example(path, code, monkeypatch, tmp_path):
+    for name in re.findall(
+        r"^(?:from|import) (torchvision|sklearn|lightning|transformers|accelerate)", code, re.MULTILINE
+    ):
         pytest.importorskip(name)
     if "gkd_fast.train" in code:
         pytest.importorskip("sklearn")
@@ -32,6 +34,7 @@ def test_example(path, code, monkeypatch):
         port = free.getsockname()[1]
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))  # as torchrun does
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(code, str(path), "exec"), names)
     assert names.get("loss") is None or names["loss"].isfinite()
