@@ -1,6 +1,7 @@
 """The documents' Python runs as it stands, each block alone."""
 
 import re
+import shlex
 import socket
 from pathlib import Path
 
@@ -38,3 +39,26 @@ def test_example(path, code, monkeypatch, tmp_path):
     names = {}
     exec(compile(code, str(path), "exec"), names)
     assert names.get("loss") is None or names["loss"].isfinite()
+
+
+def commands() -> list:
+    """Every line of the documents' blocks that calls the driver, with the values that a shell would put in."""
+    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md"] if DOCS.exists() else []
+    found = []
+    for page in sorted(pages):
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^ *gkd-train .*$", text, flags=re.MULTILINE):
+            line = re.sub(r"\$method\b", "kd", line)
+            found.append(pytest.param(re.sub(r"\$\w+", "64", line), id=f"{page.name}-{len(found)}"))
+    return found
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_is_one_that_the_driver_takes(line, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    from gkd_fast.train import cli
+
+    monkeypatch.chdir(DOCS.parent)
+    command, config, weights = cli.read_arguments(shlex.split(line, comments=True)[1:])
+    assert command in line and (weights is not None) == (command == "evaluate")
+    assert command != "student" or config.method in line
