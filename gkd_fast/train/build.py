@@ -87,9 +87,10 @@ def build_distiller(
     if method.relations:
         if several and method.relations == "rkd":
             raise TrainError(f"method {method_name} runs in one process: its angles are those of one process's samples")
+        weight = getattr(config.distillation.relation_weights, method.relations.replace("-", "_"))
         widths = student.feature_dims[-1], teacher.feature_dims[-1]
         with random_stream(config.seed, "relations"):
-            extra_losses["relations"] = Relations(method.relations, *widths, config.graph.backend, group)
+            extra_losses["relations"] = Relations(method.relations, weight, *widths, config.graph.backend, group)
     if method.graph:
         criterion = build_criterion(config, student, teacher, splits.num_classes, method.convolution, group)
     if method.meta:

@@ -94,16 +94,40 @@ class TrainingConfig:
 
 
 @dataclass
+class RelationWeights:
+    """Factors of the losses over relations, alone and beside kd.
+
+    Args:
+        sp: of similarity_preserving with norm 2; the paper's.
+        cc: of correlation_congruence with its Gaussian kernel.
+        pkt: of pkt; what is usual.
+        rkd: of 25 rkd_distance + 50 rkd_angle, which are the paper's.
+        info_nce: of info_nce in both directions.
+    """
+
+    sp: float = 3000.0
+    cc: float = 100.0
+    pkt: float = 30000.0
+    rkd: float = 1.0
+    info_nce: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, *(f.name for f in dataclasses.fields(self)))
+
+
+@dataclass
 class DistillationConfig:
-    """Distillation of the logits.
+    """What is distilled beside the graph terms.
 
     Args:
         temperature: of the softened class probabilities.
-        kd_weight: factor of the divergence; temperature² keeps its gradient's size.
+        kd_weight: factor of the logits' divergence; temperature² keeps its gradient's size.
+        relation_weights: factors of the losses over relations.
     """
 
     temperature: float = 3.0
     kd_weight: float = 9.0
+    relation_weights: RelationWeights = field(default_factory=RelationWeights)
 
     def __post_init__(self) -> None:
         _above(self, 0, "temperature")
@@ -216,7 +240,7 @@ class Config:
         teacher_training: how the teacher is trained.
         student_network: the student.
         student_training: how the student is trained.
-        distillation: logit distillation.
+        distillation: logit distillation and losses over relations.
         graph: graph terms.
         meta: meta-network.
         compare: of the command compare.

@@ -49,23 +49,28 @@ METHODS = {
     **{f"kd+{name}": Method(graph=False, relations=name) for name in RELATION_NAMES},
 }
 
-# Weights of the losses over relations: the papers' for sp and rkd (25 and 50, in the loss), what is usual for pkt, and
-# for cc one that brings a norm over B² to the other terms' size at a batch of 64.
-RELATION_WEIGHTS = {"sp": 3000.0, "cc": 100.0, "pkt": 30000.0, "rkd": 1.0, "info-nce": 1.0}
-
 
 class Relations(nn.Module):
     """The weighted loss over the batch's relations in the last stage of both networks.
 
     Args:
         name: one of RELATION_NAMES.
+        weight: factor of the loss.
         student_dim: width of the student's last stage.
         teacher_dim: of the teacher's.
         backend: as in :mod:`gkd_fast.functional`.
         process_group: the samples of all its ranks are the batch; angles know none.
     """
 
-    def __init__(self, name: str, student_dim: int, teacher_dim: int, backend: str, process_group: Group = None):
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        student_dim: int,
+        teacher_dim: int,
+        backend: str,
+        process_group: Group = None,
+    ):
         super().__init__()
         options = {"backend": backend, "process_group": process_group}
         make = {
@@ -76,7 +81,7 @@ class Relations(nn.Module):
             "info-nce": lambda: losses.InfoNCE(student_dim, teacher_dim, **options),
         }
         self.loss = make[name]()
-        self.weight = RELATION_WEIGHTS[name]
+        self.weight = weight
 
     def forward(self, student_features: list[Tensor], teacher_features: list[Tensor]) -> Tensor:
         """The loss of the stages' features."""

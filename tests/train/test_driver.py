@@ -71,6 +71,18 @@ def test_arms_train_on_their_terms(tiny, batch, method):
         assert any(not torch.equal(p, q) for p, q in zip(distiller.pair_weights.parameters(), weights))
 
 
+@pytest.mark.parametrize("name", RELATION_NAMES)
+def test_losses_over_relations_have_the_weights_that_are_set(tiny, batch, name):
+    option = f"--distillation.relation_weights.{name.replace('-', '_')}"
+    chosen = cli.read_arguments(["student", option, "0.25"])[1].distillation
+    published = distiller_for(tiny, name).module
+    weighted = distiller_for(replace(tiny, distillation=chosen), f"kd+{name}").module
+    factor = published.extra_losses["relations"].weight / 0.25
+    terms = [module.terms(*batch)[0]["relations"] for module in (published, weighted)]
+    torch.testing.assert_close(terms[0], factor * terms[1])
+    assert factor >= 4
+
+
 def test_arms_start_alike(tiny):
     distillers = {method: distiller_for(tiny, method) for method in METHOD_NAMES}
     first = distillers["gkd"]
