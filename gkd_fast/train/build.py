@@ -12,7 +12,7 @@ from gkd_fast.train.data import Splits
 from gkd_fast.train.engine import Distiller
 from gkd_fast.train.methods import METHODS, Relations, stream_seed
 from gkd_fast.train.models import StagedNetwork, build_network, load_weights
-from gkd_fast.train.models.named import imported
+from gkd_fast.train.own import imported
 
 
 @contextlib.contextmanager

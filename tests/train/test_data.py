@@ -327,7 +327,7 @@ def test_imagefolder_with_other_classes_in_test_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"name": "mnist"}, "data name must be one of digits, .*'mnist'"),
+        ({"name": "mnist"}, "data name must be digits, .* or MODULE:CLASS, got 'mnist'"),
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
         ({"noise": float("nan")}, "noise must be at least 0, got nan"),
         ({"validation_share": 0.0}, "validation_share must be between 0 and 1, got 0.0"),

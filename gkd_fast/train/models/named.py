@@ -1,6 +1,5 @@
 """Models of timm, and one's own by import path, as staged networks: ``timm/NAME``, ``package.module:function``."""
 
-import importlib
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from gkd_fast._probe import pools_and_widths
 from gkd_fast.features import StageFeatures
 from gkd_fast.train.models.staged import StagedNetwork, StageOutputs
+from gkd_fast.train.own import imported
 
 # As many stages as the usual pyramids have.
 STAGES = 4
@@ -73,12 +73,3 @@ def own_network(
     if stages is None:
         raise ValueError(f"{path} has no default stages: name some of its modules with stages")
     return NamedNetwork(path, imported(path)(num_classes=num_classes), sample_shape, stages)
-
-
-def imported(path: str):
-    """What ``package.module:name`` names; ValueError where there is none."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be imported: {error}") from error
