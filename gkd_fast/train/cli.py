@@ -29,9 +29,12 @@ SHORT_NAMES = {
     "--download": "--data.download",
     "--micro-batch": "--micro_batch",
     "--limit-batches": "--limit_batches",
+    "--log-with": "--log_with",
     "--methods": "--compare.methods",
     "--seeds": "--compare.seeds",
 }
+# Options that take several words, apart or with commas between them.
+LISTS = ("--compare.methods", "--log_with")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,19 +100,20 @@ def make_parser() -> ArgumentParser:
 
 
 def _spelt_out(arguments: list[str]) -> list[str]:
-    """The arguments with short names replaced; ``--download`` needs no value, ``--methods`` takes several words."""
+    """The arguments with short names replaced; ``--download`` needs no value, those of LISTS take several words."""
     full: list[str] = []
-    taking_words = False
-    for argument in arguments:
-        if taking_words and not argument.startswith("-"):
-            full[-1] += argument if full[-1].endswith("=") else f",{argument}"
-            continue
-        name, equals, value = argument.partition("=")
-        taking_words = name == "--methods" and not equals
-        if name not in SHORT_NAMES:
-            full.append(argument)
-        elif name == "--download" and not equals:
-            full.append(f"{SHORT_NAMES[name]}=true")
+    rest = list(arguments)
+    while rest:
+        short, equals, value = rest.pop(0).partition("=")
+        name = SHORT_NAMES.get(short, short)
+        if name in LISTS:
+            words = [value] if equals else []
+            while not equals and rest and not rest[0].startswith("-"):
+                words.append(rest.pop(0))
+            value = ",".join(words)
+            full.append(f"{name}={value}" if value.startswith("[") else f"{name}=[{value}]")
+        elif short == "--download" and not equals:
+            full.append(f"{name}=true")
         else:
-            full.append(SHORT_NAMES[name] + ("=" if taking_words else equals) + value)
+            full.append(name + equals + value)
     return full

@@ -2,11 +2,15 @@
 
 import os
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration
 
 from gkd_fast.train.config import Config, TrainError
+from gkd_fast.train.files import TRACKERS_FOLDER
 
 # Step times kept for the medians.
 KEPT_TIMES = 500
@@ -17,12 +21,24 @@ def make_accelerator(config: Config) -> Accelerator:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     choose_cuda_device(config.device)
+    _check_trackers(config.log_with)
     try:
         return Accelerator(
-            cpu=config.device == "cpu", mixed_precision={"fp32": "no"}.get(config.precision, config.precision)
+            cpu=config.device == "cpu",
+            mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            log_with=config.log_with or None,
+            project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / TRACKERS_FOLDER)),
         )
     except ValueError as error:
         raise TrainError(f"precision {config.precision} cannot be had here: {error}") from None
+
+
+def _check_trackers(names: list[str]) -> None:
+    """accelerate passes over those whose packages are missing."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in (*installed, "all"):
+            raise TrainError(f"log_with {name} needs the package {name}: pip install {name}")
 
 
 def choose_cuda_device(name: str) -> None:

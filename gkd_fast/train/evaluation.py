@@ -31,6 +31,7 @@ def load_batches(
 def accuracy(network: StagedNetwork, images: Images, batch_size: int, accelerator, workers: int = 0) -> float:
     """Share of images, in percent, whose class the network's own logits name."""
     network.eval()
+    # A count, a sum over processes and a division, for which torchmetrics would be one more dependency.
     mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     correct = torch.zeros((), device=accelerator.device)

@@ -8,6 +8,7 @@ import torch
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
+TRACKERS_FOLDER = "trackers"  # of those of accelerate that write files
 BEST_WEIGHTS_FILE = "best.pt"  # of the epoch that was best on the validation images
 
 

@@ -1,49 +1,47 @@
-"""What is measured epoch by epoch: JSON lines and, if wanted, TensorBoard."""
+"""What is measured epoch by epoch: JSON lines, which reports read, and accelerate's trackers."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from gkd_fast.train.config import TrainError
+from accelerate import Accelerator
+
+PROJECT = "gkd_fast"
 
 
 class MetricsLog:
-    """Appends one record per epoch to ``metrics.jsonl``.
+    """Appends one record per epoch to ``metrics.jsonl``, and gives it to the trackers that the accelerator has.
 
     Args:
         folder: of the run.
-        first_epoch: records from this epoch on, left by a run that was stopped, are forgotten.
-        active: False on the processes that do not write.
-        tensorboard: write TensorBoard logs too.
+        first_epoch: records from this epoch on, left by a run that was stopped, are forgotten; by TensorBoard too.
+        accelerator: on its main process alone is anything written.
+        options: of the run, for the trackers.
     """
 
-    def __init__(self, folder: Path, first_epoch: int, active: bool, tensorboard: bool):
-        self.path = folder / "metrics.jsonl" if active else None
-        self.writer = None
-        if active:
+    def __init__(self, folder: Path, first_epoch: int, accelerator: Accelerator, options: dict[str, Any]):
+        self.accelerator = accelerator
+        self.path = folder / "metrics.jsonl" if accelerator.is_main_process else None
+        if self.path is not None:
             kept = [line for line in read_lines(self.path) if json.loads(line)["epoch"] < first_epoch]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             os.replace(partial, self.path)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise TrainError("tensorboard true needs the package tensorboard: pip install tensorboard") from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        plain = {name: x if isinstance(x, (bool, int, float, str)) else str(x) for name, x in _flat("", options, dict)}
+        accelerator.init_trackers(PROJECT, plain, {"tensorboard": {"purge_step": first_epoch}})
 
     def write(self, record: dict) -> None:
-        """One epoch's numbers; nested dicts and lists become scalars ``a/b/0`` in TensorBoard."""
+        """One epoch's numbers; nested dicts and lists become ``a/b/0`` in the trackers."""
         if self.path is not None:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-        if self.writer is not None:
-            for name, value in _scalars("", record):
-                self.writer.add_scalar(name, value, record["epoch"])
+        self.accelerator.log(dict(_flat("", record, (dict, list))), step=record["epoch"])
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        # Not accelerator.end_training, which ends the process group too.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -57,12 +55,10 @@ def read_lines(path: Path) -> list[str]:
     return [line[:-1] for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _scalars(prefix: str, value):
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _scalars(f"{prefix}/{name}" if prefix else name, inner)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _scalars(f"{prefix}/{index}", inner)
-    else:
+def _flat(prefix: str, value: Any, nested: type | tuple[type, ...]):
+    """Names and values of what is not nested."""
+    if not isinstance(value, nested):
         yield prefix, value
+        return
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _flat(f"{prefix}/{name}" if prefix else str(name), inner, nested)

@@ -132,7 +132,8 @@ class Run:
         self._open()
         self.network = network
         epochs = self.training.epochs
-        with self._stoppable(), self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0))):
+        shown = self.display.epochs(self.folder.name, epochs, len(self._epoch_batches(0)))
+        with contextlib.closing(self.metrics), self._stoppable(), shown:
             while self.position.epoch < epochs:
                 self._run_epoch()
         result = {
@@ -148,7 +149,6 @@ class Run:
         if self.accelerator.is_main_process:
             write_weights(self.distiller.student, self.folder / "weights.pt", network)
             write_json(self.folder / RESULT_FILE, result)
-        self.metrics.close()
         self.accelerator.wait_for_everyone()
         return result
 
@@ -165,7 +165,7 @@ class Run:
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / CONFIG_FILE).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
-        self.metrics = MetricsLog(self.folder, self.position.epoch, main, main and self.config.tensorboard)
+        self.metrics = MetricsLog(self.folder, self.position.epoch, self.accelerator, asdict(self.config))
 
     def _run_epoch(self) -> None:
         position = self.position

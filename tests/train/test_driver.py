@@ -3,19 +3,19 @@
 import json
 import subprocess
 import sys
-import types
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from rich.console import Console
 
 from gkd_fast.meta import SECOND_DERIVATIVES
 from gkd_fast.train import cli, compare
 from gkd_fast.train.build import build_distiller, build_network_for
-from gkd_fast.train.config import METHOD_NAMES, RELATION_NAMES, Config, TrainError
+from gkd_fast.train.config import METHOD_NAMES, RELATION_NAMES, Config
 from gkd_fast.train.cost import available_backends, measure_costs, peak_bytes
 from gkd_fast.train.data import load_splits
 from gkd_fast.train.engine import Distiller
@@ -240,35 +240,11 @@ def test_a_term_that_is_not_finite_stops_the_run(tiny, capsys):
     assert "the cross_entropy term is" in capsys.readouterr().err
 
 
-def test_tensorboard_gets_scalars(tiny, tmp_path, monkeypatch):
-    written = {}
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            written["start"] = (folder, purge_step)
-
-        def add_scalar(self, name, value, step):
-            written[name, step] = value
-
-        def close(self):
-            written["closed"] = True
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    log = MetricsLog(tmp_path, 0, active=True, tensorboard=True)
-    log.write({"epoch": 3, "kd": 0.5, "diagnostics": {"student_cosine": [0.1, 0.2]}})
-    log.close()
-    assert written["start"] == (str(tmp_path / "tensorboard"), 0) and written["closed"]
-    assert written["kd", 3] == 0.5 and written["diagnostics/student_cosine/1", 3] == 0.2
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(TrainError, match="pip install tensorboard"):
-        MetricsLog(tmp_path, 0, active=True, tensorboard=True)
-
-
 def test_metrics_after_the_resumed_epoch_are_forgotten(tmp_path):
     """So is the line that a killed process did not finish."""
     lines = [json.dumps({"epoch": epoch}) for epoch in range(3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 3, "k')
-    MetricsLog(tmp_path, 2, active=True, tensorboard=False).write({"epoch": 2, "again": True})
+    MetricsLog(tmp_path, 2, Accelerator(cpu=True), {}).write({"epoch": 2, "again": True})
     assert read_metrics(tmp_path) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2, "again": True}]
 
 

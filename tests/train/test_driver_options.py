@@ -110,4 +110,6 @@ def test_help_has_the_choices(capsys):
     for choices in ("{steps,cosine}", "{fp32,bf16,fp16}", "{auto,reference,cpp,triton}", "{current,held-out}"):
         assert choices in told, choices
     assert "--method {ce,kd,gkd," in told
+    assert "'cifar10', 'cifar100', 'imagefolder'" in told and "Literal['sgd', 'adamw']" in told
+    assert "'tensorboard', 'wandb'" in told
     assert "Short names: --data-dir for --data.data_dir" in told and "--limit-batches for --limit_batches" in told
