@@ -225,7 +225,7 @@ class _Own(torch.autograd.Function):
 
 def total(shards: Shards | None, x: Tensor) -> Tensor:
     """The sum of a tensor over the ranks, on all of them, differentiable any number of times."""
-    return x if shards is None else _Sum.apply(shards, x)
+    return x if shards is None or shards.size == 1 else _Sum.apply(shards, x)
 
 
 class _Sum(torch.autograd.Function):
@@ -322,9 +322,9 @@ def unit_columns(shards: Shards, stages: Sequence[Tensor], dtype: torch.dtype, b
     return Columns(shards, list(stages), prepare, more, GATHER_BUDGET, shards.gathered)
 
 
-def row_columns(shards: Shards | None, rows: Sequence[Tensor]) -> Columns | None:
-    """Rows as they are, on all ranks."""
-    return None if shards is None else Columns(shards, list(rows), lambda x, place: x, None, GATHER_BUDGET)
+def row_columns(shards: Shards, rows: Sequence[Tensor], bank: list[Tensor] | None) -> Columns:
+    """Rows as they are, on all ranks, and a bank's."""
+    return Columns(shards, list(rows), lambda x, place: x, bank, GATHER_BUDGET)
 
 
 def graph_columns(shards: Shards, rows: list[Tensor], dtype: torch.dtype) -> Columns:

@@ -42,14 +42,26 @@ class _Relational(nn.Module):
         self.pools = [stage_pools(pool, 1, side)[0] for side in ("student", "teacher")]
         self.options: dict[str, Any] = {"backend": backend, "process_group": process_group, "within": within}
 
-    def forward(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss, a scalar, of features of one stage of each network; ``mask``: the tokens that count, ``[B, N]``."""
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        mask: Tensor | None = None,
+        bank: tuple[Tensor, Tensor] | Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar, of features of one stage of each network.
+
+        Args:
+            student_features, teacher_features: of any layout.
+            mask: the tokens that count, ``[B, N]``.
+            bank: further rows of students and of teachers, or for :class:`InfoNCE` of teachers, as the function's.
+        """
         features = student_features, teacher_features
         if self.options["within"] == "tokens":
             students, teachers = (x.flatten(2).mT if x.dim() > 3 else x for x in features)
         else:
             students, teachers = (pool_features(x, p) for x, p in zip(features, self.pools))
-        return self.compare(students, teachers.detach(), **self.options, mask=mask)
+        return self.compare(students, teachers.detach(), **self.options, mask=mask, bank=bank)
 
     def compare(self, students: Tensor, teachers: Tensor, **options: Any) -> Tensor:
         """The loss of rows ``[B, D_s]`` and ``[B, D_t]``, or of tokens ``[B, N, D_s]`` and ``[B, N, D_t]``."""
@@ -94,7 +106,8 @@ class PKT(_Relational):
 class RKD(_Relational):
     """``distance`` · :func:`gkd_fast.functional.rkd_distance` + ``angle`` · :func:`gkd_fast.functional.rkd_angle`.
 
-    The paper's weights are the defaults. A weight of 0 leaves the term out; angles are those of this process's samples.
+    The paper's weights are the defaults. A weight of 0 leaves the term out; angles are those of this process's samples
+    alone, so that with a process group or a bank ``angle`` must be 0.
     """
 
     def __init__(self, distance: float = 25.0, angle: float = 50.0, **options: Any):
@@ -102,7 +115,7 @@ class RKD(_Relational):
         if distance < 0 or angle < 0:
             raise ValueError(f"distance and angle must not be negative, got {distance} and {angle}")
         if angle and self.options["process_group"] is not None:
-            raise ValueError("angle must be 0 with a process_group: rkd_angle knows none")
+            raise ValueError("angle must be 0 with a process_group: rkd_angle has none")
         self.distance = distance
         self.angle = angle
 
@@ -111,7 +124,6 @@ class RKD(_Relational):
         if self.distance:
             loss = loss + self.distance * functional.rkd_distance(students, teachers, **options)
         if self.angle:
-            del options["process_group"]
             loss = loss + self.angle * functional.rkd_angle(students, teachers, **options)
         return loss
 

@@ -142,12 +142,15 @@ def distances(x: Tensor) -> Tensor:
     return d.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
 
 
-def rkd_distance(students: Tensor, teachers: Tensor) -> Tensor:
-    """ℓ_i = Σ_j ρ(d^s_ij/μ^s − d^t_ij/μ^t)/B, ρ Huber's function and μ the mean of d off the diagonal."""
+def rkd_distance(students: Tensor, teachers: Tensor, count: int | None = None) -> Tensor:
+    """ℓ_i = Σ_j ρ(d^s_ij/μ^s − d^t_ij/μ^t)/B, ρ Huber's function and μ the mean of d off the diagonal.
+
+    ``count``: i is one of the first so many rows, in the losses and in the mean; j always any.
+    """
 
     def relations(x: Tensor) -> Tensor:
-        d = distances(x)
-        return d / (d.sum() / max(len(x) * (len(x) - 1), 1)).clamp(min=LEAST_SQUARE)
+        d = distances(x)[:count]
+        return d / (d.sum() / max(len(d) * (len(x) - 1), 1)).clamp(min=LEAST_SQUARE)
 
     return F.smooth_l1_loss(relations(students), relations(teachers), reduction="none").mean(dim=1)
 

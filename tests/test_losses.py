@@ -34,6 +34,23 @@ def test_features_of_any_layout_are_pooled_and_compared(name):
     assert maps.grad.abs().max() > 0 and tokens.grad is None
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "rkd"])
+def test_a_bank_goes_to_the_function(name):
+    make, _ = MODULES[name]
+    students, teachers = torch.randn(9, 6), torch.randn(9, 6)
+    bank = (torch.randn(5, 6), torch.randn(5, 6)) if name != "info_nce" else torch.randn(5, 6)
+    loss = make()(students, teachers, bank=bank)
+    expected = {
+        "similarity_preserving": lambda: functional.similarity_preserving(students, teachers, norm=2, bank=bank),
+        "correlation_congruence": lambda: functional.correlation_congruence(
+            students, teachers, kernel="gaussian", bank=bank
+        ),
+        "pkt": lambda: functional.pkt(students, teachers, bank=bank),
+        "info_nce": lambda: functional.info_nce(students, teachers, 0.2, bank=bank),
+    }[name]()
+    assert torch.equal(loss, expected) and loss != make()(students, teachers)
+
+
 def test_info_nce_projects_and_learns_its_temperature():
     module = losses.InfoNCE(4, 6, 0.2, learn_temperature=True)
     students, teachers = torch.randn(9, 4), torch.randn(9, 6)
@@ -57,5 +74,12 @@ def test_rkd_leaves_out_what_has_no_weight_and_refuses_what_is_none():
         losses.RKD(2.0, 0.0)(students, teachers), 2 * functional.rkd_distance(students, teachers)
     )
     assert losses.RKD(0.0, 0.0)(students, teachers) == 0
+    bank = torch.randn(5, 4), torch.randn(5, 6)
+    torch.testing.assert_close(
+        losses.RKD(2.0, 0.0)(students, teachers, bank=bank),
+        2 * functional.rkd_distance(students, teachers, bank=bank),
+    )
+    with pytest.raises(ValueError, match="bank must be None: rkd_angle"):
+        losses.RKD(2.0, 1.0)(students, teachers, bank=bank)
     with pytest.raises(ValueError, match="must not be negative"):
         losses.RKD(-1.0)

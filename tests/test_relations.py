@@ -235,6 +235,73 @@ def whole_batch_and_row_sets(kind: str, batch: int, parts: tuple[slice, ...]) ->
             torch.testing.assert_close(x[1], y[1][:, part], rtol=1e-11, atol=1e-12)
 
 
+OF_BANKS = {name: loss for name, loss in LOSSES.items() if name != "rkd_angle"} | PER_SAMPLE
+
+
+def with_first_and_second_order(loss, inputs) -> list[torch.Tensor]:
+    """The loss, gradients, and those of the sum of their squares."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = loss(*leaves)
+    gradients = torch.autograd.grad(3 * value, leaves, create_graph=True)
+    return [value, *gradients, *torch.autograd.grad(sum(x.square().sum() for x in gradients), leaves)]
+
+
+def of_columns(name: str, inputs, bank) -> torch.Tensor:
+    """The definition: the samples' rows of relations between all samples, those of the bank among them."""
+    whole, count = [torch.cat(x) for x in zip(inputs, bank)], len(inputs[0])
+    if "rkd" not in name:
+        return DEFINITIONS[name](*whole)[:count]
+    relations = [torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") for x, y in zip(inputs, whole)]
+    relations = [d / (d.sum() / (count * (len(whole[0]) - 1))) for d in relations]
+    return torch.nn.functional.smooth_l1_loss(*relations, reduction="none").mean(dim=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_loss_per_sample
+def test_a_bank_is_further_columns(name, backend):
+    *inputs, bank_s, bank_t = rows(23, 5, 4, 5, 4)
+    bank = bank_s[:9] + 0.3, bank_t[:9]
+    loss = partial(PER_SAMPLE[name], reduction="none", bank=bank, backend=backend)
+    torch.testing.assert_close(loss(*inputs), of_columns(name, inputs, bank), rtol=1e-10, atol=1e-13)
+    found, expected = (results(f, inputs) for f in (loss, lambda *x: of_columns(name, x, bank)))
+    # The distance of a row to itself, which cdist has, has no gradient either.
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@requires_cpp
+@pytest.mark.parametrize("batch", [1, 2, 33, 67])
+@pytest.mark.parametrize("name", OF_BANKS)
+def test_derivatives_with_a_bank(tile_rows, name, batch):
+    tile_rows(32)
+    inputs, bank = rows(batch, 5, 4), [x + 0.3 for x in rows(45, 5, 4)]
+    found, expected = (
+        with_first_and_second_order(partial(OF_BANKS[name], bank=bank, backend=b), inputs) for b in ("cpp", "reference")
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).abs().max() <= 1e-10 * max(y.abs().max(), 1e-3)
+
+
+@requires_cpp
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("name", ["pkt", "rkd_distance", "correlation_gaussian"])
+def test_types_with_a_bank(tile_rows, name, dtype):
+    tile_rows(32)
+    inputs, bank = ([x.to(dtype) for x in rows(count, 9, 7)] for count in (67, 45))
+    loss = partial(PER_SAMPLE[name], reduction="none")
+    found = results(partial(loss, bank=bank, backend="cpp"), inputs, dtype)
+    of_wide = partial(loss, bank=[x.double() for x in bank], backend="reference")
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    for x, y in zip(found, results(of_wide, [x.double() for x in inputs], dtype), strict=True):
+        assert (x - y).abs().max() <= bound * y.abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name in OF_BANKS if name in LOSSES])
+def test_an_empty_bank_is_none(name):
+    inputs = rows(11, 5, 4)
+    found = OF_BANKS[name](*inputs, bank=(inputs[0][:0], inputs[1][:0]))
+    torch.testing.assert_close(found, OF_BANKS[name](*inputs), rtol=0, atol=0)
+
+
 @requires_cpp
 @every_loss
 def test_compiled_losses_give_the_same_numbers(name):
@@ -286,6 +353,13 @@ def test_kd_divergence():
         (lambda x, y: functional.correlation_congruence(x, y, kernel="rbf"), "kernel must be one of"),
         (lambda x, y: functional.correlation_congruence(x, y, order=0), "order must be a whole number from 1 to 16"),
         (lambda x, y: functional.correlation_congruence(x, y, reduction="none"), "needs squared=True"),
+        (
+            lambda x, y: functional.pkt(x, y, bank=(x, y[:3])),
+            r"bank\[1\] must have shape \[5, 4\] on cpu, got \(3, 4\)",
+        ),
+        (lambda x, y: functional.pkt(x[None], y[None], bank=(x, y), within="tokens"), "bank must be None within="),
+        (lambda x, y: functional.rkd_angle(x, y, bank=(x, y)), "bank must be None: rkd_angle is of this process"),
+        (lambda x, y: functional.rkd_angle(x, y, process_group="g"), "process_group must be None: rkd_angle"),
         (lambda x, y: functional.kd_divergence(x, y), "teachers must have the shape of students"),
     ],
 )

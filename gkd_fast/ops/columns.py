@@ -113,10 +113,10 @@ class Columns:
         bank = None if banked is None else rest[:banked]
         return replace(columns, rows=rows, own=own, bank=bank, gathered={}), rest[banked or 0 :]
 
-    def only(self, place: int) -> "Columns":
-        """One of the tensors alone, gathered or passed around as all are."""
-        bank = None if self.bank is None else self.bank[place : place + 1]
-        return replace(self, rows=self.rows[place : place + 1], own=self.own[place : place + 1], bank=bank)
+    def only(self, *places: int) -> "Columns":
+        """Some of the tensors alone, gathered or passed around as all are."""
+        rows, own = [self.rows[k] for k in places], [self.own[k] for k in places]
+        return replace(self, rows=rows, own=own, bank=self.bank and [self.bank[k] for k in places])
 
     def blocks(self, *extra: Tensor, only: int | None = None) -> Iterator[Block]:
         """The blocks, each with what belongs to its columns of ``extra``, tensors ``[count, …]`` of the ranks' own.

@@ -109,35 +109,41 @@ class Pairs:
     counts: Tensor | None = None
 
     def sums(self, constants: Tensor) -> Tensor:
-        def part(**block):
+        def part(constants, **block):
             return [run(self._op(), self.sides, *self._own(constants), **block)]
 
-        return self._over(part)[0]
+        return self._over(part, constants)[0]
 
     def gradients(self, constants: Tensor, upstream: Tensor, needs: list[bool]) -> tuple[list[Tensor], Tensor]:
-        def part(**block):
+        def part(constants, **block):
             arguments = upstream, self.sides, *self._own(constants), needs
             gradients, terms = run(self._op("_backward"), *arguments, **block)
             return [*gradients, terms]
 
-        *gradients, terms = self._over(part, column_upstream=upstream)
+        *gradients, terms = self._over(part, constants, column_upstream=upstream)
         return gradients, terms
 
     def sum_tangents(self, constants: Tensor, directions: "Directions") -> Tensor:
-        def part(**block):
-            arguments = self.sides, self.terms, constants, *directions.arguments(), self.precision
+        def part(constants, along, **block):
+            arguments = self.sides, self.terms, constants, *along, self.precision
             return [run(self._op("_tangent"), *arguments, **block)]
 
-        return self._over(part, directions)[0]
+        return self._over(part, constants, directions)[0]
 
     def gradient_tangents(self, constants: Tensor, directions: "Directions", upstream: Tensor, needs: list[bool]):
-        def part(**block):
-            arguments = upstream, self.sides, self.terms, constants, *directions.arguments(), self.precision, needs
+        def part(constants, along, **block):
+            arguments = upstream, self.sides, self.terms, constants, *along, self.precision, needs
             gradients, terms = run(self._op("_double_backward"), *arguments, **block)
             return [*gradients, terms]
 
-        *gradients, terms = self._over(part, directions, column_upstream=upstream)
+        *gradients, terms = self._over(part, constants, directions, column_upstream=upstream)
         return gradients, terms
+
+    def side(self, q: int) -> "Pairs":
+        """The distances of one side."""
+        columns = self.columns and self.columns.only(q, len(self.sides) + q)
+        terms = self.terms[q : q + 1]
+        return replace(self, kind="distances", columns=columns, sides=self.sides[q : q + 1], terms=terms)
 
     def _op(self, derivative: str = "") -> Callable:
         if self.counts is None:
@@ -148,29 +154,43 @@ class Pairs:
         return self.terms, constants, self.precision
 
     def _over(
-        self, part, directions: "Directions | None" = None, column_upstream: Tensor | None = None
+        self,
+        part,
+        constants: Tensor,
+        directions: "Directions | None" = None,
+        column_upstream: Tensor | None = None,
     ) -> list[Tensor]:
+        def arguments(of):
+            return of(constants), *([] if directions is None else [directions.arguments(of)])
+
         if self.columns is None:
-            return part()
-        has_terms = len(self.terms) > 0
+            return part(*arguments(lambda x: x))
+        count, has_terms = len(self.sides), len(self.terms) > 0
         sent = [] if column_upstream is None else [column_upstream]
         if directions is not None:
-            sent += directions.sides
-        if has_terms:
-            sent += [self.terms.T] if directions is None else [directions.terms.T, self.terms.T]
+            sent += [*directions.sides, *([directions.terms.T] if has_terms else [])]
         total = None
         for block in self.columns.blocks(*sent):
-            extra, none = list(block.extra), self.terms.new_empty(0, len(block.columns[0]))
-            named: dict = {"columns": block.columns}
-            named["column_terms"] = extra.pop().T.contiguous() if has_terms else none
-            if directions is not None:
-                named["column_term_tangents"] = extra.pop().T.contiguous() if has_terms else none
+            columns, terms = block.columns[:count], block.columns[count:]
+            # A bank's rows stand still and have no losses.
+            extra = list(block.extra) if block.trained else [x.new_zeros(len(columns[0]), *x.shape[1:]) for x in sent]
+            none = self.terms.new_empty(0, len(columns[0]))
+            named: dict = {"columns": columns, "column_terms": torch.stack([x[:, 0] for x in terms]) if terms else none}
             if column_upstream is not None:
                 named["column_upstream"] = extra.pop(0)
             if directions is not None:
+                named["column_term_tangents"] = extra.pop().T.contiguous() if has_terms else none
                 named["column_tangents"] = extra
-            total = add(total, part(**named, offset=block.offset))
+            at = arguments((lambda x: x) if block.trained else self._of_bank)
+            total = add(total, part(*at, **named, offset=block.offset))
         return total
+
+    def _of_bank(self, constants: Tensor) -> Tensor:
+        """A pair of two rows is in the sums of either, one with a bank's row in one alone: it has half of γ."""
+        if self.kind != "rkd_distance":
+            return constants
+        scales, slopes = constants.chunk(2)
+        return torch.cat([scales, slopes / 2])
 
 
 @dataclass(frozen=True)
@@ -182,8 +202,9 @@ class Directions:
     terms: Tensor
     constants: Tensor
 
-    def arguments(self):
-        return self.sides, self.moving, self.terms, self.constants
+    def arguments(self, of: Callable[[Tensor], Tensor]):
+        """As the ops take them; ``of``: makes a block's constants of the constants."""
+        return self.sides, self.moving, self.terms, of(self.constants)
 
 
 class Fixed:
@@ -207,16 +228,15 @@ class Fixed:
 
 
 class MeanDistances:
-    """κ^q = N/Σ_ij d^q_ij over the N = B(B − 1) pairs, B a number or of many graphs each one's, ``[G]``.
+    """κ^q = N/Σ_ij d^q_ij over the N pairs of a row and another, N a number or of many graphs each one's, ``[G]``.
     dκ/dd = −κ²/N, so γ = −(κ²/N) Σ_i g_i ∂ℓ_i/∂κ."""
 
-    def __init__(self, batch: int | Tensor):
-        pairs = batch * (batch - 1)
+    def __init__(self, pairs: int | Tensor):
         self.count = pairs.double().clamp(min=1) if isinstance(pairs, Tensor) else max(pairs, 1)
 
     def forward(self, pairs: Pairs) -> tuple[Tensor, list[Tensor]]:
         none = _no_constants(pairs)
-        totals = self._all(pairs, [side.sums(none)[0] for side in _each(pairs)])
+        totals = self._all(pairs, [side.sums(none)[0] for side in _sides(pairs)])
         scales = torch.where(totals > 0, self.count / totals, 0)
         losses, *slopes = pairs.sums(torch.cat([scales, torch.zeros_like(scales)]))
         return losses, [scales, torch.stack(slopes)]
@@ -230,7 +250,7 @@ class MeanDistances:
         none = _no_constants(pairs)
         along = iter(sides)
         totals = []
-        for q, (side, moves) in enumerate(zip(_each(pairs), moving, strict=True)):
+        for q, (side, moves) in enumerate(zip(_sides(pairs), moving, strict=True)):
             own = Directions([next(along)] if moves else [], [moves], terms[q : q + 1].contiguous(), none)
             totals.append(side.sum_tangents(none, own)[0])
         growth = -scales / self.count * self._all(pairs, totals)  # κ˙/κ
@@ -249,15 +269,8 @@ class MeanDistances:
         return total if pairs.columns is None else pairs.columns.shards.sum(total)
 
 
-def _each(pairs: Pairs) -> list[Pairs]:
-    """The distances of each side."""
-    return [
-        replace(
-            pairs, kind="distances", columns=pairs.columns and pairs.columns.only(q), sides=(x,),
-            terms=pairs.terms[q : q + 1],
-        )
-        for q, x in enumerate(pairs.sides)
-    ]  # fmt: skip
+def _sides(pairs: Pairs) -> list[Pairs]:
+    return [pairs.side(q) for q in range(len(pairs.sides))]
 
 
 def _no_constants(pairs: Pairs) -> Tensor:
@@ -346,7 +359,7 @@ def pair_losses(
     counts: Tensor | None = None,
 ) -> Tensor:
     """The first of the kind's sums, ``[I]`` in float64, of rows in float32 or float64; with ``counts`` those of graphs
-    of so many rows each, ``[G, I]``."""
+    of so many rows each, ``[G, I]``. ``columns``: of the sides, and of each of the terms as ``[·, 1]``."""
     refuse_forward_mode((terms, *sides))
     return PairLosses.apply(
         kind, constants, columns, product_precision, counts, terms.contiguous(), *(x.contiguous() for x in sides)

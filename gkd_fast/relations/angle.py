@@ -12,6 +12,8 @@ def rkd_angle(
     *,
     reduction: str = "mean",
     backend: str = "auto",
+    process_group: None = None,
+    bank: None = None,
     within: str = "batch",
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -20,13 +22,15 @@ def rkd_angle(
 
     cos_ijk is the cosine of the angle at i between j and k, (G_jk − G_ij − G_ik + G_ii)/(d_ij d_ik) with G_ij = x_i·x_j
     of the features as they are; 0 where j or k lies at i. ρ is Huber's function: z²/2 up to |z| = 1, |z| − ½ beyond.
-    Time grows with B³, memory with B·D. The fused backends offer first derivatives.
+    Time grows with B³, memory with B·D. The fused backends offer first derivatives. Its batch is this process's alone:
+    triples of a global batch or of a bank would multiply the time of what is already the dearest of the losses.
 
     Args:
         students: ``[B, D_s]``.
         teachers: ``[B, D_t]``.
         reduction: ``"mean"`` over the batch, or ``"none"``: ``[B]``, the means over j and k.
         backend: ``"auto"``, ``"reference"`` (which needs B²·D numbers at once), ``"cpp"`` or ``"triton"``.
+        process_group, bank: None; the other losses have them.
         within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, and every
             sample's are a graph of their own. The loss of a sample is that of its graph.
         mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
@@ -35,10 +39,16 @@ def rkd_angle(
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
         RuntimeError: the chosen backend is not available here.
     """
+    for name, given in (("process_group", process_group), ("bank", bank)):
+        if given is not None:
+            raise ValueError(
+                f"{name} must be None: rkd_angle is of this process's samples alone, got a {type(given).__name__}; "
+                "rkd_distance takes one"
+            )
 
     def fused(batch: Batch) -> Tensor:
         # Angles do not change when all rows move, but differences of products are the more exact, the shorter rows are.
-        sides = (batch.centred(x) for x in batch.sides)
+        sides = (x - centre for x, centre in zip(batch.sides, batch.centres()))
         return ops.rkd_angle(*sides, batch.counts) / batch.size**2
 
     return relation_losses(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from gkd_fast import distributed, ops, reference
 from gkd_fast._arguments import (
     autocast_disabled,
+    bank_size,
+    check_banks,
     check_features,
     compute_dtype,
     product_precision,
@@ -16,10 +19,21 @@ from gkd_fast._arguments import (
     warn_once,
 )
 from gkd_fast.distributed import Group, Shards, checking, of_union, shards_of
-from gkd_fast.ops.columns import Columns
+from gkd_fast.ops.autograd import refuse_transforms
+
+# Further rows of students and of teachers to have relations with.
+Bank: TypeAlias = tuple[Tensor, Tensor] | None
 
 REDUCTIONS = ("mean", "none")
 WITHIN = ("batch", "tokens")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One network's rows, ``[B, D]`` or of graphs ``[G, N, D]``, and its bank's ``[M, D]``, which have no gradient."""
+
+    rows: Tensor
+    bank: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Batch:
         precision: of tile products.
         shards: where the batch is that of several ranks, how it lies there.
         counts: the graphs' numbers of rows, ``[G]``; None: there is one graph.
+        bank: further rows of both sides, which rows meet and which have no losses; the same on all ranks.
     """
 
     students: Tensor
@@ -39,6 +54,7 @@ class Batch:
     precision: str
     shards: Shards | None
     counts: Tensor | None = None
+    bank: list[Tensor] | None = None
 
     @property
     def size(self) -> int | Tensor:
@@ -48,6 +64,11 @@ class Batch:
         return len(self.students) if self.shards is None else self.shards.total
 
     @property
+    def partners(self) -> int | Tensor:
+        """How many rows a row meets: those of its graph and of the bank."""
+        return self.size if self.bank is None else self.size + len(self.bank[0])
+
+    @property
     def ranks(self) -> int:
         return 1 if self.shards is None else self.shards.size
 
@@ -55,22 +76,48 @@ class Batch:
     def sides(self) -> tuple[Tensor, Tensor]:
         return self.students, self.teachers
 
+    def mapped(self, function: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> list[Side]:
+        """``function`` of both sides' rows, and of their bank's."""
+        rows = function(self.sides)
+        if self.bank is None:
+            return [Side(x) for x in rows]
+        with torch.no_grad():
+            return [Side(*both) for both in zip(rows, function(self.bank), strict=True)]
+
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks."""
         return distributed.total(self.shards, x)
 
-    def row_sum(self, x: Tensor) -> Tensor:
-        """The sum over a graph's rows."""
-        return self.total(x.sum(dim=-2))
+    def partner_sum(self, side: Side) -> Tensor:
+        """The sum over the rows that a row meets, ``[1, D]`` or of graphs ``[G, 1, D]``."""
+        own = self.total(side.rows.sum(dim=-2, keepdim=True))
+        return own if side.bank is None else own + side.bank.sum(dim=0)
 
-    def centred(self, x: Tensor) -> Tensor:
-        """The rows less their mean, which has no gradient."""
-        return x - (self.row_sum(x.detach()) / self.size)[..., None, :]
+    def centres(self) -> list[Tensor]:
+        """Both sides' mean rows, without gradient, ``[1, D]`` or of graphs ``[G, 1, D]``."""
+        size = self.size if self.counts is None else self.size[..., None]
+        return [self.total(x.detach().sum(dim=-2, keepdim=True)) / size for x in self.sides]
 
-    def pair_losses(self, kind: str, sides: list[Tensor], terms: Tensor, constants, precision: str | None = None):
-        """:func:`gkd_fast.ops.pair_losses` of the graph or graphs."""
-        columns, used = self.columns(sides), precision or self.precision
-        return ops.pair_losses(kind, sides, terms, constants, used, columns, self.counts)
+    def pair_losses(
+        self,
+        kind: str,
+        sides: list[Side],
+        terms: Tensor,
+        constants,
+        precision: str | None = None,
+        bank_terms: Tensor | None = None,
+    ) -> Tensor:
+        """:func:`gkd_fast.ops.pair_losses` of the graph or graphs; ``bank_terms``: those of the bank's rows, 0 unless
+        given."""
+        rows, columns = [x.rows for x in sides], None
+        if self.shards is not None:
+            more = None
+            if self.bank is not None:
+                if bank_terms is None:
+                    bank_terms = terms.new_zeros(len(terms), len(self.bank[0]))
+                more = [*(x.bank for x in sides), *bank_terms[..., None]]
+            columns = distributed.row_columns(self.shards, [*rows, *terms[..., None]], more)
+        return ops.pair_losses(kind, rows, terms, constants, precision or self.precision, columns, self.counts)
 
     def constants(self, values: list[float]) -> Tensor:
         """Numbers as an op takes them, without a copy from host to device."""
@@ -78,10 +125,6 @@ class Batch:
         shape = () if self.counts is None else self.counts.shape
         found = [torch.full((1, *shape), x, dtype=torch.float64, device=like.device) for x in values]
         return torch.cat([torch.empty(0, *shape, dtype=torch.float64, device=like.device), *found])
-
-    def columns(self, rows: Sequence[Tensor]) -> Columns | None:
-        """All ranks' rows, where there are several."""
-        return distributed.row_columns(self.shards, rows)
 
 
 def relation_losses(
@@ -94,9 +137,10 @@ def relation_losses(
     backend: str,
     process_group: Group,
     op: str | None = None,
-    finish: Callable[[Tensor, int | Tensor], Tensor] | None = None,
+    finish: Callable[[Tensor, float | Tensor], Tensor] | None = None,
     within: str = "batch",
     mask: Tensor | None = None,
+    bank: Bank = None,
 ) -> Tensor:
     """The losses per sample, or their mean, by ``definition`` or on a fused backend.
 
@@ -104,12 +148,13 @@ def relation_losses(
 
     Args:
         told: the function's name and its options, which must be the same on all ranks.
-        definition: of ``gkd_fast.reference``, on features in float32 or float64.
+        definition: of ``gkd_fast.reference``, on features in float32 or float64, the bank's after the samples'.
         fused: the same; its results may be wider than the features.
         op: the op that it needs, None where PyTorch's own do.
-        finish: makes the loss of the mean of a graph's losses and of its size where it is not the mean.
+        finish: makes the loss of the mean of a graph's losses and of its number of pairs where it is not the mean.
         within: "batch" or "tokens".
         mask: the tokens that count.
+        bank: further rows to have relations with.
     """
     of_tokens = within == "tokens"
     with checking(process_group, told[0]):
@@ -118,10 +163,14 @@ def relation_losses(
         dtype = compute_dtype({"students": students, "teachers": teachers})
         if of_tokens and op is not None:
             op = f"batched_{op}"
+        more = check_pair_bank(bank, students, teachers, within)
         is_fused = relation_backend(backend, students, op) != "reference"
-    shards = shards_of(process_group, [students, teachers], (*told, reduction, is_fused, within))
+    told = *told, reduction, is_fused, within, bank_size(more)
+    shards = shards_of(process_group, [students, teachers], told, more)
     if is_fused and op is not None:
         ops.refuse_forward_mode((students, teachers))
+        if more is not None:
+            refuse_transforms(told[0])
     with autocast_disabled(students):
         s, t = students.to(dtype), teachers.to(dtype)
         if of_tokens:
@@ -131,15 +180,16 @@ def relation_losses(
             else:
                 losses = reference.within_tokens(definition, s, t, mask)
                 sizes = token_counts(s, mask).clamp(min=1)
-            losses = losses if finish is None else finish(losses, sizes)
+            losses = losses if finish is None else finish(losses, sizes**2)
             return (losses if reduction == "none" else mean(losses, shards)).to(dtype)
-        batch = Batch(s, t, product_precision(students), shards)
-        losses = fused(batch) if is_fused else of_union(definition, batch.sides, shards)
+        more = more and [x.detach().to(dtype) for x in more]
+        batch = Batch(s, t, product_precision(students), shards, bank=more)
+        losses = fused(batch) if is_fused else of_union(definition, batch.sides, shards, more)
         if reduction == "none":
             return losses.to(dtype)
         if finish is None:
             return mean(losses, shards).to(dtype)
-        return finish(batch.total(losses.sum()) / batch.size, batch.size).to(dtype)
+        return finish(batch.total(losses.sum()) / batch.size, batch.size * batch.partners).to(dtype)
 
 
 def mean(losses: Tensor, shards: Shards | None) -> Tensor:
@@ -186,6 +236,13 @@ def check_within(
             f"mask must have shape {tuple(students.shape[:2])} on {students.device}, got {tuple(mask.shape)} on "
             f"{mask.device}"
         )
+
+
+def check_pair_bank(bank: Bank, students: Tensor, teachers: Tensor, within: str) -> list[Tensor] | None:
+    """The bank's students and teachers, None where it is empty; TypeError or ValueError for anything else."""
+    if bank is not None and within == "tokens":
+        raise ValueError(f'bank must be None within="tokens", got a {type(bank).__name__}')
+    return check_banks(bank, [students], [teachers])
 
 
 def token_counts(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from gkd_fast import ops, reference
 from gkd_fast._arguments import check_positive
+from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group
-from gkd_fast.relations.common import Batch, relation_losses, unit_rows
+from gkd_fast.relations.common import Bank, Batch, Side, relation_losses, unit_rows
 from gkd_fast.relations.gram import gram_differences, gram_total
 from gkd_fast.relations.gram_blocks import Differences, blocked, in_blocks
 
 KERNELS = ("bilinear", "gaussian")
 
 
+@leaves_graphs(meets_columns)
 def correlation_congruence(
     students: Tensor,
     teachers: Tensor,
@@ -26,6 +28,7 @@ def correlation_congruence(
     reduction: str = "mean",
     backend: str = "auto",
     process_group: Group = None,
+    bank: Bank = None,
     within: str = "batch",
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -47,6 +50,10 @@ def correlation_congruence(
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
             such that its mean over ranks is the global loss.
+        bank: M further samples to have relations with, ``[M, D_s]`` of the students and ``[M, D_t]`` of the teachers,
+            without gradient and without losses of their own; the same on all ranks. Rows of K then
+            have B + M entries, and the loss is ‖K^s − K^t‖/(B·(B + M)).
+            Within tokens there is none.
         within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, and every
             sample's are a graph of their own. The loss of a sample is that of its graph.
         mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
@@ -65,20 +72,23 @@ def correlation_congruence(
 
     def fused(batch: Batch) -> Tensor:
         each = reduction == "none" and batch.counts is None
+        size = batch.partners
         if kernel == "bilinear" and not each and blocked(batch):
-            total = in_blocks(Differences(), lambda s, t: gram_total(*unit_rows((s, t)), batch), *batch.sides)
-            return total[None] / batch.size
-        unit = unit_rows(batch.sides)
+            total = in_blocks(
+                Differences(), lambda s, t: gram_total(*map(Side, unit_rows((s, t))), batch), *batch.sides
+            )
+            return total[None] / size
+        unit = batch.mapped(unit_rows)
         if kernel == "bilinear":
             if each:
-                return gram_differences(*unit, batch) / batch.size
-            return gram_total(*unit, batch)[..., None] / (batch.size * batch.ranks)
+                return gram_differences(*unit, batch) / size
+            return gram_total(*unit, batch)[..., None] / (size * batch.ranks)
         factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
-        terms = unit[0].new_empty(0, *unit[0].shape[:-1])
-        return batch.pair_losses("polynomial", unit, terms, ops.Fixed(batch.constants(factors))) / batch.size
+        terms = unit[0].rows.new_empty(0, *unit[0].rows.shape[:-1])
+        return batch.pair_losses("polynomial", unit, terms, ops.Fixed(batch.constants(factors))) / size
 
-    def finish(squares: Tensor, size: int | Tensor) -> Tensor:
-        return squares if squared else _root(squares) / size
+    def finish(squares: Tensor, pairs: float | Tensor) -> Tensor:
+        return squares if squared else _root(squares) / pairs**0.5
 
     def definition(s: Tensor, t: Tensor) -> Tensor:
         return reference.correlation_congruence(s, t, kernel, gamma, order)
@@ -87,7 +97,7 @@ def correlation_congruence(
     op = "pair_sums" if kernel == "gaussian" else None
     return relation_losses(
         told, definition, fused, students, teachers, reduction, backend, process_group, op, finish,
-        within, mask,
+        within, mask, bank,
     )  # fmt: skip
 
 

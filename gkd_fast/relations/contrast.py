@@ -13,6 +13,7 @@ from gkd_fast._arguments import (
     product_precision,
     select_backend,
 )
+from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group, Shards, checking, shards_of, union, unit_columns
 from gkd_fast.relations.common import check_reduction, check_within, graphs_of, mean, unit_rows
 
@@ -20,6 +21,7 @@ from gkd_fast.relations.common import check_reduction, check_within, graphs_of, 
 OF_OWN_SHIFTS = 0.01
 
 
+@leaves_graphs(meets_columns)
 def info_nce(
     students: Tensor,
     teachers: Tensor,

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from gkd_fast import ops, reference
+from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group
-from gkd_fast.relations.common import Batch, as_multiplied, relation_losses
+from gkd_fast.relations.common import Bank, Batch, as_multiplied, relation_losses
 
 
+@leaves_graphs(meets_columns)
 def rkd_distance(
     students: Tensor,
     teachers: Tensor,
@@ -15,6 +17,7 @@ def rkd_distance(
     reduction: str = "mean",
     backend: str = "auto",
     process_group: Group = None,
+    bank: Bank = None,
     within: str = "batch",
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -31,6 +34,10 @@ def rkd_distance(
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the batch, see :mod:`gkd_fast.distributed`; the mean is then
             such that its mean over ranks is the global loss.
+        bank: M further samples to have relations with, ``[M, D_s]`` of the students and ``[M, D_t]`` of the teachers,
+            without gradient and without losses of their own; the same on all ranks. The mean is then over
+            B·(B + M) pairs, μ that of the B·(B + M − 1) distances of a sample to another or to one of the bank.
+            Within tokens there is none.
         within: ``"batch"``, or ``"tokens"``: features are ``[B, N, D]``, tokens or patches of each sample, and every
             sample's are a graph of their own. The loss of a sample is that of its graph.
         mask: the tokens that count (not 0), ``[B, N]``; a sample without any has a loss of 0.
@@ -42,12 +49,18 @@ def rkd_distance(
 
     def fused(batch: Batch) -> Tensor:
         # Distances do not change when all rows move, but n_i + n_j − 2x_ij is the more exact, the shorter rows are.
-        sides = [as_multiplied(batch.centred(x), batch.precision) for x in batch.sides]
-        terms = torch.stack([x.square().sum(dim=-1) for x in sides])
-        means = ops.MeanDistances(batch.size if batch.counts is None else batch.counts)
-        return batch.pair_losses("rkd_distance", sides, terms, means) / batch.size
+        centres = batch.centres()
+        sides = batch.mapped(lambda x: [as_multiplied(y - c, batch.precision) for y, c in zip(x, centres)])
+        terms = torch.stack([x.rows.square().sum(dim=-1) for x in sides])
+        of_bank = None if batch.bank is None else torch.stack([x.bank.square().sum(dim=-1) for x in sides])
+        counts = batch.counts
+        means = ops.MeanDistances(batch.size * (batch.partners - 1) if counts is None else counts * (counts - 1))
+        return batch.pair_losses("rkd_distance", sides, terms, means, bank_terms=of_bank) / batch.partners
+
+    def definition(s: Tensor, t: Tensor) -> Tensor:
+        return reference.rkd_distance(s, t, None if bank is None else len(s) - len(bank[0]))
 
     return relation_losses(
-        ("rkd_distance",), reference.rkd_distance, fused, students, teachers, reduction, backend, process_group,
-        "pair_sums", None, within, mask,
+        ("rkd_distance",), definition, fused, students, teachers, reduction, backend, process_group, "pair_sums", None,
+        within, mask, bank,
     )  # fmt: skip

@@ -33,8 +33,20 @@ FUNCTIONS = {
         (5, 4),
     ),
 }
-# Those whose op has kernels on CPUs alone.
+
+
+def with_bank(name):
+    """The same with seven more rows that have no gradient."""
+
+    def function(x, **options):
+        bank = tuple(y.to(x[0].dtype) + 0.5 for y in rows(7, 5, 4))
+        return FUNCTIONS[name][0](x, bank=bank, **options)
+
+    return function, FUNCTIONS[name][1]
+
+
 OF_PAIR_SUMS = ("pkt", "rkd_distance", "similarity_preserving", "correlation_congruence")
+FUNCTIONS |= {f"{name} with a bank": with_bank(name) for name in OF_PAIR_SUMS}
 SHARDS = {
     "one": [41],
     "two equal": [20, 20],

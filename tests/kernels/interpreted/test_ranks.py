@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.pool import Pool
-from tests.distributed.test_functions import FUNCTIONS, OF_PAIR_SUMS, judge, on_rank
+from tests.distributed.test_functions import FUNCTIONS, judge, on_rank
 from tests.ops_cases import D64
 
 COUNTS = [4, 7]
@@ -17,6 +17,6 @@ def pool():
 
 
 @pytest.mark.parametrize("budget", [float("inf"), 0])
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in OF_PAIR_SUMS])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_ranks_compute_what_one_process_does(pool, name, budget):
     judge(pool.run(on_rank, name, D64, COUNTS, "triton", budget), name, D64, COUNTS, 1e-10)
