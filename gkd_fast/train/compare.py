@@ -7,10 +7,12 @@ import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import scipy.stats
 import torch
 from accelerate import PartialState
+from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from gkd_fast.train import pictures, report
@@ -41,18 +43,20 @@ def compare_methods(config: Config, console: Console) -> dict:
     folder = Path(config.output)
     if config.compare.workers > 1 and config.device != "cpu" and torch.cuda.is_available():
         raise TrainError("compare.workers above 1 is for CPUs: choose --compare.workers 1 or --device cpu")
+    arms = arms_of(config)
+    if all(options.method == "ce" for options in arms.values()):
+        raise TrainError("compare.methods needs a method that has a teacher beside ce")
     teacher = _teacher(config, folder / "teacher", console)
     jobs = {
-        (method, seed): replace(
-            config,
-            method=method,
+        (arm, seed): replace(
+            options,
             seed=seed,
             teacher=teacher["weights"],
-            output=str(folder / method / f"seed-{seed}"),
+            output=str(folder / arm / f"seed-{seed}"),
             threads=1 if config.compare.workers > 1 else config.threads,
         )
         for seed in range(config.seed, config.seed + config.compare.seeds)
-        for method in config.compare.methods
+        for arm, options in arms.items()
     }
     results = _run(jobs, config.compare.workers, console)
     summary = summarize(config, teacher, results)
@@ -63,11 +67,33 @@ def compare_methods(config: Config, console: Console) -> dict:
     if main:
         write_json(folder / "summary.json", summary)
         metrics = {
-            method: [read_metrics(Path(jobs[method, seed].output)) for seed in summary["seeds"]]
-            for method in config.compare.methods
+            arm: [read_metrics(Path(jobs[arm, seed].output)) for seed in summary["seeds"]] for arm in summary["arms"]
         }
         report.print_comparison(summary, pictures.draw(summary, metrics, folder), console)
     return summary
+
+
+def arms_of(config: Config) -> dict[str, Config]:
+    """Every arm's options: those of ``compare.methods``, then of ``compare.variants``.
+
+    Raises:
+        TrainError: a variant sets what is no option, or to what it cannot be.
+    """
+    arms = {method: replace(config, method=method) for method in config.compare.methods}
+    for name, changes in config.compare.variants.items():
+        try:
+            arms[name] = changed(config, changes)
+        except (ArgumentError, ValueError) as error:
+            raise TrainError(f"compare.variants: {name}: {error}") from error
+    return arms
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The options with other values, which dotted names name and which are checked as the command line's are."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    options = parser.parse_object(changes, cfg_base=parser.parse_object(asdict(config)))
+    return Config(**parser.instantiate(options))
 
 
 def summarize(config: Config, teacher: dict, results: dict[tuple[str, int], dict]) -> dict:
@@ -76,9 +102,9 @@ def summarize(config: Config, teacher: dict, results: dict[tuple[str, int], dict
     Args:
         config: all options.
         teacher: its accuracies.
-        results: of every (method, seed).
+        results: of every (arm, seed).
     """
-    methods = config.compare.methods
+    methods = list(arms_of(config))
     seeds = sorted({seed for _, seed in results})
     by_method = {method: [results[method, seed] for seed in seeds] for method in methods}
     baseline = "kd" if "kd" in methods else methods[0]
@@ -94,8 +120,12 @@ def summarize(config: Config, teacher: dict, results: dict[tuple[str, int], dict
             "pair_weights": _mean_pair_weights([run["pair_weights"] for run in runs]),
         }
         if method != baseline:
-            others = [run["test_accuracy"] for run in by_method[baseline]]
-            arms[method]["difference"] = describe([a - b for a, b in zip(accuracies, others)])
+            for difference, accuracy in (
+                ("difference", "test_accuracy"),
+                ("validation_difference", "validation_accuracy"),
+            ):
+                pairs = zip(runs, by_method[baseline])
+                arms[method][difference] = describe([run[accuracy] - other[accuracy] for run, other in pairs])
     summary = {
         "seeds": seeds,
         "baseline": baseline,
@@ -142,8 +172,6 @@ def conclude(summary: dict) -> str:
 
 def _teacher(config: Config, folder: Path, console: Console) -> dict:
     """The teacher's weights and accuracies: the given one's, or those of one trained now."""
-    if not any(method != "ce" for method in config.compare.methods):
-        raise TrainError("compare.methods needs a method that has a teacher beside ce")
     display = Display(console)
     if config.teacher is not None:
         result = evaluate_weights(
@@ -158,10 +186,10 @@ def _teacher(config: Config, folder: Path, console: Console) -> dict:
 def _run(jobs: dict[tuple[str, int], Config], workers: int, console: Console) -> dict[tuple[str, int], dict]:
     """The results of all jobs, each shown when it is there."""
     results = {}
-    for (method, seed), result in _finished(jobs, workers):
-        results[method, seed] = result
+    for (arm, seed), result in _finished(jobs, workers):
+        results[arm, seed] = result
         console.print(
-            f"[{len(results)}/{len(jobs)}] {method} seed {seed}: test {result['test_accuracy']:.2f} %",
+            f"[{len(results)}/{len(jobs)}] {arm} seed {seed}: test {result['test_accuracy']:.2f} %",
             markup=False,
             highlight=False,
         )

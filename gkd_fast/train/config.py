@@ -4,7 +4,7 @@ option of the command line."""
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate.utils import LoggerType
 
@@ -188,6 +188,8 @@ class CompareConfig:
     Args:
         methods: the arms: ce, kd, gkd and the controls gkd-constant, gkd-permuted, gkd-nograph, gkd-nokd;
             and losses over relations alone or beside kd: sp, cc, pkt, rkd, info-nce, kd+sp, ….
+        variants: further arms, each by a name of its own: the options in which it differs, by their dotted names, as in
+            {gkd-wide: {method: gkd, graph.embed_dim: 128}}.
         seeds: number of paired seeds: seed, seed + 1, …
         workers: student trainings that run at once, one thread each; above 1 on CPUs alone.
         cost_batch_sizes: batch sizes at which time and memory of a step are measured; [] measures nothing.
@@ -195,6 +197,7 @@ class CompareConfig:
     """
 
     methods: list[Literal[METHOD_NAMES]] = field(default_factory=lambda: ["ce", "kd", "gkd"])
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: int = 3
     workers: int = 1
     cost_batch_sizes: list[int] = field(default_factory=lambda: [64])
@@ -203,6 +206,9 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be a list of different methods, got {self.methods}")
+        for name in self.variants:
+            if name in METHOD_NAMES or not re.fullmatch(r"[\w+.-]+", name) or name == "teacher":
+                raise ValueError(f"variants must have names of their own, of letters, digits and +-._, got {name!r}")
         _at_least(self, 1, "seeds", "workers", "cost_repeats")
 
 

@@ -295,6 +295,12 @@ def test_user_mistakes_get_one_line(tiny, tmp_path, capsys):
         (["student", "--student_training.epochs", "0"], "epochs must be at least 1"),
         (["student", "--student_training.epochs", "many"], "student_training.epochs"),
         (["compare", "--compare.methods", "ce,kd,kd"], "different methods"),
+        (["compare", "--compare.variants", "{kd: {graph.layers: 2}}"], "names of their own"),
+        (["compare", "--compare.variants", "{wide: {graph.embed_dims: 2}}"], "option 'embed_dims'"),
+        (
+            ["compare", "--compare.variants", "{cold: {distillation.temperature: 0}}"],
+            "cold: temperature must be above 0",
+        ),
         (["student", "--no.such", "1"], "no.such"),
         ([], "command"),
     ],
@@ -345,16 +351,22 @@ def test_missing_package_is_named(tmp_path):
 
 
 def test_compare(tiny, capsys):
-    settings = replace(tiny.compare, methods=["kd", "gkd"], seeds=2, cost_batch_sizes=[16], cost_repeats=1)
+    settings = replace(
+        tiny.compare, methods=["kd", "gkd"], variants={"gkd-soft": {"method": "gkd", "distillation.temperature": 8.0}},
+        seeds=2, cost_batch_sizes=[16], cost_repeats=1,
+    )  # fmt: skip
     summary = compare.compare_methods(replace(tiny, compare=settings), Console())
     told = capsys.readouterr().out
     folder = Path(tiny.output)
-    for method in settings.methods:
+    for method in (*settings.methods, "gkd-soft"):
         for seed in (0, 1):
             result = json.loads((folder / method / f"seed-{seed}" / "result.json").read_text())
             assert summary["arms"][method]["test_accuracy"]["values"][seed] == result["test_accuracy"]
         assert method in told
     assert json.loads((folder / "summary.json").read_text()) == summary
+    soft = yaml.safe_load((folder / "gkd-soft/seed-0/config.yaml").read_text())
+    assert soft["method"] == "gkd" and soft["distillation"] == asdict(tiny.distillation) | {"temperature": 8.0}
+    assert "difference" in summary["arms"]["gkd-soft"] and "validation_difference" in summary["arms"]["gkd-soft"]
     for picture in ("accuracy.png", "losses.png", "pair_weights.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert summary["conclusion"] in told
