@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gkd_fast._arguments import autocast_disabled, stages_of
 from gkd_fast._pooling import StagePool, pool_features
-from gkd_fast.modules import PairWeightNetwork
+from gkd_fast.modules import PairWeightNetwork, first_parameter
 
 Features = Tensor | Sequence[Tensor]
 Weights = Tensor | PairWeightNetwork | None
@@ -53,7 +53,7 @@ def weights_of_pairs(weights: Weights, students: Sequence[Tensor], teachers: Seq
         return None
     shape = (len(students[0]), len(students), len(teachers))
     if isinstance(weights, nn.Module):
-        own = next(weights.parameters(), None)
+        own = first_parameter(weights)
         if own is None:
             raise TypeError(
                 f"weights must be a Tensor, a PairWeightNetwork or None, got {type(weights).__name__} of no parameters"
@@ -101,15 +101,21 @@ def target_of(target: Tensor, embedding: Tensor, classes: int) -> Tensor:
         return target
     labels = target.long()
     if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
-        if len(wrong):
-            raise ValueError(f"target must hold labels from 0 to {classes - 1}, got {wrong[0].item()}")
+        least, largest = labels.aminmax()
+        if least.item() < 0 or largest.item() >= classes:
+            _check_labels(labels, classes)
     return labels
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+    if len(wrong):
+        raise ValueError(f"target must hold labels from 0 to {classes - 1}, got {wrong[0].item()}")
 
 
 def check_devices(criterion: Any, student_feats: Features, teacher_feats: Features) -> None:
     """ValueError unless both networks' features are where the loss's parameters are."""
-    own = next(iter(criterion.student_heads.parameters()), None)
+    own = first_parameter(criterion.student_heads)
     if own is None or is_sharded(own):
         return
     for name, features in (("student_feats", student_feats), ("teacher_feats", teacher_feats)):

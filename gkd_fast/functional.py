@@ -308,6 +308,30 @@ def relation_kl(
         return losses_of_blocks(losses_of, blocks, students, teachers, dtype)
 
 
+def graph_losses(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    node_temperature: float,
+    relation_temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`node_contrast` and :func:`relation_kl` of all pairs of stages of one width, which share the normalised
+    rows and with them their graph: gradients of one loss alone need ``retain_graph``."""
+    if select_backend(backend, students[0]) == "reference":
+        return (
+            node_contrast(students, teachers, temperature=node_temperature, backend=backend),
+            relation_kl(students, teachers, temperature=relation_temperature, backend=backend),
+        )
+    students, teachers, dtype = check_stages(students, teachers, False)
+    precision = product_precision(students[0])
+    with autocast_disabled(students[0]):
+        of_nodes, of_relations = ops.graph_losses(
+            students, teachers, dtype, node_temperature, relation_temperature, 1.0, precision
+        )
+    return of_nodes, of_relations
+
+
 @leaves_graphs(meets_columns)
 def adaptive_bandwidth(nodes: Tensor, *, process_group: Group = None) -> Tensor:
     """The bandwidth that suits a batch: σ² = ½ · mean over i ≠ j of (1 − c_ij), without gradient.

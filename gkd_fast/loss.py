@@ -1,13 +1,13 @@
 """The distillation loss: graphs of both networks' stages, compared as nodes and as relations."""
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gkd_fast import functional
 from gkd_fast._arguments import check_bandwidth, check_count, check_factor, check_positive, is_whole
 from gkd_fast._column_bank import ColumnBank
 from gkd_fast._compilation import leaves_graphs
@@ -17,7 +17,7 @@ from gkd_fast._inputs import Features, Weights, check_devices, nodes_of, target_
 from gkd_fast._pooling import Pool, stage_pools
 from gkd_fast._probe import Sample, pools_and_widths
 from gkd_fast._stages import check_dims, check_pairs, frozen_widths
-from gkd_fast._terms import node_losses, teacher_graph_loss, weighted_sum
+from gkd_fast._terms import pair_losses, teacher_graph_loss, weighted_sum
 from gkd_fast._training import (
     ALONE,
     CHECKED_CALLS,
@@ -48,7 +48,8 @@ class GraphKDLoss(nn.Module):
     - ``relation``: :func:`gkd_fast.functional.relation_kl`.
 
     The teacher's embeddings are detached in both; its graph convolutions learn from labels (``teacher_graph``): one
-    classifier shared by its stages, cross-entropy summed over them.
+    classifier shared by its stages, cross-entropy summed over them. The terms share a graph: whoever takes their
+    gradients apart needs ``retain_graph=True``.
 
     Args:
         student_dims: width of each student stage's features, an int or a list of S ints.
@@ -230,7 +231,7 @@ class GraphKDLoss(nn.Module):
         counted, and the column bank remembers none of them. A call that is captured in a CUDA graph, and its replays,
         are not counted either; the column bank must be full by then.
         """
-        loss = torch.stack(list(self.terms(student_feats, teacher_feats, target, weights=weights).values())).sum()
+        loss = reduce(torch.add, self.terms(student_feats, teacher_feats, target, weights=weights).values())
         self._count_training_call(loss, weights)
         return loss
 
@@ -343,30 +344,24 @@ class GraphKDLoss(nn.Module):
         # Times a sum over samples: the mean over the batch, or this rank's part in that of all.
         share = 1 / batch if shards is None else shards.size / batch
         pair_share = share / len(self.student_dims)
+        nodes, relations = pair_losses(
+            student_embeddings,
+            detached,
+            self.pairs,
+            bank,
+            (
+                self.node_temperature if self.node_weight else None,
+                self.relation_temperature if self.relation_weight else None,
+            ),
+            self.backend,
+            shards,
+        )
         terms = {}
-        if self.node_weight:
-            losses = node_losses(
-                student_embeddings,
-                detached,
-                self.pairs,
-                temperature=self.node_temperature,
-                backend=self.backend,
-                process_group=shards,
-                bank=bank and bank[1],
-            )
-            last.node_losses = losses.detach()
-            terms["node"] = self.node_weight * pair_share * weighted_sum(losses, pair_weights, self.pairs)
-        if self.relation_weight:
-            losses = functional.relation_kl(
-                student_embeddings,
-                detached,
-                temperature=self.relation_temperature,
-                pairs=self.pairs,
-                backend=self.backend,
-                process_group=shards,
-                bank=bank,
-            )
-            terms["relation"] = self.relation_weight * pair_share * weighted_sum(losses, pair_weights, self.pairs)
+        if nodes is not None:
+            last.node_losses = nodes.detach()
+            terms["node"] = weighted_sum(nodes, pair_weights, self.pairs, self.node_weight * pair_share)
+        if relations is not None:
+            terms["relation"] = weighted_sum(relations, pair_weights, self.pairs, self.relation_weight * pair_share)
         if self.classifier is not None and target is not None:
             terms["teacher_graph"] = share * teacher_graph_loss(self.classifier, teacher_embeddings, target)
         return terms

@@ -11,6 +11,15 @@ from gkd_fast._arguments import autocast_enabled, check_backend, check_bandwidth
 from gkd_fast.distributed import Group
 
 
+def first_parameter(module: nn.Module) -> Any:
+    """``next(module.parameters(), None)`` without a walk over all modules."""
+    for own in module._parameters.values():
+        if own is not None:
+            return own
+    found = (first_parameter(child) for child in module._modules.values() if child is not None)
+    return next((x for x in found if x is not None), None)
+
+
 class BatchGCN(nn.Module):
     """Graph convolutions over the batch: ``act(Â (X W + b))``, ReLU between the layers, none after the last.
 
@@ -64,7 +73,7 @@ class BatchGCN(nn.Module):
         first = self.linears[0]
         if nodes.dim() != 2 or nodes.shape[1] != first.in_features:
             raise ValueError(f"nodes must have shape [batch, {first.in_features}], got {tuple(nodes.shape)}")
-        return nodes if autocast_enabled(nodes) else nodes.to(next(first.parameters()).dtype)
+        return nodes if autocast_enabled(nodes) else nodes.to(first_parameter(first).dtype)
 
     def _kind(self) -> tuple:
         """What heads have in common that go in step."""
@@ -87,7 +96,7 @@ class PlainHead(nn.Module):
 
     def forward(self, nodes: Tensor, process_group: Group = None) -> Tensor:
         """Embeddings ``[B, embed_dim]`` of the nodes, each of its own sample alone."""
-        own = next(self.projection.parameters(), None)
+        own = first_parameter(self.projection)
         return self.projection(nodes if own is None or autocast_enabled(nodes) else nodes.to(own.dtype))
 
 

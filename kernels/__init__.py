@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def _launcher(module: str, name: str) -> Callable[..., Any]:
             return launcher
         return import_module("gkd_fast.kernels.common.autotune").autotuned(launcher)
 
-    return lambda *arguments: found()(*arguments)
+    return lambda *arguments, **named: found()(*arguments, **named)
 
 
 OPS = {
@@ -56,6 +57,8 @@ OPS = {
     for name in names
 }
 
+
+LAUNCHERS = SimpleNamespace(**OPS)
 
 # The devices whose ops they are.
 REGISTERED: set[str] = set()

@@ -384,3 +384,22 @@ def test_bad_weights_say_what_is_wrong():
         criterion(*batch, weights=torch.ones(11, 2, 3, device="meta"))
     with pytest.raises(TypeError, match="weights must be a Tensor, a PairWeightNetwork or None, got float"):
         criterion(*batch, weights=0.5)
+
+
+def test_losses_that_share_rows_are_those_of_the_functions():
+    """And their gradients, of both terms together and of each alone, to the second order."""
+    torch.manual_seed(3)
+    x = [torch.randn(9, 7, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+
+    def terms(backend: str) -> dict:
+        options = {"teacher_graph": "frozen", "backend": backend, "node_weight": 1.7, "relation_weight": 0.6}
+        criterion = GraphKDLoss([7, 7], [7, 7, 7], **options)
+        return criterion.terms_from_embeddings(x[:2], x[2:])
+
+    def derivatives(loss):
+        first = torch.autograd.grad(loss, x[:2], create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.sin().sum() for g in first), x[:2])
+
+    for names in (["node", "relation"], ["node"], ["relation"]):
+        found, expected = (derivatives(sum(terms(backend)[k] for k in names)) for backend in ("auto", "reference"))
+        torch.testing.assert_close(found, expected)

@@ -6,13 +6,16 @@ forward and backward never come from two libraries.
 """
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from gkd_fast.kernels import REGISTERED, register
+from gkd_fast.kernels import LAUNCHERS, REGISTERED, register
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BUILT_FOR = PACKAGE / "_C.torch-version.txt"
@@ -81,3 +84,22 @@ def has_kernels(op: str, device: torch.device) -> bool:
 
 
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in gkd_fast._arguments
+
+
+def implementation(tensors: Sequence[Tensor]) -> Any:
+    """What has the ops of these tensors by name, below autograd: ``torch.ops.gkd_fast``, or the Triton launchers that
+    it would come to, without the way through the dispatcher, which takes as long as two launches.
+
+    Only where nothing on that way could be for somebody else: subclasses and modes of tensors, transforms, a profiler.
+    """
+    direct = (
+        tensors[0].device.type in REGISTERED
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.autograd._profiler_enabled()
+        and all(type(x) in _PLAIN for x in tensors)
+    )
+    return LAUNCHERS if direct else torch.ops.gkd_fast
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

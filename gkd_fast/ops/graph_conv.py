@@ -71,7 +71,7 @@ from gkd_fast.ops.autograd import (
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns
 from gkd_fast.ops.graph_conv_columns import GraphConv, second_order
-from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.joined import Call, Op, on_unit_rows
 from gkd_fast.ops.unit_rows import unit_rows
 
 torch.library.define(
@@ -173,19 +173,19 @@ def _backward(ctx, upstream, _):
     results = output.detach(), degrees
     needs = flags(ctx.needs_input_grad[:2])
     settings = inverse_variance, ctx.normalization, ctx.product_precision
-    return *gradients_of(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 8
+    gradients = gradients_of(torch.ops.gkd_fast, upstream.contiguous(), (nodes, messages), results, settings, needs)
+    return *gradients, *[None] * 8
 
 
-def _results(inputs, settings, keep):
-    op = torch.ops.gkd_fast.graph_conv_keep if keep else torch.ops.gkd_fast.graph_conv
+def _results(ops, inputs, settings, keep):
+    op = ops.graph_conv_keep if keep else ops.graph_conv
     return op(*inputs, *settings)
 
 
-def gradients_of(upstream, inputs, results, settings, needs):
+def gradients_of(ops, upstream, inputs, results, settings, needs):
     output, degrees, *affinities = results
-    gradients = torch.ops.gkd_fast.graph_conv_backward(
-        upstream, *inputs, output, degrees, *settings, needs, affinities=affinities[0] if affinities else None
-    )
+    kept_ones = {"affinities": affinities[0]} if affinities else {}
+    gradients = ops.graph_conv_backward(upstream, *inputs, output, degrees, *settings, needs, **kept_ones)
     return scatter(gradients, needs)
 
 
@@ -234,5 +234,6 @@ def graph_conv(
     messages = messages.to(dtype)
     settings = inverse_variance, normalization, product_precision
     if columns is None:
-        return on_unit_rows(_OP, [nodes], [messages], dtype, settings, kept.keeps((nodes, messages)))
+        call = Call(_OP, settings, kept.keeps((nodes, messages)))
+        return on_unit_rows([call], [nodes], [messages], dtype)[0]
     return GraphConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)

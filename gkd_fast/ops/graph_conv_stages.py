@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import PT2, asked_for, needed_like, refuse_derivative, refuse_forward_mode, saveable, scatter
+from gkd_fast.ops.backends import implementation
 from gkd_fast.ops.graph_conv import gradients_of
 from gkd_fast.ops.unit_rows import row_gradients, unit_rows_and_norms
 
@@ -68,11 +69,12 @@ class GraphConvStages(torch.autograd.Function):
     def forward(ctx, count: int, dtype: torch.dtype, settings: tuple, held: bool, *tensors: Tensor):
         variances, *settings = settings
         nodes, messages = tensors[:count], tensors[count:]
+        ops = implementation(tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            unit, inverse_norms = torch.ops.gkd_fast.unit_rows(nodes, dtype)
+            unit, inverse_norms = ops.unit_rows(nodes, dtype)
             if not isinstance(variances, Tensor):
-                variances = torch.ops.gkd_fast.graph_inverse_variances(unit, *variances)
-            outputs, degrees = torch.ops.gkd_fast.graph_conv_stages(unit, messages, variances, *settings)
+                variances = ops.graph_inverse_variances(unit, *variances)
+            outputs, degrees = ops.graph_conv_stages(unit, messages, variances, *settings)
             if not any(ctx.needs_input_grad):
                 return tuple(outputs)
             kept = _copies(outputs) if held else outputs
@@ -99,16 +101,20 @@ class GraphConvStages(torch.autograd.Function):
             gradients: list[Tensor | None] = [None] * (2 * count)
             for k, variance in enumerate(variances):
                 of_stage = slice(k, None, count)
+                results = outputs[k].detach(), degrees[k]
                 gradients[of_stage] = gradients_of(
-                    upstream[k], (unit[k], messages[k]), (outputs[k].detach(), degrees[k]), (variance, *ctx.settings),
+                    torch.ops.gkd_fast, upstream[k], (unit[k], messages[k]), results, (variance, *ctx.settings),
                     needs[of_stage],
                 )  # fmt: skip
+            of_nodes = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
         else:
-            found = torch.ops.gkd_fast.graph_conv_stages_backward(
-                upstream, unit, messages, outputs, degrees, variances, *ctx.settings, needs
-            )
-            gradients = scatter(found, needs)
-        of_nodes = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
+            ops = implementation(unit)
+            with torch._C._AutoDispatchBelowAutograd():
+                found = ops.graph_conv_stages_backward(
+                    upstream, unit, messages, outputs, degrees, variances, *ctx.settings, needs
+                )
+                gradients = scatter(found, needs)
+                of_nodes = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes, ops=ops)
         return *[None] * 4, *of_nodes, *gradients[count:]
 
 

@@ -1,4 +1,4 @@
-"""An op and the normalisation of its rows as one node of the autograd graph.
+"""Ops and the normalisation of the rows that they share as one node of the autograd graph.
 
 At the published batch of 64 a node costs as much as the work. Derivatives of the gradients are those of the ops' own
 autograd formulas.
@@ -7,22 +7,24 @@ autograd formulas.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import asked_for, transformed
+from gkd_fast.ops.backends import implementation
 from gkd_fast.ops.unit_rows import row_gradients, unit_rows, unit_rows_and_norms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """An op of unit rows, by its forward and its backward op.
 
     Args:
-        results: (inputs, settings, keep) → the op's results, the differentiable one first; with ``keep`` also those
-            that spare the gradients work.
-        gradients: (upstream, inputs, results, settings, needs) → a gradient for each input, None where not needed.
+        results: (ops, inputs, settings, keep) → the op's results, the differentiable one first; with ``keep`` also
+            those that spare the gradients work. ``ops``: see ``backends.implementation``.
+        gradients: (ops, upstream, inputs, results, settings, needs) → a gradient for each input, None where not needed.
         reads_output: whether the gradients read the first result; else they may be given None for it.
     """
 
@@ -35,50 +37,85 @@ class Op:
         return first.clone() if self.reads_output else first
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An op with its settings, and whether it keeps what spares its gradients work."""
+
+    op: Op
+    settings: tuple
+    keep: bool
+
+
 class Joined(torch.autograd.Function):
-    """The first ``count`` tensors are the rows that are normalised."""
+    """The first ``count`` tensors are the rows that are normalised. An output of each call."""
 
     @staticmethod
-    def forward(ctx, op: Op, count: int, dtype: torch.dtype, settings: tuple, keep: bool, *tensors: Tensor):
+    def forward(ctx, calls: Sequence[Call], count: int, dtype: torch.dtype, *tensors: Tensor):
+        rows, others = tensors[:count], tensors[count:]
+        ops = implementation(tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            unit, inverse_norms = torch.ops.gkd_fast.unit_rows(tensors[:count], dtype)
-            results = op.results([*unit, *tensors[count:]], settings, keep)
-        needs = ctx.needs_input_grad[5:]
-        output, *statistics = results
+            unit, inverse_norms = ops.unit_rows(rows, dtype)
+            inputs = [*unit, *others]
+            results = [call.op.results(ops, inputs, call.settings, call.keep) for call in calls]
+        needs = ctx.needs_input_grad[3:]
+        outputs = [of_call[0] for of_call in results]
         if True not in needs:
-            return output
-        ctx.op, ctx.count, ctx.dtype, ctx.settings = op, count, dtype, settings
-        ctx.dtypes = [x.dtype for x in tensors[:count]]
+            return tuple(outputs)
+        ctx.calls, ctx.count, ctx.dtype = calls, count, dtype
+        ctx.dtypes = [x.dtype for x in rows]
+        ctx.result_counts = [len(of_call) for of_call in results]
         # Of frozen rows the unit rows are enough; they can be saved even where the rows come from inference mode.
-        raw = [x if needed else None for x, needed in zip(tensors[:count], needs)]
-        kept = output if op.reads_output else None
-        ctx.save_for_backward(*raw, *unit, *inverse_norms, *tensors[count:], kept, *statistics)
+        raw = [x if needed else None for x, needed in zip(rows, needs)]
+        kept = [
+            x if k or call.op.reads_output else None
+            for call, of_call in zip(calls, results)
+            for k, x in enumerate(of_call)
+        ]  # fmt: skip
+        ctx.save_for_backward(*raw, *unit, *inverse_norms, *others, *kept)
+        ctx.set_materialize_grads(False)
         # Of a Function, views may not be changed either.
-        return output.clone() if output._is_view() else op.output(output)
+        return tuple([x.clone() if x._is_view() else call.op.output(x) for call, x in zip(calls, outputs)])
 
     @staticmethod
-    def backward(ctx, upstream):
-        needs, count = asked_for(ctx, 5), ctx.count
+    def backward(ctx, *upstream):
+        needs, count = asked_for(ctx, 3), ctx.count
         saved = list(ctx.saved_tensors)
         rows, unit, inverse_norms = (saved[k * count : (k + 1) * count] for k in range(3))
-        rest = saved[3 * count :]
-        others, results = rest[: len(needs) - count], rest[len(needs) - count :]
+        others, results = saved[3 * count : 2 * count + len(needs)], iter(saved[2 * count + len(needs) :])
         derived = torch.is_grad_enabled()
         if derived:
             live = [k for k, x in enumerate(rows) if x is not None]
             again = unit_rows_and_norms([rows[k] for k in live], ctx.dtype) if live else ([], [])
             for k, e, inverse in zip(live, *again, strict=True):
                 unit[k], inverse_norms[k] = e, inverse
+        ops = torch.ops.gkd_fast if derived else implementation(unit)
         with nullcontext() if derived else torch._C._AutoDispatchBelowAutograd():
-            gradients = ctx.op.gradients(upstream.contiguous(), [*unit, *others], results, ctx.settings, needs)
-            of_rows = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
-        return *[None] * 5, *of_rows, *gradients[count:]
+            total: list[Tensor | None] = [None] * len(needs)
+            for call, g, own in zip(ctx.calls, upstream, ctx.result_counts, strict=True):
+                of_call = [next(results) for _ in range(own)]
+                if g is not None:
+                    inputs = [*unit, *others]
+                    total = _sums(total, call.op.gradients(ops, g.contiguous(), inputs, of_call, call.settings, needs))
+            of_rows = row_gradients(total[:count], unit, inverse_norms, ctx.dtypes, ops=ops)
+        return None, None, None, *of_rows, *total[count:]
+
+
+def _sums(some: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+    both = [k for k, (x, y) in enumerate(zip(some, more, strict=True)) if x is not None and y is not None]
+    found = [y if x is None else x for x, y in zip(some, more, strict=True)]
+    if both:
+        pair: Any = [some[k] for k in both], [more[k] for k in both]
+        of_both = [x + y for x, y in zip(*pair)] if torch.is_grad_enabled() else torch._foreach_add(*pair)
+        for k, x in zip(both, of_both, strict=True):
+            found[k] = x
+    return found
 
 
 def on_unit_rows(
-    op: Op, rows: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype, settings: tuple, keep: bool
-) -> Tensor:
-    """The first result of ``op`` on the L2-normalised ``rows``, in ``dtype``, and on ``others``."""
+    calls: Sequence[Call], rows: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """The first result of every op on the L2-normalised ``rows``, in ``dtype``, and on ``others``."""
     if torch.compiler.is_compiling() or transformed():  # which take nodes apart
-        return op.output(op.results([*unit_rows(list(rows), dtype), *others], settings, keep)[0])
-    return Joined.apply(op, len(rows), dtype, settings, keep, *rows, *others)
+        inputs, ops = [*unit_rows(list(rows), dtype), *others], torch.ops.gkd_fast
+        return [call.op.output(call.op.results(ops, inputs, call.settings, call.keep)[0]) for call in calls]
+    return Joined.apply(calls, len(rows), dtype, *rows, *others)

@@ -62,7 +62,7 @@ from gkd_fast.ops.autograd import (
     tangents_of,
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns
-from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.joined import Call, Op, on_unit_rows
 from gkd_fast.ops.node_contrast_columns import NodeContrast
 from gkd_fast.ops.unit_rows import unit_rows
 
@@ -139,18 +139,19 @@ def _backward(ctx, upstream, *_):
     *stages, log_sums, weighted = ctx.saved_tensors
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
     settings = ctx.num_students, ctx.wanted, ctx.temperature, ctx.product_precision
-    gradients = _gradients(upstream.contiguous(), stages, (None, log_sums, weighted), settings, needs)
+    results = None, log_sums, weighted
+    gradients = _gradients(torch.ops.gkd_fast, upstream.contiguous(), stages, results, settings, needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
 
-def _results(stages, settings, keep):
+def _results(ops, stages, settings, keep):
     num_students, *settings = settings
-    return torch.ops.gkd_fast.node_contrast(stages[:num_students], stages[num_students:], *settings, keep)
+    return ops.node_contrast(stages[:num_students], stages[num_students:], *settings, keep)
 
 
-def _gradients(upstream, stages, results, settings, needs):
+def _gradients(ops, upstream, stages, results, settings, needs):
     num_students, *settings = settings
-    gradients = torch.ops.gkd_fast.node_contrast_backward(
+    gradients = ops.node_contrast_backward(
         upstream, stages[:num_students], stages[num_students:], *results[1:], *settings, needs
     )
     return scatter(gradients, needs)
@@ -204,6 +205,25 @@ refuse_derivative("gkd_fast::node_contrast_double_backward")
 _OP = Op(_results, _gradients, reads_output=False)
 
 
+def node_contrast_call(
+    students: list[Tensor],
+    dtype: torch.dtype,
+    wanted: list[bool],
+    temperature: float,
+    product_precision: str,
+    columns: Columns | None = None,
+) -> Call:
+    x = students[0]
+    # All ranks must do the same.
+    rows = x.shape[0] if columns is None else max(columns.shards.counts)
+    keep = (
+        torch.is_grad_enabled()
+        and any(s.requires_grad for s in students)
+        and sum(wanted) * rows * x.shape[1] * dtype.itemsize <= KEEP_WEIGHTED_BYTES
+    )
+    return Call(_OP, (len(students), wanted, temperature, product_precision), keep)
+
+
 def node_contrast(
     students: list[Tensor],
     teachers: list[Tensor],
@@ -217,16 +237,9 @@ def node_contrast(
     teachers' and, where these have a gradient, the students'); see the head of this file."""
     stages = [*students, *teachers]
     refuse_forward_mode(stages)
-    x = students[0]
-    # All ranks must do the same.
-    rows = len(x) if columns is None else max(columns.shards.counts)
-    keep = (
-        torch.is_grad_enabled()
-        and any(s.requires_grad for s in students)
-        and sum(wanted) * rows * x.shape[1] * dtype.itemsize <= KEEP_WEIGHTED_BYTES
-    )
     settings = wanted, temperature, product_precision
+    call = node_contrast_call(students, dtype, *settings, columns)
     if columns is None:
-        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings), keep)
+        return on_unit_rows([call], stages, [], dtype)[0]
     refuse_transforms("node_contrast")
-    return NodeContrast.apply(columns, len(students), settings, keep, *unit_rows(stages, dtype))
+    return NodeContrast.apply(columns, len(students), settings, call.keep, *unit_rows(stages, dtype))

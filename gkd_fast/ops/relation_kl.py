@@ -64,7 +64,7 @@ from gkd_fast.ops.autograd import (
     tangents_of,
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns
-from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.joined import Call, Op, on_unit_rows
 from gkd_fast.ops.relation_kl_columns import RelationKl
 from gkd_fast.ops.unit_rows import unit_rows
 
@@ -160,22 +160,22 @@ def _backward(ctx, upstream, *_):
     needs = flags(ctx.needs_input_grad[0]) + flags(ctx.needs_input_grad[1])
     settings = ctx.num_students, ctx.temperature, ctx.bandwidth, ctx.product_precision
     results = losses.detach(), student_log_sums, teacher_log_sums
-    gradients = _gradients(upstream.contiguous(), stages, results, settings, needs)
+    gradients = _gradients(torch.ops.gkd_fast, upstream.contiguous(), stages, results, settings, needs)
     return gradients[: ctx.num_students], gradients[ctx.num_students :], *[None] * 6
 
 
-def _results(stages, settings, keep):
+def _results(ops, stages, settings, keep):
     num_students, *settings = settings
-    op = torch.ops.gkd_fast.relation_kl_keep if keep else torch.ops.gkd_fast.relation_kl
+    op = ops.relation_kl_keep if keep else ops.relation_kl
     return op(stages[:num_students], stages[num_students:], *settings)
 
 
-def _gradients(upstream, stages, results, settings, needs):
+def _gradients(ops, upstream, stages, results, settings, needs):
     num_students, *settings = settings
     losses, student_log_sums, teacher_log_sums, *affinities = results
-    gradients = torch.ops.gkd_fast.relation_kl_backward(
+    gradients = ops.relation_kl_backward(
         upstream, stages[:num_students], stages[num_students:], losses, student_log_sums, teacher_log_sums,
-        *settings, needs, affinities=affinities[0] if affinities else None,
+        *settings, needs, **({"affinities": affinities[0]} if affinities else {}),
     )  # fmt: skip
     return scatter(gradients, needs)
 
@@ -221,6 +221,13 @@ refuse_derivative("gkd_fast::relation_kl_double_backward")
 _OP = Op(_results, _gradients)
 
 
+def relation_kl_call(
+    students: list[Tensor], teachers: list[Tensor], temperature: float, bandwidth: float, product_precision: str
+) -> Call:
+    keep = kept.keeps((*students, *teachers))
+    return Call(_OP, (len(students), temperature, bandwidth, product_precision), keep)
+
+
 def relation_kl(
     students: list[Tensor],
     teachers: list[Tensor],
@@ -236,6 +243,6 @@ def relation_kl(
     refuse_forward_mode(stages)
     settings = temperature, bandwidth, product_precision
     if columns is None:
-        return on_unit_rows(_OP, stages, [], dtype, (len(students), *settings), kept.keeps(stages))
+        return on_unit_rows([relation_kl_call(students, teachers, *settings)], stages, [], dtype)[0]
     refuse_transforms("relation_kl")
     return RelationKl.apply(columns, len(students), settings, *unit_rows(stages, dtype))

@@ -12,6 +12,7 @@ gives e = 0, 1/‖x‖ = 0 and so zero gradient.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ def row_gradients(
     inverse_norms: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
     norm_upstream: Sequence[Tensor | None] | None = None,
+    ops: Any = torch.ops.gkd_fast,
 ) -> list[Tensor | None]:
     """The rows' gradients in their types, None where nothing comes from above; differentiable in grad mode."""
     gradients: list[Tensor | None] = [None] * len(unit)
@@ -77,7 +79,7 @@ def row_gradients(
             fused.setdefault(dtypes[k], []).append(k)
     for dtype, ks in fused.items():
         lists = ([values[k] for k in ks] for values in (unit_upstream, unit, inverse_norms))
-        for k, gradient in zip(ks, torch.ops.gkd_fast.unit_rows_backward(*lists, dtype), strict=True):
+        for k, gradient in zip(ks, ops.unit_rows_backward(*lists, dtype), strict=True):
             gradients[k] = gradient
     return gradients
 

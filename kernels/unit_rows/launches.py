@@ -1,5 +1,7 @@
 """unit_rows on GPUs: rows of all stages in one launch, any floating type, any strides, any width."""
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -12,47 +14,42 @@ BLOCK_ROWS, BLOCK_WIDTH = 8, 128
 
 
 def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    units = [x.new_empty(x.shape, dtype=dtype) for x in rows]
-    norms = [x.new_empty(x.shape[0], dtype=dtype) for x in rows]
-    for group in _groups(rows):
-        x, e, n = ([values[k] for k in group] for values in (rows, units, norms))
-        count = x[0].shape[0]
-        grid = (-(-count // BLOCK_ROWS), len(x))
-        with on_device(x[0]):
-            launch(unit_rows_forward, TYPE=_triton_type(dtype), ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
-                grid, tuple(x), *_strides(x), tuple(v.shape[1] for v in x), tuple(e), tuple(n), count,
-                torch.finfo(dtype).tiny ** 0.5,
-            )  # fmt: skip
+    units = [x.new_empty(*x.shape, dtype=dtype) for x in rows]
+    norms = [x.new_empty(len(x), dtype=dtype) for x in units]
+    zero = torch.finfo(dtype).tiny ** 0.5
+    for x, e, n in _groups(rows, units, norms):
+        _launch(unit_rows_forward, dtype, x, e, n, x[0].shape[0], zero)
     return units, norms
 
 
 def unit_rows_backward(
     upstream: list[Tensor], unit: list[Tensor], inverse_norms: list[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    gradients = [e.new_empty(e.shape, dtype=dtype) for e in unit]
-    for group in _groups(upstream):
-        g, e, n, out = ([values[k] for k in group] for values in (upstream, unit, inverse_norms, gradients))
-        count = g[0].shape[0]
-        grid = (-(-count // BLOCK_ROWS), len(g))
-        with on_device(g[0]):
-            launch(unit_rows_gradient, TYPE=_triton_type(e[0].dtype), ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
-                grid, tuple(g), *_strides(g), tuple(v.shape[1] for v in g), tuple(e), tuple(n), tuple(out), count
-            )
+    gradients = [torch.empty_like(e, dtype=dtype) for e in unit]
+    for g, e, n, out in _groups(upstream, unit, inverse_norms, gradients):
+        _launch(unit_rows_gradient, e[0].dtype, g, e, n, out, g[0].shape[0])
     return gradients
 
 
-def _groups(tensors: list[Tensor]) -> list[list[int]]:
-    """Places of the tensors that one launch can take: those of one type and one number of rows."""
+def _launch(kernel, dtype: torch.dtype, rows: Sequence[Tensor], *arguments) -> None:
+    """``arguments``: lists of tensors, of one for each of the rows, and numbers."""
+    shapes, strides = zip(*[x.shape for x in rows]), zip(*[x.stride() for x in rows])
+    (count, *_), dims = shapes
+    sum_type = tl.float64 if dtype == torch.float64 else tl.float32
+    with on_device(rows[0]):
+        launch(kernel, TYPE=sum_type, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
+            (-(-count // BLOCK_ROWS), len(dims)), tuple(rows), *strides, dims,
+            *[tuple(x) if isinstance(x, list) else x for x in arguments],
+        )  # fmt: skip
+
+
+def _groups(tensors: list[Tensor], *others: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
+    """The lists, by what one launch can take: tensors of one type and one number of rows."""
+    lists, first = (tensors, *others), tensors[0]
+    if all(x.dtype == first.dtype and x.shape[0] == first.shape[0] for x in tensors):
+        return [lists] if first.shape[0] else []
     groups: dict[tuple, list[int]] = {}
     for k, x in enumerate(tensors):
-        if len(x):
-            groups.setdefault((x.dtype, len(x)), []).append(k)
-    return list(groups.values())
-
-
-def _strides(tensors: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors)
-
-
-def _triton_type(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
+        if x.shape[0]:
+            groups.setdefault((x.dtype, x.shape[0]), []).append(k)
+    return [tuple([values[k] for k in group] for values in lists) for group in groups.values()]
