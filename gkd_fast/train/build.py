@@ -10,6 +10,7 @@ from gkd_fast import GraphDistiller, GraphKDLoss, PairWeightNetwork
 from gkd_fast.train.config import Config, NetworkConfig, TrainError, TrainingConfig
 from gkd_fast.train.data import Splits
 from gkd_fast.train.engine import Distiller
+from gkd_fast.train.graphs import check_capture
 from gkd_fast.train.methods import METHODS, Relations, stream_seed
 from gkd_fast.train.models import StagedNetwork, build_network, load_weights
 from gkd_fast.train.own import imported
@@ -77,6 +78,8 @@ def build_distiller(
     method = METHODS[method_name]
     if method.teacher and teacher is None:
         raise TrainError(f"method {method_name} needs a teacher: name its weights with --teacher")
+    if config.cuda_graphs and accelerator is not None:
+        check_capture(config, method_name, accelerator)
     student = build_network_for(network, splits, config.seed)
     if network.weights is not None:
         load_weights(student, weights_file(network.weights))
@@ -118,6 +121,7 @@ def build_distiller(
         permuted=method.weights == "permuted",
         seed=config.seed,
         accelerator=accelerator,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

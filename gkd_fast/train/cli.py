@@ -32,7 +32,10 @@ SHORT_NAMES = {
     "--log-with": "--log_with",
     "--methods": "--compare.methods",
     "--seeds": "--compare.seeds",
+    "--cuda-graphs": "--cuda_graphs",
 }
+# Options that may stand without a value.
+SWITCHES = ("--data.download", "--cuda_graphs")
 # Options that take several words, apart or with commas between them.
 LISTS = ("--compare.methods", "--log_with")
 
@@ -100,7 +103,7 @@ def make_parser() -> ArgumentParser:
 
 
 def _spelt_out(arguments: list[str]) -> list[str]:
-    """The arguments with short names replaced; ``--download`` needs no value, those of LISTS take several words."""
+    """The arguments with short names replaced; those of SWITCHES need no value, of LISTS several words."""
     full: list[str] = []
     rest = list(arguments)
     while rest:
@@ -112,7 +115,7 @@ def _spelt_out(arguments: list[str]) -> list[str]:
                 words.append(rest.pop(0))
             value = ",".join(words)
             full.append(f"{name}={value}" if value.startswith("[") else f"{name}=[{value}]")
-        elif short == "--download" and not equals:
+        elif name in SWITCHES and not equals and (not rest or rest[0].lower() not in ("true", "false")):
             full.append(f"{name}=true")
         else:
             full.append(name + equals + value)

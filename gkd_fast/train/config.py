@@ -228,6 +228,8 @@ class Config:
         threads: of PyTorch, where not its own choice.
         micro_batch: images of a process's share of a batch that the networks take at a time, with the activations of
             these alone, as in gkd_fast.micro_batched; by default all.
+        cuda_graphs: capture a step's forward and backward pass in a CUDA graph and replay it: a step then takes the
+            device's time, whatever Python and its launches would; what cannot be captured is told.
         limit_batches: use only so many batches of each epoch, to try things out; by default all.
         save_every: steps between two checkpoints within an epoch; the end of an epoch has one always.
         diagnostics_every: epochs between two looks at the graphs and at each term's share of the gradient.
@@ -253,6 +255,7 @@ class Config:
     device: str = "auto"
     threads: int | None = None
     micro_batch: int | None = None
+    cuda_graphs: bool = False
     limit_batches: int | None = None
     save_every: int = 500
     diagnostics_every: int = 1
@@ -281,6 +284,7 @@ class Config:
 FREE_OPTIONS = (
     "output",
     "resume",
+    "cuda_graphs",
     "save_every",
     "diagnostics_every",
     "log_with",

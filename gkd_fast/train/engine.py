@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast import GraphDistiller
+from gkd_fast.train.graphs import CapturedStep
 from gkd_fast.train.methods import PermutedWeights, batch_permutation
 
 
@@ -21,6 +22,7 @@ class Distiller:
         seed: of the permutation.
         accelerator: places the module on devices, wraps it for several processes and scales gradients; without one,
             everything runs where and as it is.
+        cuda_graphs: forward and backward pass of a step in a CUDA graph, see :mod:`gkd_fast.train.graphs`.
 
     Attributes:
         module: the plain one, its ``student``, ``teacher``, ``criterion``, ``pair_weights`` and ``meta_optimizer``.
@@ -36,6 +38,7 @@ class Distiller:
         permuted: bool = False,
         seed: int = 0,
         accelerator=None,
+        cuda_graphs: bool = False,
     ):
         self.module = module
         self.optimizer = optimizer
@@ -47,6 +50,7 @@ class Distiller:
         self._wrapped: nn.Module = module
         if accelerator is not None:
             self._wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        self._pass = CapturedStep(self._forward_and_backward, module) if cuda_graphs else self._forward_and_backward
 
     student = property(lambda self: self.module.student)
     teacher = property(lambda self: self.module.teacher)
@@ -65,14 +69,18 @@ class Distiller:
             The terms before the step, detached scalars; the objective is their sum.
         """
         self._wrapped.train()
+        terms = self._pass(images, labels)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return terms
+
+    def _forward_and_backward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         loss, terms, _ = self._wrapped(images, labels, weights=self._weights(len(images), images.device))
         if self.accelerator is None:
             loss.backward()
         else:
             self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
         return terms
 
     def meta_due(self, batch_index: int) -> bool:
