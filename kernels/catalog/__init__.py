@@ -25,14 +25,7 @@ from gkd_fast.kernels.common.tile import COUNTS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_ROWS as MOMENT_ROWS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_WIDTH as MOMENT_WIDTH
 from gkd_fast.kernels.graph_conv.bandwidths import graph_bandwidths, graph_moments
-from gkd_fast.kernels.graph_conv.launches import (
-    INVERSE,
-    INVERSE_ROOT,
-    PARTS_ROWS,
-    PARTS_WIDTH,
-    TERMS_ROWS,
-    TERMS_WIDTH,
-)  # fmt: skip
+from gkd_fast.kernels.graph_conv.launches import PARTS_ROWS, PARTS_WIDTH, TERMS_ROWS, TERMS_WIDTH
 from gkd_fast.kernels.graph_conv.tiles import (
     graph_degree_sums,
     graph_gradients,
@@ -41,6 +34,7 @@ from gkd_fast.kernels.graph_conv.tiles import (
     graph_sums,
     graph_terms,
 )  # fmt: skip
+from gkd_fast.kernels.graph_conv.values import INVERSE, INVERSE_ROOT
 from gkd_fast.kernels.node_contrast.launches import EPILOGUE_ROWS
 from gkd_fast.kernels.node_contrast.tiles import (
     contrast_differences,

@@ -1,12 +1,24 @@
-"""The graphs that graph_conv's launches take."""
+"""The graphs that graph_conv's launches take, and how a launch of several walks their tiles."""
 
 from collections.abc import Sequence
 
-from gkd_fast.kernels.common.launch import architecture, matrices, padded_width, product_of
+from torch import Tensor
+
+from gkd_fast.kernels.common.launch import (
+    architecture,
+    cdiv,
+    divide,
+    matrices,
+    multiprocessors,
+    padded_width,
+    product_of,
+)  # fmt: skip
 from gkd_fast.kernels.common.operands import Operand, centred, operands, stored_width
 from gkd_fast.kernels.common.small import is_small
-from gkd_fast.kernels.common.table import largest_width
+from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.graph_conv import small
+
+LEAST_TF32X3_WIDTH = 32
 
 
 class Graph:
@@ -58,3 +70,51 @@ def node_operands(graphs: Sequence[Graph], width: int) -> list[tuple[Operand, Op
         for graph, *sides in zip(graphs, rows, columns, strict=True):
             graph._operands[width] = tuple(sides)
     return [graph._operands[width] for graph in graphs]
+
+
+def walk(graphs: Sequence[Graph], kernel: str, *widths: int):
+    """Grid, number of parts and compile-time arguments of a kernel that walks tiles."""
+    graph = graphs[0]
+    config = tiles(kernel, graph.arch, graph.product.name, padded_width(graph.dim, *widths))
+    row_blocks = cdiv(graph.row_count, config.rows)
+    processors = multiprocessors(graph.nodes.device)
+    parts = divide(row_blocks * len(graphs), graph.column_count, config.columns, processors)
+    constants = {
+        "WIDTH": _node_width(graph, kernel, *widths), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+        "num_warps": config.warps, "num_stages": config.stages,
+        **graph.product.constants(),
+    }  # fmt: skip
+    if widths:
+        constants["VALUE_WIDTH"] = padded_width(*widths)
+    return (row_blocks, parts, len(graphs)), parts, constants
+
+
+def _node_width(graph: Graph, kernel: str, *widths: int) -> int:
+    """The columns of a tile of nodes.
+
+    Of three tf32 products with nodes in 16 columns beside wider values, ptxas 12.8 (in the wheels of Triton 3.6 and
+    3.7) makes code for Hopper that reads descriptors before it sets them, whichever tile is loaded first; with 32
+    columns it does not. The issue-slot model predicts 1.1 (values of 64) and 1.7 times (of 32) the time.
+    """
+    nodes, affected = padded_width(graph.dim), graph.product.name == "tf32x3" and graph.arch == "sm_90"
+    if affected and kernel == "graph_gradients" and padded_width(*widths) > nodes:
+        return max(LEAST_TF32X3_WIDTH, nodes)
+    return nodes
+
+
+def node_arguments(graphs: Sequence[Graph], width: int) -> tuple[tuple[Tensor, ...], ...]:
+    """Rows and numbers of the rows and of the columns."""
+    sides = node_operands(graphs, width)
+    return (
+        tuple(rows.rows for rows, _ in sides), tuple(rows.numbers for rows, _ in sides),
+        tuple(columns.rows for _, columns in sides), tuple(columns.numbers for _, columns in sides),
+    )  # fmt: skip
+
+
+def variances(graphs: Sequence[Graph]) -> tuple[Tensor, ...]:
+    return tuple(graph.inverse_variance for graph in graphs)
+
+
+def of_parts(like: Tensor, parts: int, *shape: int) -> Tensor:
+    """What a launch writes: a result, or where its columns are divided a partial one of each part."""
+    return like.new_empty(shape if parts == 1 else (parts, *shape))

@@ -10,6 +10,7 @@ from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.graph_conv import launches, small
 from gkd_fast.kernels.graph_conv.bandwidths import graph_inverse_variances
 from gkd_fast.kernels.graph_conv.graphs import Graph
+from gkd_fast.kernels.graph_conv.values import Side
 
 __all__ = ["graph_conv_stages", "graph_conv_stages_backward", "graph_inverse_variances"]
 
@@ -66,7 +67,7 @@ def graph_conv_stages_backward(
     gradients: list[Tensor | None] = [None] * (2 * count)
     used = [k for k in range(count) if needs[k] or needs[count + k]]
     for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision, used):
-        sides = [launches.Side(messages[k], upstream[k], degrees[k].contiguous()) for k in group]
+        sides = [Side(messages[k], upstream[k], degrees[k].contiguous()) for k in group]
         wanted = [(needs[k], needs[count + k]) for k in group]
         found = launches.convolution_gradients(graphs, sides, sides, [outputs[k] for k in group], is_row, wanted)
         for k, of_nodes, of_messages in zip(group, *found, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gkd_fast.kernels.common import launch, small, strips, tangents
-from gkd_fast.kernels.graph_conv import launches as graph_conv
+from gkd_fast.kernels.graph_conv import graphs as graph_conv
 from gkd_fast.kernels.node_contrast import launches as node_contrast
 from gkd_fast.kernels.pair_sums import launches as pair_sums
 from gkd_fast.kernels.relation_kl import launches as relation_kl

@@ -1,0 +1,128 @@
+"""The values that graph_conv's launches take: messages and upstream, times factors of their rows, about their means."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, matrices, power_of_two
+from gkd_fast.kernels.common.operands import Operand, means, operands, stored_width
+from gkd_fast.kernels.graph_conv.graphs import Graph
+
+# Factors of a value's row, as in ``tiles``.
+ONE, INVERSE, INVERSE_ROOT = range(3)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Messages, upstream and degrees of the rows or of the columns; the last two may be missing."""
+
+    messages: Tensor
+    upstream: Tensor | None
+    degrees: Tensor | None
+
+
+@dataclass(frozen=True)
+class Values:
+    """H and G times factors of their rows, H' and G', of the rows or of the columns as products take them; and what
+    float16 has them multiplied by. G' of columns may be missing.
+    """
+
+    messages: Operand
+    upstream: Operand | None
+    powers: tuple[Tensor | None, Tensor | None]
+
+    def with_numbers(self, terms: Tensor) -> Tensor:
+        """Node terms that a caller gave, and what H' and G' leave to be added to their products."""
+        for x in (self.messages, self.upstream):
+            if x is not None:
+                terms = terms + x.numbers[: len(terms)]
+        return terms
+
+
+def factors_of(degrees: Sequence[Tensor | None], factor: int) -> list[Tensor | None]:
+    if factor == ONE:
+        return [None] * len(degrees)
+    return torch._foreach_reciprocal(degrees) if factor == INVERSE else torch._foreach_rsqrt(degrees)
+
+
+def column_side(graph, is_row, messages, upstream, degrees) -> Side:
+    if messages is None:
+        raise ValueError("column_nodes and column_messages go together")
+    if degrees is None and (not is_row or upstream is not None):
+        raise ValueError("column_degrees are missing")
+    (messages,) = matrices("column_messages", [messages], graph.column_count)
+    if upstream is not None:
+        (upstream,) = matrices("column_upstream", [upstream], graph.column_count)
+    return Side(messages, upstream, None if degrees is None else degrees.contiguous())
+
+
+def _value_width(graph: Graph, width: int) -> int:
+    return stored_width(width, graph.is_wide(width))
+
+
+def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Operand], list[Tensor | None]]:
+    """Values times their factors about their means, and what float16 has them multiplied by."""
+    product = graphs[0].product
+    powers = [power_of_two(_longest(x)) if product.scaled else None for x in values]
+    widths = [_value_width(graph, x.shape[1]) for graph, x in zip(graphs, values, strict=True)]
+    centres = means(values, product, widths, factors)
+    return operands(values, product, widths, centres, factors=factors, powers=powers), powers
+
+
+def both_values(graphs, sides: Sequence[Side], is_row: bool, powers, columns=None) -> list[Values]:
+    """H' and G' of the sides, about the centres of the ``columns``, or of their own where the sides are the columns."""
+    has_upstream = sides[0].upstream is not None
+    kinds = 2 if has_upstream else 1
+    values = [x for side in sides for x in (side.messages, side.upstream)[:kinds]]
+    degrees = [side.degrees for side in sides]
+    of_messages = factors_of(degrees, ONE if is_row else INVERSE_ROOT)
+    of_upstream = of_messages
+    if is_row and has_upstream:
+        of_upstream = factors_of(degrees, INVERSE)
+    factors = [x for both in zip(of_messages, of_upstream, strict=True) for x in both[:kinds]]
+    widths = [
+        _value_width(graph, side.messages.shape[1])
+        for graph, side in zip(graphs, sides, strict=True) for _ in range(kinds)
+    ]  # fmt: skip
+    if columns is None:
+        centres = means(values, graphs[0].product, widths, factors)
+    else:
+        centres = []
+        for x in columns:
+            of_other = torch.zeros_like(x.messages.centre) if x.upstream is None else x.upstream.centre
+            centres += [x.messages.centre, of_other][:kinds]
+    # Where there is no G' of columns, nothing is added to products for H'.
+    others = [torch.zeros_like(x) for x in centres]
+    if has_upstream:
+        others = [centres[k ^ 1] for k in range(len(centres))]
+    made = operands(
+        values, graphs[0].product, widths, centres, others=others, factors=factors,
+        powers=[x for both in powers for x in both[:kinds]],
+    )  # fmt: skip
+    return [
+        Values(made[kinds * k], made[kinds * k + 1] if has_upstream else None, powers[k]) for k in range(len(graphs))
+    ]
+
+
+def all_powers(graph: Graph, own: Values) -> Tensor:
+    """Powers of two for H', G' and M = v K (…), whose terms are bounded by the product of the longest H' and G', in
+    ``powers`` 2^14 long.
+    """
+    bound = 4 * LARGEST_FLOAT16**2 * graph.inverse_variance / (own.powers[0] * own.powers[1])
+    return torch.stack([*own.powers, power_of_two(bound)])
+
+
+def _longest(*matrices: Tensor | None) -> Tensor:
+    """The length of the longest row."""
+    lengths = [torch.linalg.vector_norm(x, dim=1).amax() for x in matrices if x is not None]
+    return torch.stack(lengths).amax() if len(lengths) > 1 else lengths[0]
+
+
+def value_powers(graph: Graph, own: Side, other: Side) -> tuple[Tensor | None, Tensor | None]:
+    """Powers of two for H' and G' in float16: rows have degrees ≥ 1, so H and G bound H' and G'."""
+    if not graph.product.scaled:
+        return None, None
+    sides = [own] if other is own else [own, other]
+    return tuple(power_of_two(_longest(*(getattr(x, name) for x in sides))) for name in ("messages", "upstream"))
