@@ -8,6 +8,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from gkd_fast.kernels.catalog.neighbors import neighbors
 from gkd_fast.kernels.catalog.pairs import angles, pair_losses
 from gkd_fast.kernels.catalog.small import small_batches
 from gkd_fast.kernels.catalog.tangent import second_order
@@ -155,7 +156,7 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     convolved = 1 if stages == (1, 1) else sum(stages)
     others = [
         *build.unit_rows(sum(stages)), *second_order(build), *small_batches(build, *stages),
-        *pair_losses(build), *angles(build),
+        *neighbors(build, convolved), *pair_losses(build), *angles(build),
     ]  # fmt: skip
     if padded_width(dim) > largest_width(arch, dtype):
         return [*build.strips(*stages), *others]
@@ -197,7 +198,8 @@ class _Builder:
             lists = dict.fromkeys(("slots", "gradients", "sizes", "counts"), students)
             yield self._small("relation_kl", add_slots, "backward", {"BLOCK": SLOT_BLOCK}, lists, SLOT_BLOCK)
         constants = {"EXCEPT_OWN": True, "WIDTH": self.width}
-        yield self._walk("relation_kl", row_maxima_kernel, "forward", constants, {}, products=1)
+        yield self._walk("relation_kl", row_maxima_kernel, "forward", constants, {}, products=1,
+                         tiles_of=graph_degree_sums)  # fmt: skip
 
     def node_contrast(self, students: int, teachers: int):
         lists = {"students": students, "teachers": teachers, "own": teachers}
@@ -336,10 +338,9 @@ class _Builder:
             yield self._small("unit_rows", fn, direction, constants, lists, UNIT_ROWS, launches=stages)
 
     def _walk(self, op, fn, direction, constants, lists, *, products, bounded=0, exponentials=0, name=None,
-              in_product_type=(), pairs=1, walks=1, teachers=1):  # fmt: skip
-        """A kernel that walks tiles of the columns."""
-        kernel = graph_degree_sums.__name__ if fn is row_maxima_kernel else fn.__name__
-        config = sharing(tiles(kernel, self.arch, self.product.name, self.width), teachers)
+              in_product_type=(), pairs=1, walks=1, teachers=1, tiles_of=None):  # fmt: skip
+        """A kernel that walks tiles of the columns, in those of ``tiles_of`` or its own."""
+        config = sharing(tiles((tiles_of or fn).__name__, self.arch, self.product.name, self.width), teachers)
         constants = {
             **constants, "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             **self.product.constants(),
@@ -388,7 +389,7 @@ class _Builder:
             return "fp64"
         if argument in COUNTS or argument in SIZES or argument in ("kinds", "counts"):
             return "i32"
-        if argument.endswith("log_sums") or argument in DOUBLES:
+        if argument.endswith("log_sums") or argument.endswith("means") or argument in DOUBLES:
             return "*fp64"
         return self.column if argument in of_columns else self.row
 

@@ -73,12 +73,12 @@ def complaints(spec: Specialization) -> list[str]:
 @pytest.mark.parametrize(("arch", "dtype", "dim"), CASES)
 def test_default_configurations(arch, dtype, dim):
     specs = specializations(arch, dtype, dim)
-    ops = {"relation_kl", "node_contrast", "graph_conv", "unit_rows"}
+    ops = {"relation_kl", "node_contrast", "graph_conv", "neighbor_conv", "unit_rows"}
     # float16 rows of pair_sums are multiplied as tf32, all short types of rkd_angle in float32.
     ops |= {"pair_sums"} if dtype != "float16" else set()
     ops |= {"rkd_angle"} if dtype in OTHER_TYPES else set()
     assert {spec.op for spec in specs} == ops
-    assert {spec.op for spec in specs if spec.small} == {"relation_kl", "node_contrast", "graph_conv"}
+    assert {spec.op for spec in specs if spec.small} == {"relation_kl", "node_contrast", "graph_conv", "neighbor_conv"}
     assert [complaint for spec in specs for complaint in complaints(spec)] == []
 
 

@@ -1,0 +1,1 @@
+"""neighbor_conv on GPUs: ``launches`` is where an op comes in."""

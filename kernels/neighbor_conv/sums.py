@@ -1,0 +1,105 @@
+"""neighbor_sums on GPUs: the launches of ``sum_tiles``, each of all stages of one kind."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gkd_fast.kernels.common import small
+from gkd_fast.kernels.common.launch import cdiv, on_device
+from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.operands import stored_width
+from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
+from gkd_fast.kernels.common.table import tiles
+from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, variances, walk
+from gkd_fast.kernels.graph_conv.small import Stages
+from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_small_sums, neighbor_sum_parts
+from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_sums as neighbor_sums_kernel
+
+PARTS_ROWS = 128
+
+# l(v), l(2v) and the means of x under p and q, each of all stages.
+Sums = tuple[tuple[Tensor, ...], ...]
+
+
+def neighbor_sums(
+    nodes, inverse_variance, product_precision, column_nodes=None, offset=0, similarities=None
+) -> tuple[Tensor, ...]:
+    graph = Graph(nodes, inverse_variance, product_precision, column_nodes, offset)
+    found = small_sums(graph.stages()) if graph.is_small(1) else sums([graph])
+    return tuple(of_stages[0] for of_stages in found)
+
+
+def sums(graphs: Sequence[Graph]) -> Sums:
+    """Of graphs of one kind."""
+    graph = graphs[0]
+    if graph.is_wide():
+        node_operands(graphs, stored_width(graph.dim, True))
+        found = [_of_strips(graph) for graph in graphs]
+        return tuple(zip(*found, strict=True))
+    grid, parts, constants = walk(graphs, "graph_degree_sums")
+    partial = _empty(graphs, parts)
+    with on_device(graph.nodes):
+        launch(neighbor_sums_kernel, STRIP=False, **constants)(
+            grid, *node_arguments(graphs, constants["WIDTH"]), *partial, variances(graphs), graph.row_count,
+            graph.column_count, graph.offset, parts, graph.row_count,
+        )  # fmt: skip
+    return _complete(graphs, partial, parts)
+
+
+def small_sums(stages: Stages) -> Sums:
+    """Of small batches."""
+    nodes = tuple(stages.nodes)
+    count = nodes[0].shape[0]
+    found = tuple(tuple(x.new_empty(count, dtype=torch.float64) for x in nodes) for _ in range(4))
+    constants = small.constants(stages.arch, stages.product)
+    del constants["SCALED"]
+    with on_device(nodes[0]):
+        launch(neighbor_small_sums, **constants)(
+            (small.row_blocks(count), len(nodes)), nodes, *found, tuple(stages.inverse_variances),
+            tuple([x.shape[1] for x in nodes]), count,
+        )  # fmt: skip
+    return found
+
+
+def _empty(graphs: Sequence[Graph], parts: int) -> Sums:
+    """Results, or where columns are divided partial ones of each part."""
+    shape = (graphs[0].row_count,) if parts == 1 else (parts, graphs[0].row_count)
+    return tuple(tuple(graph.nodes.new_empty(shape, dtype=torch.float64) for graph in graphs) for _ in range(4))
+
+
+def _complete(graphs: Sequence[Graph], partial: Sums, parts: int) -> Sums:
+    if parts == 1:
+        return partial
+    found, rows = _empty(graphs, 1), graphs[0].row_count
+    with on_device(graphs[0].nodes):
+        launch(neighbor_sum_parts, BLOCK_ROWS=PARTS_ROWS)(
+            (cdiv(rows, PARTS_ROWS), len(graphs)), *partial, *found, rows, parts
+        )
+    return found
+
+
+def _of_strips(graph: Graph) -> tuple[Tensor, ...]:
+    """Of rows too wide for a program; what a piece of the columns gives is a part."""
+    config = tiles("strip", graph.arch, graph.product.name, 16)
+    rows, columns = graph.operands(stored_width(graph.dim, True))
+    constants = {
+        "STRIP": True, "WIDTH": 16, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+        "num_warps": config.warps, "num_stages": config.stages, **graph.product.constants(),
+    }  # fmt: skip
+    strips = list(row_strips(graph.row_count, graph.dim))
+    pieces = list(column_strips(graph.column_count, strip_columns(strips[0].stop, 1)))
+    partial = _empty([graph], len(pieces))
+    with on_device(graph.nodes):
+        for strip in strips:
+            own, count = rows[strip], strip.stop - strip.start
+            for part, piece in enumerate(pieces):
+                other = columns[piece]
+                similarities = multiply(own.rows, other.rows.T)
+                out = [(x.view(len(pieces), -1)[part, strip],) for (x,) in partial]
+                launch(neighbor_sums_kernel, **constants)(
+                    (cdiv(count, config.rows), 1, 1), (similarities,), (own.numbers,), (similarities,),
+                    (other.numbers,), *out, (graph.inverse_variance,), *similarities.shape,
+                    graph.offset + strip.start - piece.start, 1, graph.row_count,
+                )  # fmt: skip
+    return tuple(x for (x,) in _complete([graph], partial, len(pieces)))
