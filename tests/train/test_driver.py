@@ -378,6 +378,25 @@ def test_compare(tiny, capsys):
     assert (folder / "gkd/seed-1/checkpoints").stat().st_mtime_ns == stamp
 
 
+def test_one_command_compares_all_losses_over_relations(tmp_path):
+    options = ["--limit-batches", "1", "--seeds", "1", "--compare.workers", "1"]
+    lengths = [f"--{side}_training.epochs=1" for side in ("teacher", "student")]
+    assert (
+        cli.main(
+            ["compare", "--config", str(CONFIGS / "relations.yaml"), "--output", str(tmp_path), *options, *lengths]
+        )
+        == 0
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    arms = {"kd", *RELATION_NAMES, *(f"kd+{name}" for name in RELATION_NAMES), "gkd", "gkd-nokd"}
+    assert summary["arms"].keys() == arms and summary["baseline"] == "kd" and summary["seeds"] == [10]
+    assert {name for arm in arms for name in read_metrics(tmp_path / arm / "seed-10")[-1]} >= {
+        "kd",
+        "relations",
+        "node",
+    }
+
+
 def test_intervals_and_conclusions():
     numbers = compare.describe([1.0, 2.0, 3.0, 4.0])
     assert numbers["mean"] == 2.5 and numbers["std"] == pytest.approx(1.2909944)
