@@ -25,7 +25,8 @@ HEADERS = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", choices=WORK, metavar="LOSS", help=f"of {'; '.join(WORK)}")
+    choices = f"measures these alone, or none: the table of --json; of {'; '.join(WORK)}"
+    parser.add_argument("--only", nargs="*", choices=WORK, metavar="LOSS", help=choices)
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds of which the least counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="keeps the figures; those of losses measured before are taken over")
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     described = machine.describe()
     found = _kept(arguments.json, described)
     wrong = False
-    for name in arguments.only or WORK:
+    for name in WORK if arguments.only is None else arguments.only:
         try:
             found[name] = relations.measure(name, arguments.repeats)
         except Wrong as reason:
@@ -55,7 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def table(found: dict[str, Measured], described: dict, repeats: int) -> str:
-    return f"Measured on: {report.describe(described)}. Least of {repeats} rounds.\n\n" + report.markdown_table(
+    commits = ", ".join(dict.fromkeys(row.commit for row in found.values()))
+    about = report.describe(described | {"commit": commits})
+    return f"Measured on: {about}. Least of {repeats} rounds.\n\n" + report.markdown_table(
         HEADERS, [cells(name, found[name]) for name in WORK if name in found]
     )
 
