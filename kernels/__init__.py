@@ -5,9 +5,8 @@ Triton takes long to import: whatever needs it is imported when it is first used
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,7 +57,32 @@ OPS = {
 }
 
 
-LAUNCHERS = SimpleNamespace(**OPS)
+@cache
+def _prepared() -> Callable[..., Any]:
+    return import_module("gkd_fast.kernels.common.operands").Prepared
+
+
+class Launchers:
+    """The launchers by their ops' names, for one call of some ops, whose unit rows are prepared for products once.
+
+    Args:
+        kept: in the backward pass, what :meth:`kept` gave in the forward pass.
+    """
+
+    def __init__(self, *kept: tuple):
+        self.prepared = _prepared()(*kept)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        launcher = OPS[name]
+        return partial(launcher, prepared=self.prepared) if name in _PREPARING else launcher
+
+    def kept(self) -> tuple:
+        """Names and tensors of what was prepared."""
+        return self.prepared.kept()
+
+
+_PREPARING = ("graph_conv_stages", "graph_conv_stages_backward", "relation_kl", "relation_kl_backward")
+
 
 # The devices whose ops they are.
 REGISTERED: set[str] = set()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels import LAUNCHERS, REGISTERED, register
+from gkd_fast.kernels import REGISTERED, Launchers, register
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BUILT_FOR = PACKAGE / "_C.torch-version.txt"
@@ -86,11 +86,12 @@ def has_kernels(op: str, device: torch.device) -> bool:
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in gkd_fast._arguments
 
 
-def implementation(tensors: Sequence[Tensor]) -> Any:
+def implementation(tensors: Sequence[Tensor], *kept: tuple) -> Any:
     """What has the ops of these tensors by name, below autograd: ``torch.ops.gkd_fast``, or the Triton launchers that
     it would come to, without the way through the dispatcher, which takes as long as two launches.
 
     Only where nothing on that way could be for somebody else: subclasses and modes of tensors, transforms, a profiler.
+    ``kept``: what :func:`kept_by` gave in the forward pass.
     """
     direct = (
         tensors[0].device.type in REGISTERED
@@ -99,7 +100,12 @@ def implementation(tensors: Sequence[Tensor]) -> Any:
         and not torch.autograd._profiler_enabled()
         and all(type(x) in _PLAIN for x in tensors)
     )
-    return LAUNCHERS if direct else torch.ops.gkd_fast
+    return Launchers(*kept) if direct else torch.ops.gkd_fast
+
+
+def kept_by(ops: Any) -> tuple[list, list[Tensor]]:
+    """Names and tensors of what an implementation of ops prepared and its backward pass can have again."""
+    return ops.kept() if isinstance(ops, Launchers) else ([], [])
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

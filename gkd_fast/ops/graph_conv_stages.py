@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import PT2, asked_for, needed_like, refuse_derivative, refuse_forward_mode, saveable, scatter
-from gkd_fast.ops.backends import implementation
+from gkd_fast.ops.backends import implementation, kept_by
 from gkd_fast.ops.graph_conv import gradients_of
 from gkd_fast.ops.unit_rows import row_gradients, unit_rows_and_norms
 
@@ -82,7 +82,8 @@ class GraphConvStages(torch.autograd.Function):
         ctx.dtypes = [x.dtype for x in nodes]
         # Of frozen nodes the unit rows are enough.
         raw = [x if needed else None for x, needed in zip(nodes, ctx.needs_input_grad[4:])]
-        ctx.save_for_backward(variances, *raw, *messages, *unit, *inverse_norms, *kept, *degrees)
+        ctx.prepared, prepared = kept_by(ops)
+        ctx.save_for_backward(variances, *raw, *messages, *unit, *inverse_norms, *kept, *degrees, *prepared)
         return tuple(outputs)
 
     @staticmethod
@@ -108,7 +109,7 @@ class GraphConvStages(torch.autograd.Function):
                 )  # fmt: skip
             of_nodes = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
         else:
-            ops = implementation(unit)
+            ops = implementation(unit, (ctx.prepared, saved[6 * count :]))
             with torch._C._AutoDispatchBelowAutograd():
                 found = ops.graph_conv_stages_backward(
                     upstream, unit, messages, outputs, degrees, variances, *ctx.settings, needs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import asked_for, transformed
-from gkd_fast.ops.backends import implementation
+from gkd_fast.ops.backends import implementation, kept_by
 from gkd_fast.ops.unit_rows import row_gradients, unit_rows, unit_rows_and_norms
 
 
@@ -71,7 +71,8 @@ class Joined(torch.autograd.Function):
             for call, of_call in zip(calls, results)
             for k, x in enumerate(of_call)
         ]  # fmt: skip
-        ctx.save_for_backward(*raw, *unit, *inverse_norms, *others, *kept)
+        ctx.prepared, prepared = kept_by(ops)
+        ctx.save_for_backward(*raw, *unit, *inverse_norms, *others, *kept, *prepared)
         ctx.set_materialize_grads(False)
         # Of a Function, views may not be changed either.
         return tuple([x.clone() if x._is_view() else call.op.output(x) for call, x in zip(calls, outputs)])
@@ -81,14 +82,15 @@ class Joined(torch.autograd.Function):
         needs, count = asked_for(ctx, 3), ctx.count
         saved = list(ctx.saved_tensors)
         rows, unit, inverse_norms = (saved[k * count : (k + 1) * count] for k in range(3))
-        others, results = saved[3 * count : 2 * count + len(needs)], iter(saved[2 * count + len(needs) :])
+        others, rest = saved[3 * count : 2 * count + len(needs)], saved[2 * count + len(needs) :]
+        results, prepared = iter(rest), rest[sum(ctx.result_counts) :]
         derived = torch.is_grad_enabled()
         if derived:
             live = [k for k, x in enumerate(rows) if x is not None]
             again = unit_rows_and_norms([rows[k] for k in live], ctx.dtype) if live else ([], [])
             for k, e, inverse in zip(live, *again, strict=True):
                 unit[k], inverse_norms[k] = e, inverse
-        ops = torch.ops.gkd_fast if derived else implementation(unit)
+        ops = torch.ops.gkd_fast if derived else implementation(unit, (ctx.prepared, prepared))
         with nullcontext() if derived else torch._C._AutoDispatchBelowAutograd():
             total: list[Tensor | None] = [None] * len(needs)
             for call, g, own in zip(ctx.calls, upstream, ctx.result_counts, strict=True):

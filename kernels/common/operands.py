@@ -30,6 +30,8 @@ ROW_MULTIPLE = 128
 WIDTH_MULTIPLE = 16
 MOST_PARTS = 32
 BLOCK_ROWS, BLOCK_WIDTH = 32, 64
+# Operands that a forward pass leaves to its backward pass take at most this.
+KEPT_BYTES = 16 * 2**20
 
 # Bits of a stage's kind: its numbers are products with another centre; its rows have factors; they have a power.
 ALONG, FACTOR, POWER = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
@@ -198,6 +200,34 @@ def operands(
 def centred(stages: Sequence[Tensor], product: Product, widths: Sequence[int]) -> list[Operand]:
     """Unit rows about their mean."""
     return operands(stages, product, widths, means(stages, product, widths))
+
+
+class Prepared:
+    """Operands of a call's unit rows about their means, made once for all that multiplies them, forward and backward.
+
+    Args:
+        kept: what :meth:`kept` gave in the forward pass.
+    """
+
+    def __init__(self, kept: tuple[Sequence[tuple], Sequence[Tensor]] = ((), ())):
+        parts = iter(kept[1])
+        self._made = {key: Operand(next(parts), next(parts), next(parts)) for key in kept[0]}
+
+    def centred(
+        self, places: Sequence[int], stages: Sequence[Tensor], product: Product, widths: Sequence[int]
+    ) -> list[Operand]:
+        """``centred`` of the stages, which are at these places of the call's."""
+        keys = [(place, product.name, width) for place, width in zip(places, widths, strict=True)]
+        if any(key not in self._made for key in keys):
+            self._made.update(zip(keys, centred(stages, product, widths), strict=True))
+        return [self._made[key] for key in keys]
+
+    def kept(self) -> tuple[list[tuple], list[Tensor]]:
+        """Their names and tensors; none where these take more than ``KEPT_BYTES``: then two launches matter little."""
+        tensors = [part for x in self._made.values() for part in (x.rows, x.numbers, x.centre)]
+        if sum(x.nbytes for x in tensors) > KEPT_BYTES:
+            return [], []
+        return list(self._made), tensors
 
 
 def _parts(centre: Tensor) -> int:

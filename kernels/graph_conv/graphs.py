@@ -13,7 +13,7 @@ from gkd_fast.kernels.common.launch import (
     padded_width,
     product_of,
 )  # fmt: skip
-from gkd_fast.kernels.common.operands import Operand, centred, operands, stored_width
+from gkd_fast.kernels.common.operands import Operand, Prepared, centred, operands, stored_width
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.graph_conv import small
@@ -22,9 +22,12 @@ LEAST_TF32X3_WIDTH = 32
 
 
 class Graph:
-    """Nodes of both sides, the bandwidth and the type of the products."""
+    """Nodes of both sides, the bandwidth and the type of the products; ``place``: of the nodes among the prepared."""
 
-    def __init__(self, nodes, inverse_variance, product_precision, column_nodes, offset):
+    def __init__(
+        self, nodes, inverse_variance, product_precision, column_nodes, offset, prepared: Prepared | None = None,
+        place: int = 0,
+    ):  # fmt: skip
         (self.nodes,) = matrices("nodes", [nodes])
         self.has_columns = column_nodes is not None
         self.columns = matrices("column_nodes", [column_nodes])[0] if self.has_columns else self.nodes
@@ -36,6 +39,7 @@ class Graph:
         self.inverse_variance = inverse_variance
         self.product = product_of(product_precision, self.nodes)
         self.arch = architecture(self.nodes.device)
+        self.prepared, self.place = prepared or Prepared(), place
         self._operands: dict[int, tuple[Operand, Operand]] = {}
 
     def is_wide(self, width: int = 1) -> bool:
@@ -64,9 +68,12 @@ def node_operands(graphs: Sequence[Graph], width: int) -> list[tuple[Operand, Op
     """``Graph.operands`` of all, made together and once."""
     if any(width not in graph._operands for graph in graphs):
         product, widths = graphs[0].product, [width] * len(graphs)
-        rows = columns = centred([graph.columns for graph in graphs], product, widths)
         if graphs[0].has_columns:
+            columns = centred([graph.columns for graph in graphs], product, widths)
             rows = operands([graph.nodes for graph in graphs], product, widths, [x.centre for x in columns])
+        else:
+            places = [graph.place for graph in graphs]
+            rows = columns = graphs[0].prepared.centred(places, [graph.nodes for graph in graphs], product, widths)
         for graph, *sides in zip(graphs, rows, columns, strict=True):
             graph._operands[width] = tuple(sides)
     return [graph._operands[width] for graph in graphs]

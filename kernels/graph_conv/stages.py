@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import architecture, matrices, product_of
+from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.graph_conv import launches, small
 from gkd_fast.kernels.graph_conv.bandwidths import graph_inverse_variances
@@ -25,7 +26,7 @@ def _small(nodes, messages, inverse_variances: Tensor, product_precision: str) -
 
 def graph_conv_stages(
     nodes: Sequence[Tensor], messages: Sequence[Tensor], inverse_variances: Tensor, normalization: str,
-    product_precision: str,
+    product_precision: str, *, prepared: Prepared | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     nodes, messages = matrices("nodes", nodes), matrices("messages", messages, nodes[0].shape[0])
     stages = _small(nodes, messages, inverse_variances, product_precision)
@@ -33,26 +34,31 @@ def graph_conv_stages(
         return small.graph_conv(stages, messages, launches._is_row(normalization))
     outputs: list = [None] * len(nodes)
     degrees: list = [None] * len(nodes)
-    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision):
+    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision, prepared):
         found = launches.convolutions(graphs, [messages[k] for k in group], launches._is_row(normalization))
         for k, output, degree in zip(group, *found, strict=True):
             outputs[k], degrees[k] = output, degree
     return outputs, degrees
 
 
-def _kinds(nodes, messages, inverse_variances: Tensor, product_precision: str, places: Sequence[int] | None = None):
+def _kinds(
+    nodes, messages, inverse_variances: Tensor, product_precision: str, prepared: Prepared | None,
+    places: Sequence[int] | None = None,
+):  # fmt: skip
     """The places of the stages that share their launches, and their graphs."""
     groups: dict[Any, list[tuple[int, Graph]]] = {}
+    prepared = prepared or Prepared()
     for k in range(len(nodes)) if places is None else places:
-        graph = Graph(nodes[k], inverse_variances[k], product_precision, None, 0)
+        graph = Graph(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k)
         groups.setdefault(graph.kind(messages[k].shape[1]), []).append((k, graph))
     for group in groups.values():
         yield tuple(zip(*group, strict=True))
 
 
 def graph_conv_stages_backward(
-    upstream, nodes, messages, outputs, degrees, inverse_variances, normalization, product_precision, needs
-) -> list[Tensor]:
+    upstream, nodes, messages, outputs, degrees, inverse_variances, normalization, product_precision, needs,
+    *, prepared=None,
+) -> list[Tensor]:  # fmt: skip
     count, rows = len(nodes), nodes[0].shape[0]
     if len(needs) != 2 * count:
         raise ValueError(f"needs must have {2 * count} entries, got {len(needs)}")
@@ -66,7 +72,7 @@ def graph_conv_stages_backward(
     is_row = launches._is_row(normalization)
     gradients: list[Tensor | None] = [None] * (2 * count)
     used = [k for k in range(count) if needs[k] or needs[count + k]]
-    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision, used):
+    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision, prepared, used):
         sides = [Side(messages[k], upstream[k], degrees[k].contiguous()) for k in group]
         wanted = [(needs[k], needs[count + k]) for k in group]
         found = launches.convolution_gradients(graphs, sides, sides, [outputs[k] for k in group], is_row, wanted)

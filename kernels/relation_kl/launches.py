@@ -20,7 +20,7 @@ from gkd_fast.kernels.common.launch import (
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, centred, operands, stored_width
+from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, Prepared, centred, operands, stored_width
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
@@ -44,7 +44,8 @@ class Problem:
     """Rows, columns and constants of one call."""
 
     def __init__(self, students, teachers, temperature, bandwidth, product_precision, student_columns,
-                 teacher_columns, offset):  # fmt: skip
+                 teacher_columns, offset, prepared=None):  # fmt: skip
+        self.prepared: Prepared = prepared or Prepared()
         self.num_students, self.num_teachers = len(students), len(teachers)
         self.rows = matrices("students", students) + matrices("teachers", teachers, students[0].shape[0])
         if (student_columns is None) != (teacher_columns is None):
@@ -84,9 +85,10 @@ class Problem:
     def operands(self) -> tuple[list[Operand], list[Operand]]:
         """The rows and the columns as products take them, about the columns' means."""
         widths = self.stored_widths()
-        columns = rows = centred(self.columns, self.product, widths)
-        if self.has_columns:
-            rows = operands(self.rows, self.product, widths, [x.centre for x in columns])
+        if not self.has_columns:
+            return (self.prepared.centred(range(len(self.rows)), self.rows, self.product, widths),) * 2
+        columns = centred(self.columns, self.product, widths)
+        rows = operands(self.rows, self.product, widths, [x.centre for x in columns])
         return rows, columns
 
     def tiles(self, kernel: str) -> Tiles:
@@ -129,10 +131,11 @@ def _products(rows: Sequence[Operand], columns: Sequence[Operand], count: int) -
 
 
 def relation_kl(
-    students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0
-) -> tuple[Tensor, Tensor, Tensor]:
+    students, teachers, temperature, bandwidth, product_precision, student_columns=None, teacher_columns=None, offset=0,
+    *, prepared=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns,
-                      offset)  # fmt: skip
+                      offset, prepared)  # fmt: skip
     x, rows = problem.rows[0], problem.row_count
     losses = x.new_empty(rows, problem.num_students, problem.num_teachers)
     counts = problem.num_students, problem.num_teachers
@@ -191,10 +194,10 @@ def _own_shifts(problem: Problem) -> Tensor:
 def relation_kl_backward(
     upstream, students, teachers, losses, student_log_sums, teacher_log_sums, temperature, bandwidth,
     product_precision, needs, student_columns=None, teacher_columns=None, offset=0, column_upstream=None,
-    column_losses=None, column_student_log_sums=None, column_teacher_log_sums=None,
+    column_losses=None, column_student_log_sums=None, column_teacher_log_sums=None, *, prepared=None,
 ) -> list[Tensor]:  # fmt: skip
     problem = Problem(students, teachers, temperature, bandwidth, product_precision, student_columns, teacher_columns,
-                      offset)  # fmt: skip
+                      offset, prepared)  # fmt: skip
     if len(needs) != len(problem.rows):
         raise ValueError(f"needs must have {len(problem.rows)} entries, got {len(needs)}")
     own = (upstream, losses, student_log_sums, teacher_log_sums)
