@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd_fast import distributed
 from gkd_fast._arguments import check_factor, check_positive
-from gkd_fast._distilled import Network, StageOutputs, shown_widths
+from gkd_fast._distilled import Network, StageOutputs
+from gkd_fast._distiller_parts import made_criterion, made_weighing
 from gkd_fast._inputs import Weights, is_sharded
+from gkd_fast._label_terms import at_least_float32, label_terms
+from gkd_fast._meta_step import meta_gradient
 from gkd_fast._pooling import of_side
 from gkd_fast._probe import Sample
 from gkd_fast._snapshot import Snapshot
 from gkd_fast._training import repeats_or_is_undone
 from gkd_fast.loss import GraphKDLoss
-from gkd_fast.meta import UnrolledSGD
 from gkd_fast.modules import PairWeightNetwork
 
 # Training calls after which pair weights that no meta-step has trained are told of.
@@ -164,10 +165,12 @@ class GraphDistiller(nn.Module):
         self.student = student
         # No submodule: neither trained, nor saved, nor put in training mode.
         self.__dict__["teacher"] = None if teacher is None else teacher.eval().requires_grad_(False)
-        self.criterion = self._made(criterion, student_stages, teacher_stages, num_classes, sample, select, options)
+        self.criterion = made_criterion(
+            criterion, student, teacher, student_stages, teacher_stages, sample, select, num_classes, options
+        )
         self.extra_losses = nn.ModuleDict(extra_losses)
         self.meta: MetaSettings | None = (MetaSettings() if meta is True else meta) or None
-        self.pair_weights, self.meta_optimizer = self._weighing(pair_weights)
+        self.pair_weights, self.meta_optimizer = made_weighing(self.meta, self.criterion, pair_weights)
 
         def network(side: str, model: nn.Module, stages: Sequence[str] | None) -> Network:
             pool: Any = "mean" if self.criterion is None else getattr(self.criterion, f"{side}_pool")
@@ -253,39 +256,8 @@ class GraphDistiller(nn.Module):
             raise NotImplementedError(
                 "meta_step needs whole parameters, got sharded ones: unrolled steps go with DDP, not with fully_shard"
             )
-        settings = self.meta
-        with self._undone(), self._autocast_as_around(labels.device) as autocast:
-            with autocast():
-                teacher = self.teacher_outputs(images)
-                outer_teacher = teacher if outer_batch is None else self.teacher_outputs(outer_batch[0])
-            outer_images, outer_labels = outer_batch or (images, labels)
-
-            def graph_objective() -> Tensor:
-                return self._graph_objective(images, labels, teacher, autocast)
-
-            def label_objective(images: Sample, labels: Tensor, teacher: StageOutputs | None) -> Tensor:
-                with autocast():
-                    terms = self.label_terms(self.student_outputs(images), teacher, labels)
-                    return torch.stack(list(terms.values())).sum()
-
-            unrolled = UnrolledSGD(
-                self._unrolled_parameters(),
-                [self.student, self.criterion],
-                lr=settings.inner_lr,
-                momentum=settings.inner_momentum,
-                weight_decay=settings.inner_weight_decay,
-                nesterov=settings.inner_nesterov,
-                second_derivatives=settings.second_derivatives,
-                process_group=self._meta_group(),
-            )
-            with self.weights_with_gradient(), unrolled:
-                for _ in range(settings.graph_steps):
-                    unrolled.step(graph_objective)
-                for _ in range(settings.label_steps):
-                    unrolled.step(lambda: label_objective(images, labels, teacher))
-                return unrolled.hypergradient(
-                    lambda: label_objective(outer_images, outer_labels, outer_teacher), self.pair_weights.parameters()
-                )
+        with self._undone():
+            return meta_gradient(self, images, labels, outer_batch)
 
     @contextlib.contextmanager
     def weights_with_gradient(self) -> Iterator[None]:
@@ -340,70 +312,14 @@ class GraphDistiller(nn.Module):
 
     def label_terms(self, student: StageOutputs, teacher: StageOutputs | None, labels: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and, where there is a teacher, logit distillation; both means over the student's branches."""
-        logits = [_at_least_float32(x) for x in student.logits]
-        target = labels.to(logits[0].dtype) if labels.is_floating_point() else labels
-        losses = [F.cross_entropy(x, target, label_smoothing=self.label_smoothing) for x in logits]
-        terms = {"cross_entropy": torch.stack(losses).mean()}
-        if teacher is not None and self.kd_weight:
-            terms["kd"] = self.kd_weight * self._logit_distillation(logits, teacher.logits)
-        return terms
+        return label_terms(student, teacher, labels, self.kd_weight, self.temperature, self.label_smoothing)
 
     def weights_of(self, embeddings: tuple[list[Tensor], list[Tensor]]) -> Tensor:
         """The pair weights of both sides' embeddings, float32 at least and, in :meth:`weights_with_gradient`, with
         gradient."""
         assert self.pair_weights is not None
-        students, teachers = ([_at_least_float32(x) for x in side] for side in embeddings)
+        students, teachers = ([at_least_float32(x) for x in side] for side in embeddings)
         return self.pair_weights(students, teachers)
-
-    def _logit_distillation(self, student_logits: list[Tensor], teacher_logits: list[Tensor]) -> Tensor:
-        """KL(teacher ‖ student) at the temperature: branch to branch, or every branch to the teacher's own logits."""
-        if len(teacher_logits) != len(student_logits):
-            teacher_logits = [teacher_logits[-1]] * len(student_logits)
-        temperature = self.temperature
-        return torch.stack(
-            [
-                F.kl_div(
-                    F.log_softmax(s / temperature, dim=1),
-                    F.log_softmax(_at_least_float32(t) / temperature, dim=1),
-                    reduction="batchmean",
-                    log_target=True,
-                )
-                for s, t in zip(student_logits, teacher_logits)
-            ]
-        ).mean()
-
-    def _graph_objective(self, images: Sample, labels: Tensor, teacher: StageOutputs | None, autocast: Any) -> Tensor:
-        """Node and relation terms, with gradient through the weights too, which are float32 as in a training step."""
-        assert self.criterion is not None and teacher is not None
-        with autocast():
-            embeddings = self.criterion.embed(self.student_outputs(images).features, teacher.features)
-        weights = self.weights_of(embeddings)
-        with autocast():
-            terms = self.criterion.terms_from_embeddings(*embeddings, labels, weights=weights)
-            return torch.stack([terms[name] for name in ("node", "relation") if name in terms]).sum()
-
-    def _unrolled_parameters(self) -> list[nn.Parameter]:
-        """What the unrolled steps move: the student and both sides' graph convolutions, not the classifier."""
-        assert self.criterion is not None
-        graph = [p for g in self.criterion.param_groups() if g["name"] != "classifier" for p in g["params"]]
-        return [p for p in (*self.student.parameters(), *graph) if p.requires_grad]
-
-    def _meta_group(self) -> Any:
-        """The ranks over whose mean the meta-step goes: the criterion's, else all, whose gradients DDP averages."""
-        assert self.criterion is not None
-        if self.criterion.process_group is not None:
-            return self.criterion.process_group
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.group.WORLD if several and torch.distributed.get_world_size() > 1 else None
-
-    @contextlib.contextmanager
-    def _autocast_as_around(self, device: torch.device) -> Iterator[Any]:
-        """No autocast within the block, and a context that is as it was around it, but for float16."""
-        kind = device.type
-        dtype = torch.get_autocast_dtype(kind)
-        enabled = torch.is_autocast_enabled(kind) and dtype != torch.float16
-        with torch.autocast(kind, enabled=False):
-            yield lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
@@ -416,82 +332,8 @@ class GraphDistiller(nn.Module):
         finally:
             surroundings.restore()
 
-    def _made(
-        self,
-        criterion: GraphKDLoss | str | None,
-        student_stages: Sequence[str] | None,
-        teacher_stages: Sequence[str] | None,
-        num_classes: int | None,
-        sample: Sample | None,
-        select: Any,
-        options: dict[str, Any],
-    ) -> GraphKDLoss | None:
-        if criterion is not None and not isinstance(criterion, (str, GraphKDLoss)):
-            raise TypeError(f"criterion must be a GraphKDLoss, 'graph' or None, got {type(criterion).__name__}")
-        if criterion is None or isinstance(criterion, GraphKDLoss):
-            if options:
-                raise TypeError(
-                    f"{', '.join(options)}: options of a criterion that is made here, which this one is not"
-                )
-            return criterion
-        if criterion != "graph":
-            raise ValueError(f"criterion must be a GraphKDLoss, 'graph' or None, got {criterion!r}")
-        assert self.teacher is not None
-        if sample is None:
-            raise ValueError(
-                "sample is needed to make the criterion: a batch of inputs, off which the stages' widths are read; or "
-                "pass criterion="
-            )
-        if (student_stages is None) != (teacher_stages is None):
-            raise ValueError("student_stages and teacher_stages must be given together, got one of them")
-        if student_stages is None or teacher_stages is None:
-            widths = [shown_widths(network, sample) for network in (self.student, self.teacher)]
-            own = next(self.student.parameters())
-            return GraphKDLoss(*widths, num_classes=num_classes, **options).to(own.device, own.dtype)
-        return GraphKDLoss.from_models(
-            self.student,
-            self.teacher,
-            sample,
-            student_stages=student_stages,
-            teacher_stages=teacher_stages,
-            select=select,
-            num_classes=num_classes,
-            **options,
-        )
-
-    def _weighing(
-        self, pair_weights: PairWeightNetwork | None
-    ) -> tuple[PairWeightNetwork | None, torch.optim.Optimizer | None]:
-        """The meta-network, frozen but for meta-steps, and its optimizer."""
-        if self.meta is None:
-            if pair_weights is not None:
-                raise ValueError("meta must be given with pair_weights: True or MetaSettings")
-            return None, None
-        if self.criterion is None:
-            raise ValueError("criterion must be given with meta, whose stage pairs it weighs, got None")
-        if pair_weights is None:
-            first = next(self.criterion.parameters())
-            students, teachers = self.criterion.embedding_widths
-            if len({*students, *teachers}) > 1:
-                raise ValueError(f"meta needs embeddings of one width, got {students} and {teachers}")
-            pair_weights = PairWeightNetwork(students[0], len(students), len(teachers), self.meta.width)
-            pair_weights.to(first.device, first.dtype)
-        pair_weights.requires_grad_(False)
-        optimizer = torch.optim.SGD(
-            pair_weights.parameters(),
-            lr=self.meta.lr,
-            momentum=self.meta.momentum,
-            nesterov=self.meta.nesterov,
-            weight_decay=self.meta.weight_decay,
-        )
-        return pair_weights, optimizer
-
     def _apply(self, fn: Any, recurse: bool = True) -> "GraphDistiller":
         super()._apply(fn, recurse)
         if self.teacher is not None and recurse:
             self.teacher._apply(fn)
         return self
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
