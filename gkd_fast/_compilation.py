@@ -1,6 +1,8 @@
-"""Work that ``torch.compile`` leaves out of its graphs."""
+"""Work that ``torch.compile`` leaves out of its graphs, or that is done without them."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -25,6 +27,16 @@ def leaves_graphs(when: Callable[..., bool]) -> Callable[[Callable[P, R]], Calla
         return call
 
     return decorate
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within the block nothing runs compiled: the graphs of ``torch.compile`` have no second derivatives."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes two seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def meets_columns(*arguments, process_group=None, bank=None, **options) -> bool:

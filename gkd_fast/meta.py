@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from gkd_fast import distributed
+from gkd_fast._compilation import as_written
 from gkd_fast._snapshot import Snapshot
 from gkd_fast._training import unrolling
 
@@ -26,6 +27,7 @@ class UnrolledSGD:
     objective must be a function of the parameters, buffers and PyTorch's random state alone, so that the replay sees
     what the step saw: one that gives another value is an error. In a loop, ``lambda x=x: …`` holds on to the x of its
     own turn, where ``lambda: …`` would see the last one. A parameter without gradient in a step is left alone in it.
+    Modules that are compiled run uncompiled here.
 
     What a replay is for is the product of the step's second derivatives with a vector v: ``"exact"`` differentiates the
     gradient a second time; ``"differences"`` takes [∇L(θ + εv) − ∇L(θ − εv)]/(2ε), two gradients and no second
@@ -99,6 +101,7 @@ class UnrolledSGD:
     def __exit__(self, *exception) -> None:
         self.rollback()
 
+    @as_written()
     def step(self, objective: Objective) -> Tensor:
         """One SGD step on a scalar objective, which :meth:`hypergradient` calls again (once; twice for "differences").
 
@@ -123,6 +126,7 @@ class UnrolledSGD:
         self._trajectory.append((objective, state, [g is not None for g in gradients], own))
         return value
 
+    @as_written()
     def hypergradient(self, outer_objective: Objective, wrt: Iterable[Tensor]) -> list[Tensor]:
         """Gradient of the outer objective at the parameters reached, through all steps, at ``wrt``; then rolls back.
 

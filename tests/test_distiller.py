@@ -189,8 +189,46 @@ def test_micro_batches_and_compilation_change_nothing():
         torch.testing.assert_close(others, found[0], rtol=1e-9, atol=1e-11)
 
 
-def test_autocast_around_it_reaches_steps_and_meta_steps():
-    distiller = distiller_of()
+@pytest.mark.parametrize("how", ["the student", "both networks", "all of it"])
+def test_compiled_it_trains_and_takes_meta_steps_alike(how):
+    """Compiled graphs have no second derivatives, so that a meta-step goes without them."""
+    images, labels = batch()
+    found = []
+    for compiled in (False, True):
+        distiller = distiller_of().double()
+        module = distiller
+        if compiled and how == "the student":
+            distiller.student.compile(backend="aot_eager")
+        elif compiled and how == "both networks":
+            both = (torch.compile(x, backend="aot_eager") for x in (network(3, seed=1), network(5, seed=2)))
+            torch.manual_seed(4)
+            options = {"sample": images, "embed_dim": 8, "meta": MetaSettings(width=8, lr=0.5)}
+            module = distiller = GraphDistiller(*both, STAGES, STAGES, 4, **options).double()
+        elif compiled:
+            module = torch.compile(distiller, backend="aot_eager")
+        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+        for _ in range(2):
+            step(module, optimizer, images.double(), labels)
+            distiller.meta_step(images.double(), labels)
+        found.append([p.detach() for p in distiller.parameters()])
+    torch._dynamo.reset()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_a_loss_scale_cancels_out(micro_batch):
+    images, labels = batch()
+    plain, scaled = (distiller_of(micro_batch=micro_batch) for _ in range(2))
+    step(plain, torch.optim.SGD(plain.parameters(), lr=0.1), images, labels)
+    optimizer, scaler = torch.optim.SGD(scaled.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(scaled(images, labels).loss).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(list(scaled.parameters()), list(plain.parameters()), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_autocast_around_it_reaches_steps_and_meta_steps(micro_batch):
+    distiller = distiller_of(micro_batch=micro_batch)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     seen = set()
     distiller.student[3].register_forward_hook(lambda *args: seen.add(args[2].dtype))
