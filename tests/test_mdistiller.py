@@ -1,9 +1,10 @@
-"""The distiller for mdistiller, on its package where that can be imported, else on a stand-in with the interface of
-its distillers: the base class's methods, the table of distillers and the configuration's nodes."""
+"""The distiller for mdistiller: on a stand-in with the interface of its distillers (the base class's methods, the table
+of distillers, the configuration's nodes), and by its own trainers too on a checkout of its repository, which MDISTILLER
+names and which needs the packages yacs, tensorboardX and tqdm."""
 
 import copy
+import os
 import sys
-from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -50,22 +51,36 @@ class Network(nn.Module):
         return self.fc(x.mean(dim=(2, 3))), {"feats": feats}
 
 
-@pytest.fixture
-def adapter(monkeypatch):
-    if find_spec("mdistiller") is None:
-        names = ["mdistiller", "mdistiller.distillers", "mdistiller.distillers._base"]
-        package, distillers, base, engine, cfg = (
-            ModuleType(n) for n in [*names, "mdistiller.engine", "mdistiller.engine.cfg"]
-        )
-        package.distillers, distillers.distiller_dict, base.Distiller = distillers, {}, Base
-        cfg.CFG = SimpleNamespace()
-        for module in (package, distillers, base, engine, cfg):
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "gkd_fast.integrations.mdistiller", raising=False)
+def stand_in() -> dict[str, ModuleType]:
+    names = (
+        "mdistiller mdistiller.distillers mdistiller.distillers._base mdistiller.engine mdistiller.engine.cfg".split()
+    )
+    modules = {name: ModuleType(name) for name in names}
+    package, distillers, base, _, cfg = modules.values()
+    package.distillers, distillers.distiller_dict, base.Distiller = distillers, {}, Base
+    cfg.CFG = SimpleNamespace()
+    return modules
+
+
+@pytest.fixture(params=["stand-in", "published"])
+def adapter(request, monkeypatch):
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mdistiller"}
+    for name in before:
+        del sys.modules[name]
+    if request.param == "stand-in":
+        sys.modules.update(stand_in())
+    elif "MDISTILLER" in os.environ:
+        monkeypatch.syspath_prepend(os.environ["MDISTILLER"])
+    else:
+        pytest.skip("MDISTILLER names no checkout of mdistiller")
+    sys.modules.pop("gkd_fast.integrations.mdistiller", None)
     import gkd_fast.integrations.mdistiller as loaded
 
     yield loaded
-    sys.modules.pop("gkd_fast.integrations.mdistiller", None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "mdistiller"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+    del sys.modules["gkd_fast.integrations.mdistiller"]
 
 
 def distiller_of(adapter):
@@ -132,3 +147,41 @@ def test_a_stage_that_is_not_there_raises(adapter):
     CFG.GKD.STAGES = [-6, -1]
     with pytest.raises(ValueError, match=r"GKD.STAGES must be among 4 feature maps, got \[-6, -1\]"):
         distiller_of(adapter)
+
+
+@pytest.mark.parametrize("adapter", ["published"], indirect=True)
+@pytest.mark.parametrize("trainer", ["base", "dot"])
+def test_the_published_trainers_train_its_networks_and_go_on(adapter, trainer, tmp_path, monkeypatch):
+    from mdistiller.distillers import distiller_dict
+    from mdistiller.engine import trainer_dict
+    from mdistiller.engine.cfg import CFG
+    from mdistiller.models import cifar_model_dict
+
+    if not torch.cuda.is_available():  # which the trainers take for granted
+        monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    cfg = CFG.clone()
+    options = f"DISTILLER.TYPE GKD GKD.EMBED_DIM 16 SOLVER.EPOCHS 1 SOLVER.TRAINER {trainer} LOG.WANDB False"
+    cfg.merge_from_list([*options.split(), "LOG.PREFIX", str(tmp_path)])
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    batches = [(images[k : k + 8], labels[k : k + 8], torch.arange(k, k + 8)) for k in (0, 8)]
+
+    def trainer_of():
+        torch.manual_seed(0)
+        networks = (cifar_model_dict[name][0](num_classes=10) for name in ("resnet8", "resnet8x4"))
+        distiller = distiller_dict["GKD"](*networks, cfg)
+        distiller = distiller.cuda() if torch.cuda.is_available() else distiller
+        judged = [batch[:2] for batch in batches]
+        return trainer_dict[trainer]("run", nn.DataParallel(distiller), batches, judged, cfg)
+
+    first = trainer_of()
+    before = copy.deepcopy(first.distiller.module.state_dict())
+    first.train()
+    after = first.distiller.module.state_dict()
+    trained = [n for n, _ in first.distiller.module.named_parameters() if not n.startswith("teacher.")]
+    assert any(n.startswith("criterion.student_heads") for n in trained)
+    assert not [n for n in trained if torch.equal(before[n], after[n])]
+    assert all(torch.equal(before[n], x) for n, x in after.items() if n.startswith("teacher."))
+    again = trainer_of()
+    again.train(resume=True)  # from "latest", which is the last epoch's
+    assert all(torch.equal(x, after[n]) for n, x in again.distiller.module.state_dict().items())
+    assert len(again.optimizer.state) == len(trained)
