@@ -13,6 +13,10 @@ from torch import Tensor
 from gkd_fast import ops
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
+# What neighbors="auto" and self_weight="auto" stand for where bandwidth="auto"; None: a graph with K_ii = 1 whose
+# bandwidth follows from the mean distance.
+DEFAULT_NEIGHBORS: float | None = None
+DEFAULT_SELF_WEIGHT: float | None = None
 NORMALIZATIONS = ("symmetric", "row")
 # Device types without autocast: torch.compile of PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
 _WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")
@@ -31,6 +35,33 @@ def check_bandwidth(bandwidth: float | Tensor | str) -> float | Tensor | str:
             raise TypeError(f"bandwidth must be a real number, got a Tensor of {bandwidth.dtype}")
         return bandwidth
     return check_positive("bandwidth", bandwidth)
+
+
+def check_graph(
+    bandwidth: float | Tensor | str, neighbors: float | str | None, self_weight: float | str | None
+) -> tuple[float | Tensor | str, float | None, float | None]:
+    """Bandwidth, neighbours and the own message's weight as :func:`graph_conv` takes them, the last two resolved."""
+    bandwidth = check_bandwidth(bandwidth)
+    is_auto = isinstance(bandwidth, str)
+    if isinstance(neighbors, str):
+        if neighbors != "auto":
+            raise ValueError(f"neighbors must be a number, None or 'auto', got {neighbors!r}")
+        neighbors = DEFAULT_NEIGHBORS if is_auto else None
+    elif neighbors is not None:
+        neighbors = check_positive("neighbors", neighbors)
+        if neighbors < 1:
+            raise ValueError(f"neighbors must be at least 1, got {neighbors}")
+        if not is_auto:
+            raise ValueError(f"neighbors={neighbors:g} finds the bandwidth, which must then be 'auto', got {bandwidth}")
+    if isinstance(self_weight, str):
+        if self_weight != "auto":
+            raise ValueError(f"self_weight must be a number, None or 'auto', got {self_weight!r}")
+        self_weight = DEFAULT_SELF_WEIGHT if is_auto else None
+    elif self_weight is not None:
+        self_weight = check_factor("self_weight", self_weight)
+        if self_weight > 1:
+            raise ValueError(f"self_weight must be from 0 to 1, got {self_weight}")
+    return bandwidth, neighbors, self_weight
 
 
 def check_normalization(normalization: str) -> None:

@@ -7,12 +7,13 @@ error there, never a silent zero).
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from gkd_fast import ops, reference
+from gkd_fast import _neighbors, ops, reference
 from gkd_fast._arguments import (
     BACKENDS,
     NORMALIZATIONS,
@@ -22,6 +23,7 @@ from gkd_fast._arguments import (
     check_bank,
     check_banks,
     check_features,
+    check_graph,
     check_graph_stages,
     check_normalization,
     check_pairs,
@@ -32,6 +34,7 @@ from gkd_fast._arguments import (
     select_backend,
 )
 from gkd_fast._compilation import leaves_graphs, meets_columns
+from gkd_fast._neighbors import MAX_BANDWIDTH, MIN_BANDWIDTH
 from gkd_fast._pairs import blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
 from gkd_fast.ops.autograd import saveable, transformed
@@ -47,15 +50,14 @@ from gkd_fast.relations import (
 
 __all__ = [
     "BACKENDS", "NORMALIZATIONS", "adaptive_bandwidth", "correlation_congruence", "effective_neighbors", "graph_conv",
-    "info_nce", "kd_divergence", "node_contrast", "pkt", "relation_kl", "rkd_angle", "rkd_distance",
-    "similarity_preserving",
+    "info_nce", "kd_divergence", "neighbor_bandwidth", "node_contrast", "pkt", "relation_kl", "rkd_angle",
+    "rkd_distance", "similarity_preserving",
 ]  # fmt: skip
 
 Bandwidth: TypeAlias = float | Tensor | str
 
 # Adaptive bandwidth: σ² = BANDWIDTH_SHARE · mean over i ≠ j of (1 − c_ij), at least MIN_BANDWIDTH².
 BANDWIDTH_SHARE = 0.5
-MIN_BANDWIDTH = 0.01
 
 
 @overload
@@ -64,6 +66,8 @@ def graph_conv(
     messages: Tensor,
     *,
     bandwidth: Bandwidth = ...,
+    neighbors: float | str | None = ...,
+    self_weight: float | str | None = ...,
     normalization: str = ...,
     backend: str = ...,
     process_group: Group = ...,
@@ -76,6 +80,8 @@ def graph_conv(
     messages: Sequence[Tensor],
     *,
     bandwidth: Bandwidth | Sequence[Bandwidth] = ...,
+    neighbors: float | str | None = ...,
+    self_weight: float | str | None = ...,
     normalization: str = ...,
     backend: str = ...,
     process_group: Group = ...,
@@ -88,6 +94,8 @@ def graph_conv(
     messages: Tensor | Sequence[Tensor],
     *,
     bandwidth: Bandwidth | Sequence[Bandwidth] = "auto",
+    neighbors: float | str | None = "auto",
+    self_weight: float | str | None = "auto",
     normalization: str = "symmetric",
     backend: str = "auto",
     process_group: Group = None,
@@ -95,14 +103,19 @@ def graph_conv(
     """One graph convolution over the batch: the normalised adjacency of ``nodes`` times ``messages``.
 
     A_ij = exp((e_i·e_j − 1)/σ²) with e the L2-normalised rows of ``nodes`` and A_ii = 1, normalised as
-    D^-1/2 A D^-1/2 (``"symmetric"``) or D^-1 A (``"row"``). With sequences, the convolutions of several stages of one
-    batch, each with a graph of its own; on GPUs they share their launches.
+    D^-1/2 A D^-1/2 (``"symmetric"``) or D^-1 A (``"row"``). With ``self_weight=ρ`` the graph is over the others,
+    A_ii = 0, and the output ρ · messages + (1 − ρ) · the graph's; a node without others keeps its message. With
+    sequences, the convolutions of several stages of one batch, each with a graph of its own; on GPUs they share their
+    launches.
 
     Args:
         nodes: ``[B, D]``, floating point, or a sequence of such tensors, of any widths.
         messages: ``[B, K]``, of the nodes' type and device, or as many of them as nodes.
-        bandwidth: σ > 0, a number or a 0-dim tensor (taken without gradient), or ``"auto"``:
-            :func:`adaptive_bandwidth` of the nodes. A sequence has one for each stage.
+        bandwidth: σ > 0, a number or a 0-dim tensor (taken without gradient), or ``"auto"``, found for the nodes. A
+            sequence has one for each stage.
+        neighbors: with ``bandwidth="auto"``, how many other nodes a node listens to: σ is
+            :func:`neighbor_bandwidth` of it, or with None :func:`adaptive_bandwidth`. ``"auto"``: None.
+        self_weight: ρ from 0 to 1, or None: the graph with A_ii = 1. ``"auto"``: None.
         normalization: ``"symmetric"`` or ``"row"``.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the nodes, see :mod:`gkd_fast.distributed`.
@@ -114,12 +127,15 @@ def graph_conv(
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
         RuntimeError: the chosen backend is not available here.
     """
+    form = neighbors, self_weight
     if not isinstance(nodes, Tensor):
-        return _convolve_stages(nodes, messages, bandwidth, normalization, backend, process_group)
-    return _convolve(nodes, messages, bandwidth, normalization, backend, process_group)
+        return _convolve_stages(nodes, messages, bandwidth, form, normalization, backend, process_group)
+    return _convolve(nodes, messages, bandwidth, form, normalization, backend, process_group)
 
 
-def _convolve(nodes: Tensor, messages: Any, bandwidth: Any, normalization: str, backend: str, process_group) -> Tensor:
+def _convolve(
+    nodes: Tensor, messages: Any, bandwidth: Any, form: tuple, normalization: str, backend: str, process_group: Group
+) -> Tensor:
     with checking(process_group, "graph_conv"):
         check_features("nodes", nodes, process_group is not None)
         if not isinstance(messages, Tensor):
@@ -128,43 +144,55 @@ def _convolve(nodes: Tensor, messages: Any, bandwidth: Any, normalization: str, 
         if len(messages) != len(nodes):
             raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")
         dtype = compute_dtype({"nodes": nodes, "messages": messages})
-        bandwidth = check_bandwidth(bandwidth)
+        bandwidth, neighbors, self_weight = check_graph(bandwidth, *form)
         check_normalization(normalization)
         fused = select_backend(backend, nodes) != "reference"
     told = bandwidth if isinstance(bandwidth, (str, float, int)) else "a tensor"
-    shards = shards_of(process_group, [nodes, messages], ("graph_conv", told, normalization, fused))
-    sigma = _bandwidth(bandwidth, nodes, dtype, shards)
+    work = "graph_conv", told, neighbors, self_weight, normalization, fused
+    shards = shards_of(process_group, [nodes, messages], work)
+    if self_weight is not None and (len(nodes) if shards is None else shards.total) == 1:
+        return messages.clone()
+    sigma = _bandwidth(bandwidth, neighbors, nodes, dtype, backend, shards)
     precision = product_precision(nodes)
     messages = saveable(messages)
     with autocast_disabled(nodes):
         if not fused:
             inputs = nodes.to(dtype), messages.to(dtype)
-            output = of_union(lambda x, h: reference.graph_conv(x, h, sigma, normalization), inputs, shards)
-            return output.to(messages.dtype)
-        inverse_variance = _inverse_variance(sigma, dtype, nodes.device)
+            settings = sigma, normalization, self_weight
+            return of_union(lambda x, h: reference.graph_conv(x, h, *settings), inputs, shards).to(messages.dtype)
+        variance = _inverse_variance(sigma, dtype, nodes.device)
         columns = None if shards is None else graph_columns(shards, [nodes, messages], dtype)
-        output = ops.graph_conv(nodes, messages, dtype, inverse_variance, normalization, precision, columns)
+        convolve = ops.graph_conv if self_weight is None else ops.neighbor_conv
+        output = convolve(nodes, messages, dtype, variance, normalization, precision, columns)
+        if self_weight is not None:
+            output = torch.lerp(output, messages.to(dtype), self_weight)
         return output.to(messages.dtype)
 
 
-def _convolve_stages(nodes, messages, bandwidth, normalization: str, backend: str, process_group) -> list[Tensor]:
+def _convolve_stages(
+    nodes: Any, messages: Any, bandwidth: Any, form: tuple, normalization: str, backend: str, process_group: Group
+) -> list[Tensor]:
     with checking(process_group, "graph_conv"):
         nodes, messages, dtype = check_graph_stages(nodes, messages, process_group is not None)
         several = isinstance(bandwidth, Sequence) and not isinstance(bandwidth, str)
         given = list(bandwidth) if several else [bandwidth]
-        bandwidths = [check_bandwidth(each) for each in given] * (1 if several else len(nodes))
-        if len(bandwidths) != len(nodes):
-            raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(bandwidths)}")
+        checked = [check_graph(each, *form) for each in given] * (1 if several else len(nodes))
+        if len(checked) != len(nodes):
+            raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(checked)}")
         check_normalization(normalization)
-        shares = select_backend(backend, nodes[0]) == "triton" and process_group is None
+        old = all(self_weight is None for *_, self_weight in checked)
+        shares = old and select_backend(backend, nodes[0]) == "triton" and process_group is None
     if not shares or torch.compiler.is_compiling() or transformed():
         options = normalization, backend, process_group
-        return [_convolve(x, h, b, *options) for x, h, b in zip(nodes, messages, bandwidths)]
+        return [_convolve(x, h, sigma, tuple(own), *options) for x, h, (sigma, *own) in zip(nodes, messages, checked)]
     precision = product_precision(nodes[0])
     with autocast_disabled(nodes[0]):
         variances: Tensor | tuple[float, float] = (BANDWIDTH_SHARE, MIN_BANDWIDTH)
-        if not isinstance(bandwidth, str):
-            sigmas = [_bandwidth(each, x, dtype, None) for each, x in zip(bandwidths, nodes)]
+        if any(sigma != "auto" or neighbors is not None for sigma, neighbors, _ in checked):
+            sigmas = [
+                _bandwidth(sigma, neighbors, x, dtype, backend, None)
+                for (sigma, neighbors, _), x in zip(checked, nodes)
+            ]
             variances = torch.stack([_inverse_variance(sigma, dtype, nodes[0].device) for sigma in sigmas])
         return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision)
 
@@ -371,16 +399,108 @@ def adaptive_bandwidth(nodes: Tensor, *, process_group: Group = None) -> Tensor:
 
 
 @leaves_graphs(meets_columns)
-def effective_neighbors(
-    nodes: Tensor, bandwidth: float | Tensor | str = "auto", *, backend: str = "auto", process_group: Group = None
+def neighbor_bandwidth(
+    nodes: Tensor,
+    neighbors: float,
+    *,
+    start: float | Tensor | None = None,
+    backend: str = "auto",
+    process_group: Group = None,
 ) -> Tensor:
-    """How many neighbours each node listens to: (Σ_j A_ij)² / Σ_j A_ij², from 1 (itself) to B (everybody).
+    """The bandwidth at which nodes listen to so many others: the mean of :func:`effective_neighbors` of the others.
 
-    A_ij² is the adjacency at σ/√2, so this takes two degree passes. Without gradient.
+    Without gradient. Each pass over the pairs gives their number and how it changes with σ, from which the next σ
+    follows; nothing waits for the device. Where the nodes cannot have so many neighbours σ is the nearest that does:
+    0.01 where more of them coincide, and 1,000, at which all weights are equal, where ``neighbors`` are all others or
+    more.
 
     Args:
         nodes: ``[B, D]``.
-        bandwidth: as in :func:`graph_conv`.
+        neighbors: k ≥ 1, need not be whole.
+        start: a σ that is nearly right, such as that of the step before: one pass then is enough; None: the
+            :func:`adaptive_bandwidth`, and seven passes.
+        backend: as in :func:`graph_conv`.
+        process_group: as in :func:`graph_conv`; the mean is that over all ranks' nodes.
+
+    Returns:
+        σ, a 0-dim tensor in float32 (float64 for float64 nodes) on the nodes' device.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type or value.
+    """
+    starts = None if start is None else [start]
+    return _neighbor_bandwidths([nodes], neighbors, starts, backend, process_group)[0]
+
+
+def _neighbor_bandwidths(
+    stages: Sequence[Tensor],
+    neighbors: float,
+    starts: Sequence[float | Tensor] | None,
+    backend: str,
+    process_group: Group,
+) -> list[Tensor]:
+    """``neighbor_bandwidth`` of several stages of one batch, of which a pass goes on together."""
+    first = stages[0]
+    with checking(process_group, "neighbor_bandwidth"):
+        for x in stages:
+            check_features("nodes", x, process_group is not None)
+        dtype = compute_dtype({"nodes": first})
+        if neighbors is None or isinstance(neighbors, str):
+            raise TypeError(f"neighbors must be a number, got {neighbors!r}")
+        check_graph("auto", neighbors, None)
+        given = [check_bandwidth(start) for start in starts or ()]
+        if "auto" in [x for x in given if isinstance(x, str)]:
+            raise ValueError("start must be a positive number or None, got 'auto'")
+        fused = select_backend(backend, first) != "reference"
+    work = "neighbor_bandwidth", neighbors, "cold" if starts is None else "warm", fused
+    shards = shards_of(process_group, list(stages), work)
+    nodes = len(first) if shards is None else shards.total
+    if neighbors >= nodes - 1:
+        return [torch.full((), MAX_BANDWIDTH, dtype=dtype, device=first.device) for _ in stages]
+    precision = product_precision(first)
+    with torch.no_grad(), autocast_disabled(first):
+        if starts is None:
+            given = [adaptive_bandwidth(x, process_group=shards) for x in stages]
+        begun = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=first.device).detach() for x in given])
+        graphs: list[_neighbors.Sums] = []
+        for x in stages:
+            if fused:
+                (unit,) = ops.unit_rows([x], dtype)
+                columns = None if shards is None else unit_columns(shards, [x], dtype)
+                graphs.append(partial(_fused_sums, unit, precision, columns))
+            else:
+                graphs.append(partial(_reference_sums, x.to(dtype), shards))
+        passes = _neighbors.COLD_PASSES if starts is None else 1
+        total = shards.sum if shards is not None else lambda x: x
+        return list(_neighbors.search(graphs, begun, neighbors, nodes, passes, dtype, total).to(dtype).unbind())
+
+
+def _fused_sums(unit: Tensor, precision: str, columns: Any, inverse_variance: Tensor) -> list[Tensor]:
+    return ops.neighbor_sums(unit, inverse_variance, precision, columns)
+
+
+def _reference_sums(nodes: Tensor, shards: Shards | None, inverse_variance: Tensor) -> list[Tensor]:
+    sums = of_union(lambda x: reference.neighbor_sums(x, inverse_variance.rsqrt()).T, [nodes], shards)
+    return list(sums.double().unbind(dim=1))
+
+
+@leaves_graphs(meets_columns)
+def effective_neighbors(
+    nodes: Tensor,
+    bandwidth: float | Tensor | str = "auto",
+    *,
+    others: bool = False,
+    backend: str = "auto",
+    process_group: Group = None,
+) -> Tensor:
+    """How many neighbours each node listens to: (Σ_j A_ij)² / Σ_j A_ij², from 1 (itself) to B (everybody).
+
+    With ``others`` j is not i, and the numbers are from 1 to B − 1, 0 of a node without others. Without gradient.
+
+    Args:
+        nodes: ``[B, D]``.
+        bandwidth: σ, or ``"auto"``: :func:`adaptive_bandwidth`.
+        others: whether the own node is left out, as with a ``self_weight`` in :func:`graph_conv`.
         backend: as in :func:`graph_conv`.
         process_group: as in :func:`graph_conv`.
 
@@ -392,11 +512,20 @@ def effective_neighbors(
         dtype = compute_dtype({"nodes": nodes})
         bandwidth = check_bandwidth(bandwidth)
         fused = select_backend(backend, nodes) != "reference"
-    shards = shards_of(process_group, [nodes], ("effective_neighbors", fused))
-    sigma = _bandwidth(bandwidth, nodes, dtype, shards)
+    shards = shards_of(process_group, [nodes], ("effective_neighbors", others, fused))
+    sigma = _bandwidth(bandwidth, None, nodes, dtype, backend, shards)
     precision = product_precision(nodes)
     widths = (sigma, sigma / math.sqrt(2))
     with torch.no_grad(), autocast_disabled(nodes):
+        if others:
+            variance = _inverse_variance(sigma, dtype, nodes.device)
+            if fused:
+                (unit,) = ops.unit_rows([nodes], dtype)
+                columns = None if shards is None else unit_columns(shards, [nodes], dtype)
+                found = _fused_sums(unit, precision, columns, variance)
+            else:
+                found = _reference_sums(nodes.to(dtype), shards, variance)
+            return (2 * found[0] - found[1]).exp().nan_to_num(0).to(dtype)
         if fused:
             (unit,) = ops.unit_rows([nodes], dtype)
             columns = None if shards is None else unit_columns(shards, [nodes], dtype)
@@ -421,10 +550,17 @@ def _inverse_variance(sigma: float | Tensor, dtype: torch.dtype, device: torch.d
 
 
 def _bandwidth(
-    bandwidth: float | Tensor | str, nodes: Tensor, dtype: torch.dtype, shards: Shards | None
+    bandwidth: float | Tensor | str,
+    neighbors: float | None,
+    nodes: Tensor,
+    dtype: torch.dtype,
+    backend: str,
+    shards: Shards | None,
 ) -> float | Tensor:
     if isinstance(bandwidth, str):
-        return adaptive_bandwidth(nodes, process_group=shards)
+        if neighbors is None:
+            return adaptive_bandwidth(nodes, process_group=shards)
+        return _neighbor_bandwidths([nodes], neighbors, None, backend, shards)[0]
     if isinstance(bandwidth, Tensor):
         return bandwidth.detach().to(device=nodes.device, dtype=dtype)
     return bandwidth

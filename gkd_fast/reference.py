@@ -38,13 +38,62 @@ def similarities(x: Tensor, bandwidth: float | Tensor, diagonal: float) -> Tenso
     return kernel.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), diagonal)
 
 
-def graph_conv(nodes: Tensor, messages: Tensor, bandwidth: float | Tensor, normalization: str = "symmetric") -> Tensor:
-    """D^-1/2 A D^-1/2 H (``"symmetric"``) or D^-1 A H (``"row"``), with A_ii = 1 and D the row sums of A."""
+def graph_conv(
+    nodes: Tensor,
+    messages: Tensor,
+    bandwidth: float | Tensor,
+    normalization: str = "symmetric",
+    self_weight: float | None = None,
+) -> Tensor:
+    """D^-1/2 A D^-1/2 H (``"symmetric"``) or D^-1 A H (``"row"``), with A_ii = 1 and D the row sums of A.
+
+    With a ``self_weight`` ρ it is ρ H + (1 − ρ) ``neighbor_conv``; a node without others keeps its message.
+    """
+    if self_weight is not None:
+        if len(nodes) == 1:
+            return messages.clone()
+        return self_weight * messages + (1 - self_weight) * neighbor_conv(nodes, messages, bandwidth, normalization)
     adjacency = similarities(nodes, bandwidth, diagonal=1.0)
     degrees = adjacency.sum(dim=1)
     if normalization == "row":
         return (adjacency / degrees[:, None]) @ messages
     return (adjacency * degrees.rsqrt()[:, None] * degrees.rsqrt()[None, :]) @ messages
+
+
+def exponents(x: Tensor, bandwidth: float | Tensor) -> Tensor:
+    """x_ij = (e_i·e_j − 1)/σ² for i ≠ j, −∞ for i = j."""
+    e = unit_rows(x)
+    return ((e @ e.T - 1) / bandwidth**2).masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -torch.inf)
+
+
+def neighbor_conv(
+    nodes: Tensor, messages: Tensor, bandwidth: float | Tensor, normalization: str = "symmetric"
+) -> Tensor:
+    """Σ_j≠i A_ij h_j with A_ij = exp(x_ij − (l_i + l_j)/2) (``"symmetric"``) or exp(x_ij − l_i) (``"row"``), and
+    l_i = log Σ_j≠i exp(x_ij): D^-1/2 K D^-1/2 or D^-1 K of K_ij = exp(x_ij), K_ii = 0, which underflows nowhere.
+    """
+    x = exponents(nodes, bandwidth)
+    log_sums = x.logsumexp(dim=1)
+    if normalization == "row":
+        return (x - log_sums[:, None]).exp() @ messages
+    return (x - (log_sums[:, None] + log_sums[None, :]) / 2).exp() @ messages
+
+
+def neighbor_sums(nodes: Tensor, bandwidth: float | Tensor) -> Tensor:
+    """log Σ_j≠i K_ij, log Σ_j≠i K_ij², and the means of x_ij weighted by K_ij and by K_ij²: ``[4, B]``."""
+    x = exponents(nodes, bandwidth)
+    finite = x.masked_fill(x == -torch.inf, 0)
+    sums = [(power * x).logsumexp(dim=1) for power in (1, 2)]
+    means = [
+        ((power * x - total[:, None]).exp().nan_to_num(0) * finite).sum(dim=1) for power, total in zip((1, 2), sums)
+    ]
+    return torch.stack([*sums, *means])
+
+
+def effective_neighbors(nodes: Tensor, bandwidth: float | Tensor) -> Tensor:
+    """(Σ_j≠i K_ij)²/Σ_j≠i K_ij² = exp(2 l_i(σ) − l_i(σ/√2)), from 1 to B − 1; 0 of a node without others."""
+    log_sums, sharp_log_sums, *_ = neighbor_sums(nodes, bandwidth)
+    return (2 * log_sums - sharp_log_sums).exp().nan_to_num(0)
 
 
 def at_least_zero(losses: Tensor) -> Tensor:

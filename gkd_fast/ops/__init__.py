@@ -18,6 +18,8 @@ from gkd_fast.ops.graph_conv_columns import graph_degrees, node_terms
 from gkd_fast.ops.graph_conv_stages import graph_conv_stages
 from gkd_fast.ops.graph_losses import graph_losses
 from gkd_fast.ops.info_nce import info_nce, one_sided
+from gkd_fast.ops.neighbor_conv import neighbor_conv
+from gkd_fast.ops.neighbor_conv_columns import merged, neighbor_sums
 from gkd_fast.ops.node_contrast import node_contrast
 from gkd_fast.ops.pair_sums import Fixed, MeanDistances, pair_losses
 from gkd_fast.ops.relation_kl import relation_kl
@@ -26,8 +28,8 @@ from gkd_fast.ops.unit_rows import unit_rows, unit_rows_and_norms
 
 __all__ = [
     "HOW_TO_BUILD", "Fixed", "MeanDistances", "graph_conv", "graph_conv_stages", "graph_degrees", "graph_losses",
-    "has_kernels", "info_nce", "missing", "node_contrast", "node_terms", "one_sided", "pair_losses",
-    "refuse_forward_mode", "relation_kl", "rkd_angle", "unit_rows", "unit_rows_and_norms",
+    "has_kernels", "info_nce", "merged", "missing", "neighbor_conv", "neighbor_sums", "node_contrast", "node_terms",
+    "one_sided", "pair_losses", "refuse_forward_mode", "relation_kl", "rkd_angle", "unit_rows", "unit_rows_and_norms",
 ]  # fmt: skip
 
 for _name in torch._C._dispatch_get_all_op_names():

@@ -16,7 +16,7 @@ MESSAGES = (*NODES, "column_messages")
 UPSTREAM = (*MESSAGES, "column_upstream")
 
 
-def _over(columns: Columns | None, call, names: tuple[str, ...] = NODES, **own) -> list[Tensor]:
+def over(columns: Columns | None, call, names: tuple[str, ...] = NODES, **own) -> list[Tensor]:
     """The sums over the blocks of ``columns`` of what ``call(column_nodes=…, offset=…, …)`` gives, a tensor or a list.
 
     ``names``: of the columns that ``call`` takes.  ``own``: what these bring along, by the name that ``call`` has for
@@ -42,7 +42,7 @@ def graph_degrees(
 ) -> Tensor:
     """The row sums of the adjacency ``[B]`` of unit rows, without gradient."""
     nodes = nodes.detach()
-    return _over(
+    return over(
         columns,
         lambda **block: run(torch.ops.gkd_fast.graph_degrees, nodes, inverse_variance, product_precision, **block),
     )[0]
@@ -70,7 +70,7 @@ def _dots(x: Tensor, y: Tensor) -> Tensor:
 
 def _messages_gradient(columns, ctx, upstream, nodes, messages, output, degrees, inverse_variance) -> Tensor:
     """dH of this rank's rows; ``columns``: nodes, messages and upstream."""
-    return _over(
+    return over(
         columns,
         lambda **block: run(
             torch.ops.gkd_fast.graph_conv_backward, upstream, nodes, messages, output, degrees, inverse_variance,
@@ -88,7 +88,7 @@ class GraphConv(torch.autograd.Function):
         settings = inverse_variance, normalization, product_precision
         if normalization == "symmetric":
             degrees = graph_degrees(nodes, inverse_variance, product_precision, columns)
-            (output,) = _over(
+            (output,) = over(
                 columns,
                 lambda **block: run(
                     torch.ops.gkd_fast.graph_conv, nodes, messages, *settings, degrees=degrees, **block
@@ -101,7 +101,7 @@ class GraphConv(torch.autograd.Function):
                 rows, degrees = run(torch.ops.gkd_fast.graph_conv, nodes, messages, *settings, **block)
                 return [rows * degrees[:, None], degrees]
 
-            output, degrees = _over(columns, sums, MESSAGES)
+            output, degrees = over(columns, sums, MESSAGES)
             output = output / degrees[:, None]
         ctx.normalization, ctx.product_precision = normalization, product_precision
         columns.save(ctx, nodes, messages, output.clone(), degrees, inverse_variance)  # The caller holds the output.
@@ -134,7 +134,7 @@ class GraphConvBackward(torch.autograd.Function):
         gradients = []
         if needs_nodes:
             terms = node_terms(upstream, output, messages, messages_gradient, degrees, normalization)
-            gradients = _over(
+            gradients = over(
                 with_upstream,
                 lambda **block: run(
                     torch.ops.gkd_fast.graph_conv_backward, *rows, normalization, product_precision, [True, False],
@@ -172,7 +172,7 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
     extra = None if messages_tangent is None else right_scale * messages_tangent
     growth = torch.zeros_like(degrees)
     if nodes_tangent is not None:
-        degree_tangents = _over(
+        degree_tangents = over(
             columns,
             lambda **block: run(
                 torch.ops.gkd_fast.graph_degrees_tangent, nodes, nodes_tangent, *settings, **block
@@ -190,7 +190,7 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
             messages_gradient = _messages_gradient(
                 columns and columns.beside(upstream), ctx, upstream, nodes, messages, output, degrees, inverse_variance
             )
-    sums = _over(
+    sums = over(
         columns,
         lambda values=values, rates=rates, extra=extra, **block: run(
             torch.ops.gkd_fast.graph_conv_tangent, nodes, nodes_tangent, values, rates, extra, *settings, **block
@@ -212,7 +212,7 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
         )
         if right_power and messages_tangent is not None:
             term_tangents = term_tangents - right_power * _dots(messages_tangent, messages_gradient) / degrees
-        (nodes_gradient_tangent,) = _over(
+        (nodes_gradient_tangent,) = over(
             columns,
             lambda **block: run(
                 torch.ops.gkd_fast.graph_conv_double_backward, nodes, nodes_tangent, left, right, left_rates,

@@ -1,0 +1,78 @@
+"""The bandwidth that gives nodes so many neighbours.
+
+With the weights K_ij = exp((c_ij − 1)·v), v = 1/σ², node i listens to n_i = (Σ_j≠i K_ij)²/Σ_j≠i K_ij² others, which is
+exp(2 l_i(v) − l_i(2v)) of the log-sums l. The mean n falls with v. Of the sums of one pass, with x_ij = (c_ij − 1)·v
+and its means E weighted by K and E' by K², dn_i/d log v = 2 n_i (E_i − E'_i) is known too. log n is a function of
+t = log v whose slope grows as e^{γt}: at first γ = 2, what normally distributed cosines give, later what the last two
+passes show; nodes on a manifold have γ = 0.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Of a pass without any knowledge of σ; with a σ of the step before one is enough.
+COLD_PASSES = 7
+MIN_BANDWIDTH, MAX_BANDWIDTH = 0.01, 1000.0
+
+_LOWEST, _HIGHEST = -2 * math.log(MAX_BANDWIDTH), -2 * math.log(MIN_BANDWIDTH)
+_FLATTEST = 1e-6  # a slope of log n: less is rounding
+
+# log-sums, sharp log-sums, means and sharp means of a graph's nodes at an inverse variance
+Sums = Callable[[Tensor], Sequence[Tensor]]
+
+
+def moments(sums: Sequence[Tensor]) -> Tensor:
+    """Σ n_i and Σ dn_i/d log v of a graph's nodes, ``[2]``; 0 of a node without others."""
+    log_sums, sharp_log_sums, means, sharp_means = sums
+    n = (2 * log_sums - sharp_log_sums).exp().nan_to_num(0)
+    return torch.stack([n.sum(), (2 * n * (means - sharp_means)).sum()])
+
+
+def search(
+    graphs: Sequence[Sums],
+    starts: Tensor,
+    neighbors: float,
+    nodes: int,
+    passes: int,
+    dtype: torch.dtype,
+    total: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The bandwidths of several graphs, ``[graphs]``, from ``starts``; nothing waits for the device.
+
+    Args:
+        graphs: what gives the sums of each.
+        starts: σ, ``[graphs]``, float64.
+        neighbors: the wanted mean of n, below ``nodes`` − 1, the number of nodes on all ranks less one.
+        dtype: of v.
+        total: the sum of a tensor over the ranks.
+    """
+    t = (-2 * starts.double().log()).clamp(_LOWEST, _HIGHEST)
+    low, high = torch.full_like(t, _LOWEST), torch.full_like(t, _HIGHEST)
+    growth = torch.full_like(t, 2.0)
+    before: Tensor | None = None
+    slope_before = t
+    for _ in range(passes):
+        variances = t.exp().to(dtype).unbind()
+        found = total(torch.stack([moments(sums(v)) for sums, v in zip(graphs, variances, strict=True)]))
+        n, change = (found / nodes).unbind(dim=1)
+        n = n.clamp(min=1)
+        slope = (-change / n).clamp(min=_FLATTEST)  # of −log n
+        distance = (n / neighbors).log()
+        if before is not None:
+            shown = (slope / slope_before).log() / (t - before)
+            # A slope that falls leads to a plateau, after which clusters of their own come apart: from far, with care.
+            growth = torch.where((shown >= -0.1) & shown.isfinite(), shown.clamp(0, 2), 2.0)
+            growth = torch.where(distance > math.log(8), growth.clamp(min=1), growth)
+        low, high = torch.where(distance > 0, t, low), torch.where(distance > 0, high, t)
+        bent = growth.clamp(min=1e-3)
+        step = (bent * distance / slope).clamp(min=-0.9).log1p() / bent
+        middle = (low + high) / 2
+        lost = (distance < -math.log(2)) & (low > _LOWEST)  # n is far below, where the slope says little
+        new = torch.where(lost, middle, t + step).clamp(_LOWEST, _HIGHEST)
+        outside = ((new <= low) & (low > _LOWEST)) | ((new >= high) & (high < _HIGHEST))
+        before, slope_before = t, slope
+        t = torch.where(outside, middle, new)
+    return (-t / 2).exp()

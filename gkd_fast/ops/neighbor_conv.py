@@ -1,0 +1,239 @@
+"""neighbor_conv: what the others of a graph say, Y_i = Σ_j≠i A_ij m_j.
+
+x_ij = (e_i·e_j − 1)·v with v = 1/σ², l_i = log Σ_j≠i exp(x_ij), p_ij = exp(x_ij − l_i), and A_ij is
+
+    p_ij                                  "row"
+    p_ji                                  "column", the transpose of "row"
+    exp(x_ij − (l_i + l_j)/2)             "symmetric", never above 1.
+
+Log-sums are float64, taken relative to the rows' own maxima, so that a node whose neighbours are all far does not
+underflow. They are inputs of all ops but the first, each side's own, so that what is summed over blocks of columns adds
+up; no exponential of a log-sum stands alone, which might overflow. Columns are nodes; row i's own column, i + offset,
+is left out. Without a column set (``column_nodes``) the columns are the rows and no ``column_…`` is given.
+
+    neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0, similarities=None)
+               -> (log_sums, sharp_log_sums, means, sharp_means)
+        nodes: unit rows [I, D], float32 or float64, contiguous.  inverse_variance: v, a 0-dim tensor of their type.
+        column_nodes: [J, D].
+        l_i(v), l_i(2v), Σ_j p_ij x_ij and Σ_j q_ij x_ij with q_ij = exp(2 x_ij − l_i(2v)): [I] each, float64; without
+        another column −∞, −∞, 0 and 0.  Without gradient.
+    neighbor_conv(nodes, messages, log_sums, inverse_variance, normalization, product_precision, column_nodes=None,
+               column_messages=None, offset=0, column_log_sums=None, similarities=None) -> output
+        messages: [I, K], of the nodes' type, contiguous.  log_sums: l, [I].  column_messages, column_log_sums: the
+        columns', which with a column set are read instead of the rows' messages; "column" reads l of the columns alone,
+        "row" of the rows alone.
+        output: Y, [I, K].  Its derivative by the nodes is that of l too.
+    neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization,
+               product_precision, column_nodes=None, column_messages=None, offset=0, column_upstream=None,
+               column_log_sums=None, column_node_terms=None, similarities=None) -> nodes' gradient
+        upstream: G, [I, K].  normalization: "row" or "symmetric".  node_terms: d, [I], functions of the row alone:
+        −G_i·Y_i (row) or −(G_i·Y_i + m_i·dM_i)/2 (symmetric).  With a column set the columns' own, where upstream and
+        terms may be None: zero.  The gradient of the ROW set, complete, [I, D]:
+        dE_i = Σ_j≠i v (A_ij G_i·m_j + A_ji G_j·m_i + p_ij d_i + p_ji d_j) e_j.
+        The messages' gradient dM is Y of the upstream with the transposed normalization.
+    kept_similarities(nodes, product_precision) -> similarities
+        e_i·e_j in an order of the kernels' own, which ops without a column set then read instead of multiplying nodes;
+        [0] where they are not kept (``gkd_fast.ops.affinities``), which they take too.
+    neighbor_conv_gradients(upstream, nodes, messages, output, log_sums, inverse_variance, normalization,
+               product_precision, needs, similarities=None) -> gradients
+        What the ops above make of nodes and messages, in that order, those that ``needs`` asks for.
+
+Second order: the tangents of the output and of both gradients along the gradients' cotangents, as in ``graph_conv``.
+Along ė and ṁ:  ẋ_ij = v (ė_i·e_j + e_i·ė_j),  l˙_i = Σ_j p_ij ẋ_ij,  A˙_ij = A_ij (ẋ_ij − a˙_i − b˙_j) with (a˙, b˙) =
+(l˙_i, 0) (row), (0, l˙_j) (column), (l˙_i/2, l˙_j/2) (symmetric).
+
+    neighbor_sums_tangent(nodes, tangent, log_sums, inverse_variance, product_precision, column_nodes=None,
+               column_tangent=None, offset=0) -> l˙ [I], of the nodes' type
+    neighbor_conv_tangent(nodes, tangent, messages, messages_tangent, log_sums, log_sum_tangents, inverse_variance,
+               normalization, product_precision, column_nodes=None, column_tangent=None, column_messages=None,
+               column_messages_tangent=None, offset=0, column_log_sums=None, column_log_sum_tangents=None) -> [I, K]
+        Σ_j (A˙_ij m_j + A_ij ṁ_j).  A direction that is None stands still; without one of the nodes
+        log_sum_tangents are not read.
+    neighbor_conv_double_backward(upstream, nodes, tangent, messages, messages_tangent, log_sums, log_sum_tangents,
+               node_terms, node_term_tangents, inverse_variance, normalization, product_precision, column_nodes=None,
+               column_tangent=None, column_messages=None, column_messages_tangent=None, offset=0,
+               column_upstream=None, column_log_sums=None, column_log_sum_tangents=None, column_node_terms=None,
+               column_node_term_tangents=None) -> tangent of the nodes' gradient
+        With s_ij = G_i·m_j, ṡ_ij = G_i·ṁ_j, M_ij = v (A_ij s_ij + A_ji s_ji + p_ij d_i + p_ji d_j):
+        Σ_j (M˙_ij e_j + M_ij ė_j), [I, D]; the upstream stands still. With a column set all column_* are needed.
+
+Ops without kernels of a device's own are computed in strips of rows (``neighbor_conv_strips``).
+"""
+
+import torch
+from torch import Tensor
+
+from gkd_fast.ops import affinities as kept
+from gkd_fast.ops import neighbor_conv_strips as strips
+from gkd_fast.ops.autograd import (
+    PT2,
+    flags,
+    needed_like,
+    refuse_column_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
+    register_autograd,
+    scatter,
+)  # fmt: skip
+from gkd_fast.ops.columns import Columns
+from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.neighbor_conv_columns import NeighborConv, gradients_of_rows, second_order
+from gkd_fast.ops.unit_rows import unit_rows
+
+_SETTINGS = "Tensor inverse_variance, str normalization, str product_precision"
+_SCHEMAS = {
+    "kept_similarities": "(Tensor nodes, str product_precision) -> Tensor",
+    "neighbor_sums": "(Tensor nodes, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, "
+    "int offset=0, Tensor? similarities=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "neighbor_conv": f"(Tensor nodes, Tensor messages, Tensor log_sums, {_SETTINGS}, Tensor? column_nodes=None, "
+    "Tensor? column_messages=None, int offset=0, Tensor? column_log_sums=None, Tensor? similarities=None) -> Tensor",
+    "neighbor_conv_backward": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor log_sums, Tensor node_terms, "
+    f"{_SETTINGS}, Tensor? column_nodes=None, Tensor? column_messages=None, int offset=0, "
+    "Tensor? column_upstream=None, Tensor? column_log_sums=None, Tensor? column_node_terms=None, "
+    "Tensor? similarities=None) -> Tensor",
+    "neighbor_conv_gradients": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor output, Tensor log_sums, "
+    f"{_SETTINGS}, bool[] needs, Tensor? similarities=None) -> Tensor[]",
+    "neighbor_sums_tangent": "(Tensor nodes, Tensor tangent, Tensor log_sums, Tensor inverse_variance, "
+    "str product_precision, Tensor? column_nodes=None, Tensor? column_tangent=None, int offset=0) -> Tensor",
+    "neighbor_conv_tangent": "(Tensor nodes, Tensor? tangent, Tensor messages, Tensor? messages_tangent, "
+    f"Tensor log_sums, Tensor? log_sum_tangents, {_SETTINGS}, Tensor? column_nodes=None, "
+    "Tensor? column_tangent=None, Tensor? column_messages=None, Tensor? column_messages_tangent=None, int offset=0, "
+    "Tensor? column_log_sums=None, Tensor? column_log_sum_tangents=None) -> Tensor",
+    "neighbor_conv_double_backward": "(Tensor upstream, Tensor nodes, Tensor? tangent, Tensor messages, "
+    "Tensor? messages_tangent, Tensor log_sums, Tensor? log_sum_tangents, Tensor node_terms, "
+    f"Tensor node_term_tangents, {_SETTINGS}, Tensor? column_nodes=None, Tensor? column_tangent=None, "
+    "Tensor? column_messages=None, Tensor? column_messages_tangent=None, int offset=0, Tensor? column_upstream=None, "
+    "Tensor? column_log_sums=None, Tensor? column_log_sum_tangents=None, Tensor? column_node_terms=None, "
+    "Tensor? column_node_term_tangents=None) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"gkd_fast::{_name}", _schema, tags=PT2)
+    if _name != "neighbor_conv_gradients":
+        torch.library.impl(f"gkd_fast::{_name}", "CompositeExplicitAutograd", getattr(strips, _name))
+
+
+@torch.library.register_fake("gkd_fast::kept_similarities")
+def _(nodes, product_precision):
+    return nodes.new_empty(0)
+
+
+@torch.library.register_fake("gkd_fast::neighbor_sums")
+def _(nodes, *arguments, **named):
+    sums = [nodes.new_empty(nodes.shape[0], dtype=torch.float64) for _ in range(4)]
+    return sums[0], sums[1], sums[2], sums[3]
+
+
+@torch.library.register_fake("gkd_fast::neighbor_conv")
+def _(nodes, messages, *arguments, **named):
+    return messages.new_empty(messages.shape)
+
+
+@torch.library.register_fake("gkd_fast::neighbor_conv_backward")
+def _(upstream, nodes, *arguments, **named):
+    return nodes.new_empty(nodes.shape)
+
+
+@torch.library.register_fake("gkd_fast::neighbor_conv_gradients")
+def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs,
+      similarities=None):  # fmt: skip
+    return needed_like((nodes, messages), needs)
+
+
+@torch.library.register_fake("gkd_fast::neighbor_sums_tangent")
+def _(nodes, *arguments, **named):
+    return nodes.new_empty(nodes.shape[0])
+
+
+@torch.library.register_fake("gkd_fast::neighbor_conv_tangent")
+def _(nodes, tangent, messages, *arguments, **named):
+    return messages.new_empty(messages.shape)
+
+
+@torch.library.register_fake("gkd_fast::neighbor_conv_double_backward")
+def _(upstream, nodes, *arguments, **named):
+    return nodes.new_empty(nodes.shape)
+
+
+@torch.library.impl("gkd_fast::neighbor_conv_gradients", "CompositeExplicitAutograd")
+def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs,
+      similarities=None):  # fmt: skip
+    rows = upstream, nodes, messages, output, log_sums, inverse_variance
+    gradients, _ = gradients_of_rows(None, rows, normalization, product_precision, needs, similarities)
+    # Of an op, no result may be another's alias.
+    return [x for x in gradients if x is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    nodes, messages, log_sums, inverse_variance, ctx.normalization, ctx.product_precision, column_nodes = inputs[:7]
+    refuse_column_gradient("gkd_fast::neighbor_conv", "gkd_fast::neighbor_conv_backward", column_nodes is not None)
+    if ctx.needs_input_grad[3]:
+        raise NotImplementedError("neighbor_conv has no gradient with respect to the bandwidth")
+    ctx.save_for_backward(nodes, messages, log_sums, inverse_variance, output)
+
+
+def _backward(ctx, upstream):
+    nodes, messages, log_sums, inverse_variance, output = ctx.saved_tensors
+    needs = flags(ctx.needs_input_grad[:2])
+    settings = inverse_variance, ctx.normalization, ctx.product_precision
+    results = output.detach(), log_sums
+    return *gradients_of(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 9
+
+
+register_autograd("gkd_fast::neighbor_conv", _backward, setup_context=_setup_context)
+
+
+def _setup_double_context(ctx, inputs, output):
+    *rows, ctx.normalization, ctx.product_precision, ctx.needed, _ = inputs
+    ctx.set_materialize_grads(False)
+    messages_gradient = scatter(output, ctx.needed)[1]
+    if messages_gradient is not None:
+        messages_gradient = messages_gradient.clone()  # The caller holds it.
+    ctx.save_for_backward(*rows, messages_gradient)
+
+
+def _double_backward(ctx, cotangents):
+    nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
+    saved = ctx.saved_tensors
+    return *second_order(None, saved, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 7
+
+
+register_autograd("gkd_fast::neighbor_conv_gradients", _double_backward, setup_context=_setup_double_context)
+for _name in _SCHEMAS:
+    if _name not in ("neighbor_conv", "neighbor_conv_gradients"):
+        refuse_derivative(f"gkd_fast::{_name}")
+
+
+def _results(inputs, settings, keep):
+    (nodes, messages), (inverse_variance, _, product_precision) = inputs, settings
+    log_sums = torch.ops.gkd_fast.neighbor_sums(nodes.detach(), inverse_variance, product_precision)[0]
+    return torch.ops.gkd_fast.neighbor_conv(nodes, messages, log_sums, *settings), log_sums
+
+
+def gradients_of(upstream, inputs, results, settings, needs):
+    output, log_sums, *similarities = results
+    gradients = torch.ops.gkd_fast.neighbor_conv_gradients(
+        upstream, *inputs, output, log_sums, *settings, needs, similarities=similarities[0] if similarities else None
+    )
+    return scatter(gradients, needs)
+
+
+_OP = Op(_results, gradients_of)
+
+
+def neighbor_conv(
+    nodes: Tensor,
+    messages: Tensor,
+    dtype: torch.dtype,
+    inverse_variance: Tensor,
+    normalization: str,
+    product_precision: str,
+    columns: Columns | None = None,
+) -> Tensor:
+    """The messages ``[B, K]`` of each node's others: nodes that are normalised in ``dtype``, or ``columns``, nodes and
+    messages; see the head. There is more than one node."""
+    refuse_forward_mode((nodes, messages))
+    messages = messages.to(dtype)
+    settings = inverse_variance, normalization, product_precision
+    if columns is None:
+        return on_unit_rows(_OP, [nodes], [messages], dtype, settings, kept.keeps((nodes, messages)))
+    return NeighborConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)

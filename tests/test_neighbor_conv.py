@@ -1,0 +1,187 @@
+"""The graph over the others: its convolution against the definition, and the bandwidth for so many neighbours."""
+
+import math
+
+import pytest
+import torch
+
+from gkd_fast import functional, reference
+from gkd_fast.functional import effective_neighbors, graph_conv, neighbor_bandwidth
+from tests.ops_cases import D64, DTYPES, FUSED, KINDS, check, requires_fused, rows, threads
+
+both_normalizations = pytest.mark.parametrize("normalization", ["symmetric", "row"])
+
+
+def of_others(normalization="symmetric", bandwidth=0.6, self_weight=0.3, backend=FUSED):
+    return lambda nodes, messages: graph_conv(
+        nodes, messages, bandwidth=bandwidth, self_weight=self_weight, normalization=normalization, backend=backend
+    )
+
+
+def agree(draws, dtype, normalization, bandwidth=0.6):
+    check(
+        of_others(normalization, bandwidth),
+        lambda x, h: reference.graph_conv(x, h, bandwidth, normalization, 0.3),
+        draws,
+        dtype,
+        gain=bandwidth**-2,
+    )
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_definition_is_the_normalised_kernel_without_a_diagonal(normalization):
+    nodes, messages = rows(7, 3, 2)
+    kernel = reference.similarities(nodes, 0.8, diagonal=0.0)
+    degrees = kernel.sum(dim=1)
+    weights = kernel / degrees[:, None] if normalization == "row" else kernel / (degrees[:, None] * degrees).sqrt()
+    expected = 0.25 * messages + 0.75 * weights @ messages
+    torch.testing.assert_close(reference.graph_conv(nodes, messages, 0.8, normalization, 0.25), expected)
+
+
+@requires_fused
+@both_normalizations
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [2, 31, 67])
+def test_batches_and_types(batch, dtype, normalization):
+    agree([rows(batch, 5, 3)], dtype, normalization)
+
+
+@requires_fused
+@both_normalizations
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bandwidth", [1.0, 0.05])
+def test_kinds_of_rows_and_bandwidths(kind, bandwidth, normalization):
+    agree([rows(41, 6, 6, kind=kind)], D64, normalization, bandwidth)
+
+
+@both_normalizations
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_node_far_from_all_others_does_not_underflow(backend, normalization):
+    """At σ = 0.01 its kernel is exp(−10,000) of the nearest; its weights are still those of its neighbours."""
+    nodes = torch.eye(5).repeat_interleave(torch.tensor([3, 3, 1, 3, 3]), dim=0).requires_grad_()
+    messages = torch.arange(13.0)[:, None].requires_grad_()
+    output = graph_conv(nodes, messages, bandwidth=0.01, self_weight=0.0, normalization=normalization, backend=backend)
+    gradients = torch.autograd.grad(output.sum(), [nodes, messages])
+    assert all(x.isfinite().all() for x in (output, *gradients))
+    alone = reference.neighbor_conv(nodes.double(), messages.double(), 0.01, normalization)[6]
+    torch.testing.assert_close(output[6].double(), alone, rtol=1e-3, atol=1e-3)
+    if normalization == "row":
+        assert output[6].item() == pytest.approx(6.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_node_without_others_keeps_its_message(backend):
+    messages = torch.randn(1, 4, requires_grad=True)
+    output = graph_conv(torch.randn(1, 3), messages, neighbors=8, self_weight=0.5, backend=backend)
+    assert torch.equal(output, messages)
+    assert torch.equal(torch.autograd.grad(output.sum(), messages)[0], torch.ones(1, 4))
+
+
+@requires_fused
+def test_same_bits_with_any_number_of_threads():
+    nodes, messages = (x.float().requires_grad_() for x in rows(301, 20, 30))
+
+    def run():
+        output = of_others()(nodes, messages)
+        return [output, *torch.autograd.grad(output, [nodes, messages], torch.ones_like(output))]
+
+    with threads(1):
+        once = run()
+    with threads(2):
+        assert all(torch.equal(x, y) for x, y in zip(once, run(), strict=True))
+
+
+def digits(batch: int) -> torch.Tensor:
+    from sklearn.datasets import load_digits
+
+    images = torch.tensor(load_digits().data, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(batch)
+    return images[torch.randint(len(images), (batch,), generator=generator)] + torch.rand(
+        batch, 64, generator=generator
+    )
+
+
+def noise(width: int):
+    return lambda batch: torch.randn(batch, width, generator=torch.Generator().manual_seed(width)).relu()
+
+
+def two_classes(spread: float):
+    def data(batch: int) -> torch.Tensor:
+        centres = torch.eye(2, 32)[torch.arange(batch) % 2]
+        return centres + spread * torch.randn(batch, 32, generator=torch.Generator().manual_seed(3)) / math.sqrt(32)
+
+    return data
+
+
+def ten_classes(batch: int) -> torch.Tensor:
+    """Like the features of a trained network: clusters of classes after a ReLU."""
+    generator = torch.Generator().manual_seed(4)
+    centres = torch.randn(10, 64, generator=generator)[torch.randint(10, (batch,), generator=generator)]
+    return (centres + 0.5 * torch.randn(batch, 64, generator=generator)).relu()
+
+
+DATA = {"digits": digits, "noise 16": noise(16), "noise 128": noise(128), "noise 512": noise(512)}
+DATA |= {"two classes": two_classes(0.3), "two tight classes": two_classes(0.1), "ten classes": ten_classes}
+
+
+@pytest.mark.parametrize("batch", [64, 256, 1024])
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_neighbors_are_as_many_as_wanted(data, batch):
+    nodes = data(batch)
+    for k in (4, 8, 16):
+        if k < batch / 4:
+            sigma = neighbor_bandwidth(nodes, k)
+            assert effective_neighbors(nodes, sigma, others=True).mean() == pytest.approx(k, rel=0.15)
+            # Started a little off, one pass is enough.
+            sigma = neighbor_bandwidth(nodes, k, start=1.02 * sigma)
+            assert effective_neighbors(nodes, sigma, others=True).mean() == pytest.approx(k, rel=0.03)
+
+
+@requires_fused
+def test_backends_find_the_same_bandwidth():
+    nodes = rows(40, 6)[0]
+    found = [neighbor_bandwidth(nodes, 5.5, backend=backend) for backend in ("reference", FUSED)]
+    assert found[0].dtype == D64 and not found[0].requires_grad
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_nearest_where_nodes_cannot_have_so_many(backend):
+    """All rows alike, zero rows, and as many neighbours as there are others."""
+    same = torch.ones(12, 3)
+    assert neighbor_bandwidth(same, 4, backend=backend) == pytest.approx(functional.MIN_BANDWIDTH)
+    assert effective_neighbors(same, 0.01, others=True, backend=backend).tolist() == pytest.approx([11.0] * 12)
+    zeros = torch.zeros(12, 3)
+    assert neighbor_bandwidth(zeros, 4, backend=backend).isfinite()
+    for batch in (1, 2, 9):
+        nodes = torch.randn(batch, 3)
+        messages = torch.randn(batch, 2)
+        output = graph_conv(nodes, messages, neighbors=8, self_weight=0.0, normalization="row", backend=backend)
+        uniform = (messages.sum(dim=0) - messages) / max(batch - 1, 1) if batch > 1 else messages
+        torch.testing.assert_close(output, uniform, rtol=1e-4, atol=1e-5)
+        assert effective_neighbors(nodes, 0.5, others=True, backend=backend).isfinite().all()
+
+
+@requires_fused
+def test_the_old_form_takes_the_bandwidth_of_the_neighbors():
+    nodes, messages = rows(30, 4, 3)
+    expected = graph_conv(nodes, messages, bandwidth=neighbor_bandwidth(nodes, 6), backend=FUSED)
+    assert torch.equal(graph_conv(nodes, messages, neighbors=6, backend=FUSED), expected)
+    several = graph_conv([nodes, nodes], [messages, messages], neighbors=6, backend=FUSED)
+    assert all(torch.equal(x, expected) for x in several)
+
+
+def test_arguments_that_say_nothing_are_refused():
+    nodes, messages = rows(6, 3, 2)
+    with pytest.raises(ValueError, match="neighbors=4 finds the bandwidth, which must then be 'auto', got 0.5"):
+        graph_conv(nodes, messages, bandwidth=0.5, neighbors=4)
+    with pytest.raises(ValueError, match=r"neighbors must be at least 1, got 0\.5"):
+        graph_conv(nodes, messages, neighbors=0.5)
+    with pytest.raises(ValueError, match="neighbors must be a number, None or 'auto', got 'many'"):
+        graph_conv(nodes, messages, neighbors="many")
+    with pytest.raises(ValueError, match=r"self_weight must be from 0 to 1, got 1\.5"):
+        graph_conv(nodes, messages, self_weight=1.5)
+    with pytest.raises(TypeError, match="neighbors must be a number, got None"):
+        neighbor_bandwidth(nodes, None)
+    with pytest.raises(ValueError, match="start must be a positive number or None, got 'auto'"):
+        neighbor_bandwidth(nodes, 2, start="auto")
