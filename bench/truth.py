@@ -184,7 +184,11 @@ class _Strips(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _strip_graph_conv(nodes, messages, *, bandwidth, normalization, backend, process_group=None):
+def _strip_graph_conv(
+    nodes, messages, *, bandwidth, normalization, backend, process_group=None, neighbors=None, self_weight=None
+):
+    if neighbors is not None or self_weight is not None:
+        raise NotImplementedError("the truth is that of the graph with K_ii = 1")
     if not isinstance(nodes, Tensor):
         options = {"normalization": normalization, "backend": backend, "process_group": process_group}
         return [_strip_graph_conv(x, h, bandwidth=bandwidth, **options) for x, h in zip(nodes, messages, strict=True)]

@@ -12,6 +12,7 @@ from gkd_fast import functional
 from gkd_fast._inputs import nodes_of
 from gkd_fast._terms import DEFAULT_WEIGHT, select_pairs
 from gkd_fast.distributed import Shards
+from gkd_fast.modules import graph_bandwidths
 from gkd_fast.reference import unit_rows
 
 # A graph says nothing when every node listens to nearly everybody, or when all embeddings point one way.
@@ -102,24 +103,21 @@ def graph_report(criterion: Any, last: LastCall) -> Report:
             if getattr(criterion, f"{side}_heads") is not None:
                 pools = getattr(criterion, f"{side}_pool")
                 nodes = nodes_of(f"{side}_feats", stages, getattr(criterion, f"{side}_dims"), pools)
-                sigmas = [bandwidth_of(x, criterion.bandwidth, shards) for x in nodes]
+                found = graph_bandwidths(list(getattr(criterion, f"{side}_heads")), nodes, shards)
+                sigmas = [torch.as_tensor(sigma, device=x.device) for sigma, x in zip(found, nodes)]
                 report[f"{side}_bandwidth"] = [sigma.item() for sigma in sigmas]
                 report[f"{side}_neighbors"] = [
-                    mean_neighbors(x, sigma, criterion.backend, shards) for x, sigma in zip(nodes, sigmas)
+                    mean_neighbors(x, sigma, criterion, shards) for x, sigma in zip(nodes, sigmas)
                 ]
+                if criterion.neighbors is not None:
+                    report["wanted_neighbors"] = criterion.neighbors
     return report
 
 
-def bandwidth_of(nodes: Tensor, bandwidth: float | Tensor | str, shards: Shards | None) -> Tensor:
-    """The bandwidth, a 0-dim tensor."""
-    if isinstance(bandwidth, str):
-        return functional.adaptive_bandwidth(nodes, process_group=shards)
-    return torch.as_tensor(bandwidth, device=nodes.device)
-
-
-def mean_neighbors(nodes: Tensor, bandwidth: Tensor, backend: str, shards: Shards | None) -> float:
+def mean_neighbors(nodes: Tensor, bandwidth: Tensor, criterion: Any, shards: Shards | None) -> float:
     """Effective neighbours, mean over the batch, that of all ranks with ``shards``."""
-    neighbors = functional.effective_neighbors(nodes, bandwidth, backend=backend, process_group=shards).sum()
+    options: Any = {"others": criterion.self_weight is not None, "backend": criterion.backend}
+    neighbors = functional.effective_neighbors(nodes, bandwidth, process_group=shards, **options).sum()
     return neighbors.item() / len(nodes) if shards is None else shards.sum(neighbors).item() / shards.total
 
 
@@ -134,7 +132,7 @@ def mean_cosine(x: Tensor, shards: Shards | None) -> float:
     return ((sums[:-1].square().sum() - sums[-1]) / max(batch * (batch - 1), 1)).item()
 
 
-def vacuous(report: dict[str, Any], batch: int, bandwidth: float | Tensor | str, judges_embeddings: bool) -> str | None:
+def vacuous(report: dict[str, Any], batch: int, criterion: Any, judges_embeddings: bool) -> str | None:
     """Why the graphs of a :class:`gkd_fast.GraphKDLoss`'s report say nothing, and what to do; None if they do.
 
     An untrained network's embeddings are alike anyway: ``judges_embeddings`` says whether to look at them.
@@ -147,19 +145,28 @@ def vacuous(report: dict[str, Any], batch: int, bandwidth: float | Tensor | str,
         for k, neighbors in enumerate(report.get(f"{side}_neighbors", [])):
             if neighbors > VACUOUS_NEIGHBORS * batch:
                 reasons.append(f"{side} stage {k} has {neighbors:.0f} effective neighbours of {batch}")
-                advice.append(_bandwidth_advice(bandwidth, report[f"{side}_bandwidth"][k]))
+                advice.append(_bandwidth_advice(criterion, report[f"{side}_bandwidth"][k], batch))
         for k, cosine in enumerate(report.get(f"{side}_cosine", [])):
             if cosine > VACUOUS_COSINE and judges_embeddings:
                 reasons.append(f"{side} stage {k} has embeddings of mean cosine {cosine:.4f}")
-                advice.append("embeddings stay apart with a smaller bandwidth and fewer layers")
+                advice.append(f"embeddings stay apart with {_apart(criterion)} and fewer layers")
     if not reasons:
         return None
     return f"the batch's graph says next to nothing: {'; '.join(reasons)}; {'; '.join(dict.fromkeys(advice))}"
 
 
-def _bandwidth_advice(bandwidth: float | Tensor | str, sigma: float) -> str:
-    if not isinstance(bandwidth, str):
+def _apart(criterion: Any) -> str:
+    """What keeps embeddings apart."""
+    if criterion.self_weight is not None:
+        return "a larger self_weight, fewer neighbors" if criterion.neighbors is not None else "a larger self_weight"
+    return "a smaller bandwidth" if criterion.neighbors is None else "fewer neighbors"
+
+
+def _bandwidth_advice(criterion: Any, sigma: float, batch: int) -> str:
+    if not isinstance(criterion.bandwidth, str):
         return "try bandwidth='auto' or a smaller one"
-    if sigma <= functional.MIN_BANDWIDTH:
+    if sigma <= 1.001 * functional.MIN_BANDWIDTH:
         return "its features coincide, which no bandwidth helps: choose another stage or pool"
+    if criterion.neighbors is not None:
+        return f"neighbors={criterion.neighbors:g} are nearly all of a batch of {batch}: try fewer, or a larger batch"
     return f"the automatic bandwidth {sigma:.2g} is too wide for it: try a number, such as bandwidth={sigma / 2:.2g}"

@@ -49,7 +49,7 @@ def search(
         dtype: of v.
         total: the sum of a tensor over the ranks.
     """
-    t = (-2 * starts.double().log()).clamp(_LOWEST, _HIGHEST)
+    t = (-2 * starts.double().log()).nan_to_num(0).clamp(_LOWEST, _HIGHEST)
     low, high = torch.full_like(t, _LOWEST), torch.full_like(t, _HIGHEST)
     growth = torch.full_like(t, 2.0)
     before: Tensor | None = None

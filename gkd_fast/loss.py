@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gkd_fast._arguments import check_bandwidth, check_count, check_factor, check_positive, is_whole
+from gkd_fast._arguments import check_count, check_factor, check_graph, check_positive, is_whole
 from gkd_fast._column_bank import ColumnBank
 from gkd_fast._compilation import leaves_graphs
 from gkd_fast._diagnostics import LastCall, Report, graph_report, vacuous
@@ -58,14 +58,17 @@ class GraphKDLoss(nn.Module):
         embed_dim: width of the graph embeddings; unused with ``teacher_graph="frozen"``.
         layers: graph convolutions per stage.
         bandwidth: of the graph convolutions: σ > 0, or ``"auto"``.
+        neighbors: of the graph convolutions, with ``bandwidth="auto"``: how many others a node listens to at any batch
+            size, or None: a bandwidth that follows from the mean distance; see :class:`gkd_fast.BatchGCN`.
+        self_weight: of the graph convolutions: the own message's weight beside the others', from 0 to 1, or None.
         normalization: ``"symmetric"`` or ``"row"``.
         node_temperature: τ > 0 of the node loss.
         relation_temperature: τ > 0 of the relation loss.
         node_weight: factor of the node loss, ≥ 0; at 0 the term is left out.
         relation_weight: factor of the relation loss, ≥ 0; at 0 the term is left out.
         graph: ``"batch"``, or ``"none"``: no graph convolutions; the losses are those of the plain features, projected
-            linearly where they are not ``embed_dim`` wide, and ``layers``, ``bandwidth`` and ``normalization`` are
-            without effect.
+            linearly where they are not ``embed_dim`` wide, and ``layers``, ``bandwidth``, ``neighbors``,
+            ``self_weight`` and ``normalization`` are without effect.
         teacher_graph: ``"labels"``: trainable graph convolutions on the teacher's side, which need ``target`` in every
             training-mode call; ``"frozen"``: the teacher's features as they are, to whose width the student's graph
             convolutions then lead.
@@ -101,6 +104,8 @@ class GraphKDLoss(nn.Module):
         embed_dim: int = 128,
         layers: int = 1,
         bandwidth: float | str = "auto",
+        neighbors: float | str | None = "auto",
+        self_weight: float | str | None = "auto",
         normalization: str = "symmetric",
         node_temperature: float = 0.1,
         relation_temperature: float = 0.1,
@@ -134,7 +139,7 @@ class GraphKDLoss(nn.Module):
             raise ValueError(f"column_bank must be a number of embeddings, 0 or more, got {column_bank!r}")
         self.graph = graph
         self.teacher_graph = teacher_graph
-        self.bandwidth = check_bandwidth(bandwidth)
+        self.bandwidth, self.neighbors, self.self_weight = check_graph(bandwidth, neighbors, self_weight)
         self.pool = pool
         self.backend = backend
         self._group = GroupHolder(process_group)
@@ -142,7 +147,8 @@ class GraphKDLoss(nn.Module):
         embed_dim = check_count("embed_dim", embed_dim)
         if num_classes is not None:
             num_classes = check_count("num_classes", num_classes)
-        options: Any = {"layers": layers, "bandwidth": bandwidth, "normalization": normalization, "backend": backend}
+        options: Any = {"layers": layers, "bandwidth": bandwidth, "neighbors": neighbors, "self_weight": self_weight,
+                        "normalization": normalization, "backend": backend}  # fmt: skip
 
         def heads(dims: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
             convolutions = [BatchGCN(d, w, **options) for d, w in zip(dims, widths)]
@@ -399,7 +405,9 @@ class GraphKDLoss(nn.Module):
             - ``weight_mean``, ``weight_std``: of the wanted pairs' weights.
             - ``student_cosine``, ``teacher_cosine``: mean cosine of two embeddings per stage; near 1 all coincide.
             - ``student_neighbors``, ``teacher_neighbors``: effective neighbours per graph convolution, mean over the
-              batch, 1 to B (:func:`gkd_fast.functional.effective_neighbors`);
+              batch, 1 to B (:func:`gkd_fast.functional.effective_neighbors`), with a ``self_weight`` of the others, 1
+              to B − 1;
+            - ``wanted_neighbors``: how many the bandwidths are to give, where ``neighbors`` says so;
             - ``student_bandwidth``, ``teacher_bandwidth``: their bandwidths.
 
         Raises:
@@ -416,7 +424,7 @@ class GraphKDLoss(nn.Module):
         report = graph_report(self, last)
         self._last = last
         judges_embeddings = self._training_calls >= CHECKED_CALLS[-1]
-        if reasons := vacuous(report, last.batch, self.bandwidth, judges_embeddings):
+        if reasons := vacuous(report, last.batch, self, judges_embeddings):
             self._watch.warn_once("vacuous", reasons)
         return report
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast import functional, reference
-from gkd_fast._arguments import autocast_enabled, check_backend, check_bandwidth, check_count, check_normalization
-from gkd_fast.distributed import Group
+from gkd_fast._arguments import autocast_enabled, check_backend, check_count, check_graph, check_normalization
+from gkd_fast._training import recomputing, repeats_or_is_undone
+from gkd_fast.distributed import Group, Shards, shards_of
+from gkd_fast.ops.autograd import transformed
 
 
 def first_parameter(module: nn.Module) -> Any:
@@ -31,12 +33,20 @@ class BatchGCN(nn.Module):
         embed_dim: width of every layer's output.
         layers: number of convolutions, at least 1.
         bandwidth: σ > 0, or ``"auto"``: adapted to each batch.
+        neighbors: with ``bandwidth="auto"``, how many others a node listens to at any batch size, or None: as many as
+            the mean distance gives; see :func:`gkd_fast.functional.graph_conv`. In training each call's σ is the next
+            one's start (``found_bandwidth`` and ``found_batch``, buffers), so that one pass over the pairs finds it; at
+            another batch size it is sought anew.
+        self_weight: the own message's weight beside the others', from 0 to 1, or None: the graph with A_ii = 1.
         normalization: ``"symmetric"`` or ``"row"``.
         backend: as in :mod:`gkd_fast.functional`.
 
     Raises:
         ValueError: a width or the number of layers is not positive, or a name is unknown.
     """
+
+    found_bandwidth: Tensor
+    found_batch: Tensor
 
     def __init__(
         self,
@@ -45,6 +55,8 @@ class BatchGCN(nn.Module):
         *,
         layers: int = 1,
         bandwidth: float | str = "auto",
+        neighbors: float | str | None = "auto",
+        self_weight: float | str | None = "auto",
         normalization: str = "symmetric",
         backend: str = "auto",
     ):
@@ -54,7 +66,13 @@ class BatchGCN(nn.Module):
         check_normalization(normalization)
         check_backend(backend)
         self.linears = nn.ModuleList(nn.Linear(before, after) for before, after in zip(widths, widths[1:]))
-        self.bandwidth = check_bandwidth(bandwidth)
+        self.bandwidth, self.neighbors, self.self_weight = check_graph(bandwidth, neighbors, self_weight)
+        if self.neighbors is not None:
+            self.register_buffer("found_bandwidth", torch.ones(()))
+            self.register_buffer("found_batch", torch.zeros((), dtype=torch.int64))
+        # found_batch for the host, and what a call that is computed again started from.
+        self._batch = 0
+        self._before: tuple[int, Tensor | None] = (0, None)
         self.normalization = normalization
         self.backend = backend
 
@@ -77,10 +95,32 @@ class BatchGCN(nn.Module):
 
     def _kind(self) -> tuple:
         """What heads have in common that go in step."""
-        return len(self.linears), self.bandwidth, self.normalization, self.backend
+        graph = self.bandwidth, self.neighbors, self.self_weight, self.normalization
+        return len(self.linears), *graph, self.backend, self.training
+
+    def _start(self, batch: int) -> Tensor | None:
+        """The bandwidth of the call before, if it had so many nodes."""
+        found, start = self._before if recomputing() else (self._batch, self.found_bandwidth)
+        return start if found == batch else None
+
+    @torch.no_grad()
+    def _remember(self, bandwidth: Tensor, batch: int) -> None:
+        if not torch.compiler.is_compiling():
+            self._before = self._batch, self.found_bandwidth.clone()
+        self.found_bandwidth.copy_(bandwidth)
+        if self._batch != batch:
+            self.found_batch.fill_(batch)
+            self._batch = batch
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.neighbors is not None and not self.found_batch.is_meta:
+            self._batch = int(self.found_batch.item())
 
     def extra_repr(self) -> str:
-        return f"bandwidth={self.bandwidth!r}, normalization={self.normalization!r}"
+        found = f"bandwidth={self.bandwidth!r}" if self.neighbors is None else f"neighbors={self.neighbors:g}"
+        own = "" if self.self_weight is None else f", self_weight={self.self_weight:g}"
+        return f"{found}{own}, normalization={self.normalization!r}"
 
 
 class PlainHead(nn.Module):
@@ -117,21 +157,52 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _in_step(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process_group: Group) -> list[Tensor]:
     nodes = [head._rows(x) for head, x in zip(heads, nodes, strict=True)]
-    layers, bandwidth, normalization, backend = heads[0]._kind()
-    bandwidths: Any = bandwidth
-    if layers > 1 and bandwidth == "auto":
-        bandwidths = [functional.adaptive_bandwidth(x, process_group=process_group) for x in nodes]
+    first, layers = heads[0], len(heads[0].linears)
+    if first.neighbors is not None:
+        process_group = shards_of(process_group, list(nodes), ("BatchGCN",))
+    bandwidths: Any = first.bandwidth
+    if first.neighbors is not None or (layers > 1 and first.bandwidth == "auto"):
+        bandwidths = graph_bandwidths(heads, nodes, process_group)
+        if first.training and first.neighbors is not None and _moves_state():
+            batch = _batch_of(nodes, process_group)
+            for head, bandwidth in zip(heads, bandwidths):
+                head._remember(bandwidth, batch)
     hidden = nodes
     for depth in range(layers):
         hidden = functional.graph_conv(
             nodes,
             [head.linears[depth](x.relu() if depth else x) for head, x in zip(heads, hidden)],
             bandwidth=bandwidths,
-            normalization=normalization,
-            backend=backend,
+            neighbors=None,
+            self_weight=first.self_weight,
+            normalization=first.normalization,
+            backend=first.backend,
             process_group=process_group,
         )
     return hidden
+
+
+def graph_bandwidths(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process_group: Group) -> list[Any]:
+    """The bandwidths, numbers or 0-dim tensors, of the graphs that heads of one kind make of these nodes."""
+    first = heads[0]
+    if first.bandwidth != "auto":
+        return [first.bandwidth] * len(heads)
+    if first.neighbors is None:
+        return [functional.adaptive_bandwidth(x, process_group=process_group) for x in nodes]
+    batch = _batch_of(nodes, process_group)
+    starts = [start for head in heads if (start := head._start(batch)) is not None]
+    return functional._neighbor_bandwidths(
+        nodes, first.neighbors, starts if len(starts) == len(heads) else None, first.backend, process_group
+    )
+
+
+def _batch_of(nodes: Sequence[Tensor], process_group: Group) -> int:
+    return process_group.total if isinstance(process_group, Shards) else len(nodes[0])
+
+
+def _moves_state() -> bool:
+    """Whether this call is a training step's own."""
+    return torch.is_grad_enabled() and not transformed() and not repeats_or_is_undone()
 
 
 class PairWeightNetwork(nn.Module):

@@ -163,6 +163,8 @@ def build_criterion(
             embed_dim=graph.embed_dim,
             layers=graph.layers,
             bandwidth=graph.bandwidth,
+            neighbors=graph.neighbors,
+            self_weight=graph.self_weight,
             normalization=graph.normalization,
             node_temperature=graph.node_temperature,
             relation_temperature=graph.relation_temperature,

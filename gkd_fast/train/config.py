@@ -139,6 +139,8 @@ class GraphConfig:
         embed_dim: width of the graph embeddings.
         layers: graph convolutions per stage.
         bandwidth: of the adjacency: a positive number, or auto.
+        neighbors: with bandwidth auto, how many others a sample listens to, null, or auto.
+        self_weight: the own message's weight beside the others', from 0 to 1, null, or auto.
         normalization: of the adjacency: symmetric or row.
         node_temperature: of the node loss.
         relation_temperature: of the relation loss.
@@ -152,6 +154,8 @@ class GraphConfig:
     embed_dim: int = 128
     layers: int = 1
     bandwidth: float | str = "auto"
+    neighbors: float | str | None = "auto"
+    self_weight: float | str | None = "auto"
     normalization: Literal["symmetric", "row"] = "symmetric"
     node_temperature: float = 0.1
     relation_temperature: float = 0.1

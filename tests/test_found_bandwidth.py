@@ -1,0 +1,92 @@
+"""Modules whose bandwidth gives so many neighbours: from step to step, saved, resumed, and in the loss's report."""
+
+import copy
+
+import pytest
+import torch
+
+from gkd_fast import BatchGCN, GraphKDLoss
+from gkd_fast.functional import effective_neighbors
+from tests.ops_cases import Calls
+
+
+def head(**options) -> BatchGCN:
+    torch.manual_seed(0)
+    return BatchGCN(12, 5, neighbors=6, self_weight=0.8, **options)
+
+
+def batch_of(size: int, step: int) -> torch.Tensor:
+    return torch.randn(size, 12, generator=torch.Generator().manual_seed(step)).relu()
+
+
+def passes(module: BatchGCN, nodes: torch.Tensor) -> int:
+    """How often a call passes over the pairs for its bandwidth alone."""
+    with Calls() as calls:
+        module(nodes)
+    return len(calls.arguments("neighbor_sums")) - len(calls.arguments("neighbor_conv"))
+
+
+def test_the_bandwidth_of_a_step_is_the_next_ones_start():
+    module = head()
+    assert passes(module, batch_of(50, 0)) > 1
+    assert passes(module, batch_of(50, 1)) == 1
+    nodes = batch_of(50, 2)
+    module(nodes)
+    assert effective_neighbors(nodes, module.found_bandwidth, others=True).mean() == pytest.approx(6, rel=0.02)
+    assert passes(module, batch_of(30, 3)) > 1, "another batch size is sought anew"
+    assert passes(module, batch_of(30, 4)) == 1
+
+
+def test_evaluation_and_calls_without_gradient_leave_the_bandwidth_as_it_is():
+    module = head()
+    module(batch_of(50, 0))
+    before = module.found_bandwidth.clone()
+    with torch.no_grad():
+        module(batch_of(50, 1))
+    assert passes(module.eval(), batch_of(50, 1)) == 1
+    assert torch.equal(module.found_bandwidth, before)
+
+
+@pytest.mark.parametrize("how", ["state", "copy"])
+def test_a_resumed_module_goes_on_with_the_same_bits(how):
+    module = head()
+    module(batch_of(50, 0))
+    if how == "copy":
+        resumed = copy.deepcopy(module)
+    else:
+        resumed = head()
+        resumed.load_state_dict(module.state_dict())
+    assert torch.equal(module(batch_of(50, 1)), resumed(batch_of(50, 1)))
+    assert torch.equal(module.found_bandwidth, resumed.found_bandwidth)
+
+
+def test_a_checkpointed_call_is_computed_again_as_it_was():
+    plain, again = head(), head()
+    for step in range(3):
+        nodes = batch_of(50, step)
+        plain(nodes).square().sum().backward()
+        torch.utils.checkpoint.checkpoint(again, nodes, use_reentrant=False).square().sum().backward()
+    assert torch.equal(plain.found_bandwidth, again.found_bandwidth)
+    assert torch.equal(plain.linears[0].weight.grad, again.linears[0].weight.grad)
+
+
+def test_without_neighbors_there_is_nothing_more_to_save():
+    assert set(BatchGCN(3, 4).state_dict()) == {"linears.0.weight", "linears.0.bias"}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_loss_finds_the_neighbors_that_it_wants(layers):
+    torch.manual_seed(1)
+    criterion = GraphKDLoss([12, 12], [12], num_classes=3, layers=layers, neighbors=4, self_weight=0.8)
+    features = [batch_of(40, k).requires_grad_() for k in range(2)], [batch_of(40, 5)]
+    criterion(*features, torch.arange(40) % 3).backward()
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in features[0])
+    report = criterion.diagnostics()
+    assert report["wanted_neighbors"] == 4
+    assert [*report["student_neighbors"], *report["teacher_neighbors"]] == pytest.approx([4] * 3, rel=0.05)
+
+
+def test_the_advice_is_about_the_neighbors():
+    criterion = GraphKDLoss([12], [12], num_classes=3, neighbors=30, self_weight=0.5)
+    with pytest.warns(UserWarning, match="neighbors=30 are nearly all of a batch of 16: try fewer, or a larger batch"):
+        criterion([batch_of(16, 0)], [batch_of(16, 1)], torch.arange(16) % 3)
