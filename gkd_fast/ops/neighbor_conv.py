@@ -76,7 +76,7 @@ from gkd_fast.ops.autograd import (
     scatter,
 )  # fmt: skip
 from gkd_fast.ops.columns import Columns
-from gkd_fast.ops.joined import Op, on_unit_rows
+from gkd_fast.ops.joined import Call, Op, on_unit_rows
 from gkd_fast.ops.neighbor_conv_columns import NeighborConv, gradients_of_rows, second_order
 from gkd_fast.ops.unit_rows import unit_rows
 
@@ -176,7 +176,8 @@ def _backward(ctx, upstream):
     needs = flags(ctx.needs_input_grad[:2])
     settings = inverse_variance, ctx.normalization, ctx.product_precision
     results = output.detach(), log_sums
-    return *gradients_of(upstream.contiguous(), (nodes, messages), results, settings, needs), *[None] * 9
+    gradients = gradients_of(torch.ops.gkd_fast, upstream.contiguous(), (nodes, messages), results, settings, needs)
+    return *gradients, *[None] * 9
 
 
 register_autograd("gkd_fast::neighbor_conv", _backward, setup_context=_setup_context)
@@ -203,13 +204,13 @@ for _name in _SCHEMAS:
         refuse_derivative(f"gkd_fast::{_name}")
 
 
-def _results(inputs, settings, keep):
+def _results(ops, inputs, settings, keep):
     (nodes, messages), (inverse_variance, _, product_precision) = inputs, settings
     log_sums = torch.ops.gkd_fast.neighbor_sums(nodes.detach(), inverse_variance, product_precision)[0]
     return torch.ops.gkd_fast.neighbor_conv(nodes, messages, log_sums, *settings), log_sums
 
 
-def gradients_of(upstream, inputs, results, settings, needs):
+def gradients_of(ops, upstream, inputs, results, settings, needs):
     output, log_sums, *similarities = results
     gradients = torch.ops.gkd_fast.neighbor_conv_gradients(
         upstream, *inputs, output, log_sums, *settings, needs, similarities=similarities[0] if similarities else None
@@ -235,5 +236,6 @@ def neighbor_conv(
     messages = messages.to(dtype)
     settings = inverse_variance, normalization, product_precision
     if columns is None:
-        return on_unit_rows(_OP, [nodes], [messages], dtype, settings, kept.keeps((nodes, messages)))
+        call = Call(_OP, settings, kept.keeps((nodes, messages)))
+        return on_unit_rows([call], [nodes], [messages], dtype)[0]
     return NeighborConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)
