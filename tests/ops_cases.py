@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -151,6 +152,10 @@ def relation_kl(num_students: int = 1, backend: str = "cpp", **options):
 FUNCTIONS = {
     "graph_conv symmetric": (lambda backend: graph_conv("symmetric", backend=backend), (4, 3)),
     "graph_conv row": (lambda backend: graph_conv("row", backend=backend), (4, 3)),
+    "graph_conv of the others": (
+        lambda backend: partial(functional.graph_conv, neighbors=3, self_weight=0.3, backend=backend),
+        (4, 3),
+    ),
     "node_contrast": (lambda backend: node_contrast(2, backend, temperature=0.4), (3, 3, 3, 3)),
     "node_contrast of some pairs": (lambda backend: node_contrast(2, backend, pairs=[(0, 1), (1, 0)]), (3, 3, 3, 3)),
     "node_contrast, own shifts": (lambda backend: node_contrast(1, backend, temperature=0.02), (5, 5)),

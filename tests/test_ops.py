@@ -61,6 +61,9 @@ def op_calls() -> list[tuple[str, tuple]]:
     variance = torch.tensor(2.0, dtype=D64)
     conv = calls.graph_conv(x, messages, variance, "symmetric", "float64")
     tangent, rates = torch.randn(7, 3, dtype=D64), torch.randn(7, dtype=D64)
+    log_sums = calls.neighbor_sums(x, variance, "float64")[0]
+    of_others = (variance, "symmetric", "float64")
+    others = calls.neighbor_conv(x, messages, log_sums, *of_others)
     moving = ([x], [y], [tangent], [True, False])
     relation_tangents = calls.relation_kl_tangent(*moving, *relation, *settings)
     contrast_tangents = calls.node_contrast_tangent(*moving, *contrast[1:], [True], 0.4, "float64")
@@ -88,6 +91,17 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("graph_conv", (columns, column_messages, variance, "row", "float64", x, messages, 2)),
         ("graph_conv_keep", (x, messages, variance, "symmetric", "float64")),
         ("graph_conv_backward", (messages, x, messages, *conv, variance, "symmetric", "float64", both)),
+        ("kept_similarities", (x, "float64")),
+        ("neighbor_sums", (x, variance, "float64")),
+        ("neighbor_sums", (columns, variance, "float64", x, 2)),
+        ("neighbor_conv", (x.clone().requires_grad_(), messages, log_sums, *of_others)),
+        ("neighbor_conv", (columns, column_messages, log_sums[2:5], variance, "row", "float64", x, messages, 2)),
+        ("neighbor_conv_backward", (messages, x, messages, log_sums, rates, *of_others)),
+        ("neighbor_conv_gradients", (messages, x, messages, others, log_sums, *of_others, both)),
+        ("neighbor_sums_tangent", (x, tangent, log_sums, variance, "float64")),
+        ("neighbor_conv_tangent", (x, tangent, messages, messages, log_sums, rates, *of_others)),
+        ("neighbor_conv_double_backward",
+         (messages, x, tangent, messages, messages, log_sums, rates, rates, rates, *of_others)),
         ("info_nce", (x.clone().requires_grad_(), y, 0.4, "float64")),
         ("info_nce_backward", (row_upstream, x, y, info[1], 0.4, "float64", both)),
         ("pair_sums", ("pkt", *pairs, "float64")),

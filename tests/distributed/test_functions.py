@@ -13,6 +13,11 @@ BATCH = 41
 FUNCTIONS = {
     "graph_conv symmetric": (lambda x, **o: functional.graph_conv(*x, **o), (4, 3)),
     "graph_conv row": (lambda x, **o: functional.graph_conv(*x, bandwidth=0.6, normalization="row", **o), (4, 3)),
+    "graph_conv of the others": (lambda x, **o: functional.graph_conv(*x, neighbors=5, self_weight=0.3, **o), (4, 3)),
+    "graph_conv of the others, row": (
+        lambda x, **o: functional.graph_conv(*x, bandwidth=0.6, self_weight=0.3, normalization="row", **o),
+        (4, 3),
+    ),
     "node_contrast": (lambda x, **o: functional.node_contrast(x[:2], x[2:], temperature=0.4, **o), (3, 3, 3, 3)),
     "node_contrast of some pairs": (
         lambda x, **o: functional.node_contrast(x[:2], x[2:], pairs=[(0, 1), (1, 0)], **o),
