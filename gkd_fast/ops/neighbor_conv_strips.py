@@ -19,12 +19,16 @@ def _exponents(nodes, inverse_variance, column_nodes, offset) -> Iterator[tuple[
     """Rows, and x of these with all columns; −∞ at the own ones."""
     columns = nodes if column_nodes is None else column_nodes
     step = max(1, STRIP // max(1, len(columns)))
-    place = torch.arange(len(columns), device=nodes.device)
     for start in range(0, len(nodes), step):
         rows = slice(start, min(start + step, len(nodes)))
-        x = (nodes[rows] @ columns.T - 1) * inverse_variance
-        own = torch.arange(rows.start, rows.stop, device=nodes.device) + (0 if column_nodes is None else offset)
-        yield rows, x.masked_fill(own[:, None] == place, -torch.inf)
+        x = (nodes[rows] @ columns.T).sub_(1).mul_(inverse_variance)
+        _own(x, rows, offset).fill_(-torch.inf)
+        yield rows, x
+
+
+def _own(x: Tensor, rows: slice, offset: int) -> Tensor:
+    """The entries of these rows' own columns."""
+    return x.diagonal(max(min(rows.start + offset, x.shape[1]), -x.shape[0]))
 
 
 def _tangents(nodes, tangent, inverse_variance, column_nodes, column_tangent, rows) -> Tensor:
@@ -36,12 +40,6 @@ def _tangents(nodes, tangent, inverse_variance, column_nodes, column_tangent, ro
 def _of_columns(columns: Tensor | None, own, of_columns):
     """The columns' side of a quantity: the rows' own where there is no column set."""
     return own if columns is None else of_columns
-
-
-def _log_sums(x: Tensor) -> Tensor:
-    largest = x.amax(dim=1).clamp(min=torch.finfo(x.dtype).min)
-    sums = (x - largest[:, None]).exp().sum(dim=1, dtype=torch.float64)
-    return largest.double() + sums.log()
 
 
 def _weights(x: Tensor, log_sums, column_log_sums, normalization: str, rows: slice) -> Tensor:
@@ -72,11 +70,14 @@ def kept_similarities(nodes, product_precision):
 def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0, similarities=None):
     sums = [nodes.new_empty(len(nodes), dtype=torch.float64) for _ in range(4)]
     for rows, x in _exponents(nodes, inverse_variance, column_nodes, offset):
-        finite = x.masked_fill(x == -torch.inf, 0)
-        for k, y in enumerate((x, 2 * x)):
-            sums[k][rows] = total = _log_sums(y)
-            weights = (y - total[:, None].to(x)).exp().nan_to_num(0)
-            sums[2 + k][rows] = (weights * finite).sum(dim=1, dtype=torch.float64)
+        largest = x.amax(dim=1).clamp(min=torch.finfo(x.dtype).min)
+        y = (x - largest[:, None]).exp_()
+        _own(x, rows, offset).zero_()
+        for k in range(2):
+            total = y.sum(dim=1, dtype=torch.float64)
+            sums[k][rows] = (k + 1) * largest.double() + total.log()
+            sums[2 + k][rows] = ((y * x).sum(dim=1, dtype=torch.float64) / total).nan_to_num(0)
+            y = y.square()
     return tuple(sums)
 
 
