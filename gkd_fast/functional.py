@@ -151,7 +151,7 @@ def _convolve(
     work = "graph_conv", told, neighbors, self_weight, normalization, fused
     shards = shards_of(process_group, [nodes, messages], work)
     if self_weight is not None and (len(nodes) if shards is None else shards.total) == 1:
-        return messages.clone()
+        return messages + 0 * reference.unit_rows(nodes.to(dtype)).sum().to(messages.dtype)
     sigma = _bandwidth(bandwidth, neighbors, nodes, dtype, backend, shards)
     precision = product_precision(nodes)
     messages = saveable(messages)

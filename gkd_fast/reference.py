@@ -51,7 +51,7 @@ def graph_conv(
     """
     if self_weight is not None:
         if len(nodes) == 1:
-            return messages.clone()
+            return messages + 0 * unit_rows(nodes).sum()
         return self_weight * messages + (1 - self_weight) * neighbor_conv(nodes, messages, bandwidth, normalization)
     adjacency = similarities(nodes, bandwidth, diagonal=1.0)
     degrees = adjacency.sum(dim=1)

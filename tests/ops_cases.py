@@ -152,8 +152,8 @@ def relation_kl(num_students: int = 1, backend: str = "cpp", **options):
 FUNCTIONS = {
     "graph_conv symmetric": (lambda backend: graph_conv("symmetric", backend=backend), (4, 3)),
     "graph_conv row": (lambda backend: graph_conv("row", backend=backend), (4, 3)),
-    "graph_conv of the others": (
-        lambda backend: partial(functional.graph_conv, neighbors=3, self_weight=0.3, backend=backend),
+    "neighbor_conv": (
+        lambda backend: partial(functional.graph_conv, bandwidth=0.6, self_weight=0.3, backend=backend),
         (4, 3),
     ),
     "node_contrast": (lambda backend: node_contrast(2, backend, temperature=0.4), (3, 3, 3, 3)),

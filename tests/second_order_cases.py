@@ -47,8 +47,8 @@ def _relation_kl(num_students, temperature=0.4, bandwidth=0.8):
 FUNCTIONS = {
     "graph_conv symmetric": (_graph_conv("symmetric"), (4, 3)),
     "graph_conv row": (_graph_conv("row"), (4, 3)),
-    "graph_conv of the others": (_graph_conv("symmetric", 0.3), (4, 3)),
-    "graph_conv of the others, row": (_graph_conv("row", 0.3), (4, 3)),
+    "neighbor_conv symmetric": (_graph_conv("symmetric", 0.3), (4, 3)),
+    "neighbor_conv row": (_graph_conv("row", 0.3), (4, 3)),
     "node_contrast": (_node_contrast(2), (3, 3, 3)),
     "node_contrast of some pairs": (_node_contrast(2, pairs=[(0, 1), (1, 0)]), (3, 3, 3, 3)),
     "relation_kl": (_relation_kl(2), (3, 2, 4)),

@@ -7,7 +7,7 @@ import torch
 
 from gkd_fast import functional, reference
 from gkd_fast.functional import effective_neighbors, graph_conv, neighbor_bandwidth
-from tests.ops_cases import D64, DTYPES, FUSED, KINDS, check, requires_fused, rows, threads
+from tests.ops_cases import D64, DTYPES, FUSED, KINDS, check, requires_fused, rows
 
 both_normalizations = pytest.mark.parametrize("normalization", ["symmetric", "row"])
 
@@ -75,20 +75,6 @@ def test_a_node_without_others_keeps_its_message(backend):
     output = graph_conv(torch.randn(1, 3), messages, neighbors=8, self_weight=0.5, backend=backend)
     assert torch.equal(output, messages)
     assert torch.equal(torch.autograd.grad(output.sum(), messages)[0], torch.ones(1, 4))
-
-
-@requires_fused
-def test_same_bits_with_any_number_of_threads():
-    nodes, messages = (x.float().requires_grad_() for x in rows(301, 20, 30))
-
-    def run():
-        output = of_others()(nodes, messages)
-        return [output, *torch.autograd.grad(output, [nodes, messages], torch.ones_like(output))]
-
-    with threads(1):
-        once = run()
-    with threads(2):
-        assert all(torch.equal(x, y) for x, y in zip(once, run(), strict=True))
 
 
 def digits(batch: int) -> torch.Tensor:

@@ -89,15 +89,19 @@ def test_a_single_row_in_float32(name):
 def test_the_same_bits_for_any_number_of_threads():
     threads = torch.get_num_threads()
     results = []
+    # PyTorch's own products, of ops without kernels, do not promise it.
+    cpu = torch.device("cpu")
+    functions = [case for name, case in FUNCTIONS.items() if ops.has_kernels(name.split()[0], cpu)]
+    assert functions
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for function, widths in FUNCTIONS.values():
+            for function, widths in functions:
                 results.append(float32_results(function, matrices(161, *(8 * w for w in widths)), BACKEND))
     finally:
         torch.set_num_threads(threads)
-    single = results[: len(FUNCTIONS)]
-    for again in (results[len(FUNCTIONS) : 2 * len(FUNCTIONS)], results[2 * len(FUNCTIONS) :]):
+    single = results[: len(functions)]
+    for again in (results[len(functions) : 2 * len(functions)], results[2 * len(functions) :]):
         assert all(torch.equal(x, y) for a, b in zip(single, again, strict=True) for x, y in zip(a, b, strict=True))
 
 

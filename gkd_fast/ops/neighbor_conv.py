@@ -233,7 +233,7 @@ def neighbor_conv(
     """The messages ``[B, K]`` of each node's others: nodes that are normalised in ``dtype``, or ``columns``, nodes and
     messages; see the head. There is more than one node."""
     refuse_forward_mode((nodes, messages))
-    messages = messages.to(dtype)
+    messages = messages.to(dtype).contiguous()
     settings = inverse_variance, normalization, product_precision
     if columns is None:
         call = Call(_OP, settings, kept.keeps((nodes, messages)))

@@ -1,7 +1,7 @@
 """neighbor_conv's ops in strips of rows, by PyTorch's own operations: on devices, or for ops, without kernels.
 
-See ``neighbor_conv`` for the formulas. A strip has at most ``STRIP`` entries; nothing of the size of the batch squared
-is held beyond it.
+See ``neighbor_conv`` for the formulas. A strip has at most ``STRIP`` entries, on CPUs ``CPU_STRIP``; nothing of the
+size of the batch squared is held beyond it. Exponents are a strip's own and changed in place.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 STRIP = 1 << 22
+CPU_STRIP = 1 << 18  # what a core's cache holds
 
 # The shares of l_i and of l_j in the exponent.
 SHARES = {"row": (1.0, 0.0), "column": (0.0, 1.0), "symmetric": (0.5, 0.5)}
@@ -18,7 +19,7 @@ SHARES = {"row": (1.0, 0.0), "column": (0.0, 1.0), "symmetric": (0.5, 0.5)}
 def _exponents(nodes, inverse_variance, column_nodes, offset) -> Iterator[tuple[slice, Tensor]]:
     """Rows, and x of these with all columns; −∞ at the own ones."""
     columns = nodes if column_nodes is None else column_nodes
-    step = max(1, STRIP // max(1, len(columns)))
+    step = max(1, (CPU_STRIP if nodes.is_cpu else STRIP) // max(1, len(columns)))
     for start in range(0, len(nodes), step):
         rows = slice(start, min(start + step, len(nodes)))
         x = (nodes[rows] @ columns.T).sub_(1).mul_(inverse_variance)
@@ -43,24 +44,25 @@ def _of_columns(columns: Tensor | None, own, of_columns):
 
 
 def _weights(x: Tensor, log_sums, column_log_sums, normalization: str, rows: slice) -> Tensor:
-    """A of these rows; of log-sums, those that the normalization does not read may be None."""
+    """A of these rows, in the place of x; of log-sums, those that the normalization does not read may be None."""
     of_row, of_column = SHARES[normalization]
     if of_row:
-        x = _less(x, of_row * log_sums[rows, None])
+        _take(x, of_row * log_sums[rows, None])
     if of_column:
-        x = _less(x, of_column * column_log_sums)
-    return x.exp()
+        _take(x, of_column * column_log_sums)
+    return x.exp_()
 
 
-def _less(x: Tensor, wide: Tensor) -> Tensor:
-    """x less float64 numbers, of which one rounding would move the weights of a distant node alike."""
+def _take(x: Tensor, wide: Tensor) -> Tensor:
+    """x less float64 numbers, in place; one rounding of these would move the weights of a distant node alike."""
     rounded = wide.to(x)
-    return x - rounded - (wide - rounded).to(x)
+    return x.sub_(rounded).sub_((wide - rounded).to(x))
 
 
 def _half_exponentials(x: Tensor, log_sums, column_log_sums, rows: slice) -> tuple[Tensor, Tensor]:
     """u = exp((x − l_i)/2) and t = exp((x − l_j)/2): p_ij = u², p_ji = t² and the symmetric weight is u t."""
-    return (_less(x, log_sums[rows, None]) / 2).exp(), (_less(x, column_log_sums) / 2).exp()
+    t = _take(x.clone(), column_log_sums).mul_(0.5).exp_()
+    return _take(x, log_sums[rows, None]).mul_(0.5).exp_(), t
 
 
 def kept_similarities(nodes, product_precision):
@@ -74,10 +76,10 @@ def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None,
         y = (x - largest[:, None]).exp_()
         _own(x, rows, offset).zero_()
         for k in range(2):
-            total = y.sum(dim=1, dtype=torch.float64)
+            total = y.sum(dim=1).double()
             sums[k][rows] = (k + 1) * largest.double() + total.log()
-            sums[2 + k][rows] = ((y * x).sum(dim=1, dtype=torch.float64) / total).nan_to_num(0)
-            y = y.square()
+            sums[2 + k][rows] = ((y * x).sum(dim=1).double() / total).nan_to_num(0)
+            y.square_()
     return tuple(sums)
 
 
@@ -107,10 +109,12 @@ def neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inve
             u, t = _half_exponentials(x, log_sums, others, rows)
             back = 0 if other_upstream is None else messages[rows] @ other_upstream.T
             behind = 0 if other_terms is None else other_terms
-            if symmetric:
-                weights = u * t * (products + back) + u * u * node_terms[rows, None] + t * t * behind
+            if symmetric:  # u t (s + s') + u² d_i + t² d_j
+                weights = products.add_(back).mul_(t).addcmul_(u, node_terms[rows, None]).mul_(u)
+                weights += t.square_().mul_(behind)
             else:
-                weights = u * u * (products + node_terms[rows, None]) + t * t * (back + behind)
+                weights = products.add_(node_terms[rows, None]).mul_(u.square_())
+                weights += t.square_().mul_(back + behind)
         gradient[rows] = inverse_variance * (weights @ columns)
     return gradient
 
