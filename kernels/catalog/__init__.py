@@ -42,6 +42,7 @@ from gkd_fast.kernels.node_contrast.tiles import (
     contrast_gradients,
     contrast_losses,
     contrast_sums,
+    cross_numbers,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl.gradient_tiles import add_slots, relation_factors, relation_gradients
 from gkd_fast.kernels.relation_kl.launches import SLOT_BLOCK, STATISTICS_BLOCK
@@ -202,44 +203,40 @@ class _Builder:
                          tiles_of=graph_degree_sums)  # fmt: skip
 
     def node_contrast(self, students: int, teachers: int):
-        lists = {"students": students, "teachers": teachers, "own": teachers}
+        yield from self.operands("node_contrast", students + teachers)
+        of_students = dict.fromkeys(("students", "rows"), students)
+        of_teachers = dict.fromkeys(("partners", "columns", "centres"), teachers)
+        sides = {"S": students, "T": teachers}
+        lists = dict.fromkeys(("rows", "centres"), students + teachers)
+        constants = sides | {"WIDTH": OPERAND_WIDTH, "BLOCK_ROWS": OPERAND_ROWS, "SUM": self.product.SUM}
+        yield self._small("node_contrast", cross_numbers, "forward", constants, lists, OPERAND_ROWS,
+                          2 * students * teachers)  # fmt: skip
         for keep in (True, False):
-            constants = {
-                "S": students,
-                "T": teachers,
-                "KEEP": keep,
-                "OWN_SHIFT": False,
-                "STRIP": False,
-                "ALIGNED": True,
-            }
+            constants = sides | {"KEEP": keep, "OWN_SHIFT": False, "STRIP": False}
             yield self._walk(
-                "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep, exponentials=1,
-                name="contrast_sums" if keep else "contrast_sums without weighted", pairs=students * teachers,
+                "node_contrast", contrast_sums, "forward", constants, of_students | of_teachers, products=1 + keep,
+                exponentials=1, name="contrast_sums" if keep else "contrast_sums without weighted",
+                pairs=students * teachers, in_product_type=("rows",),
             )  # fmt: skip
-        epilogue = {
-            "WIDTH": self.width,
-            "BLOCK_ROWS": EPILOGUE_ROWS,
-            "TYPE": self.product.TYPE,
-            "SUM": self.product.SUM,
-        }
-        constants = {"S": students, "T": teachers, "KEEP": True, "OWN_SHIFT": False, **epilogue}
-        yield self._small("node_contrast", contrast_losses, "forward", constants, lists, EPILOGUE_ROWS)
-        constants = {"S": students, "T": teachers, **epilogue}
-        lists = {"own": teachers, "gradients": students}
-        yield self._small("node_contrast", contrast_differences, "backward", constants, lists, EPILOGUE_ROWS)
+        epilogue = {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
+        constants = sides | epilogue | {"KEEP": True, "OWN_SHIFT": False}
+        yield self._small("node_contrast", contrast_losses, "forward", constants, of_students | of_teachers,
+                          EPILOGUE_ROWS)  # fmt: skip
+        lists = of_teachers | {"gradients": students}
+        yield self._small("node_contrast", contrast_differences, "backward", sides | epilogue, lists, EPILOGUE_ROWS)
         constants = {"SUM": self.product.SUM, "BLOCK_ROWS": LOG_SUMS_BLOCK}
         yield self._small("node_contrast", log_sum_shifts, "backward", constants, {}, LOG_SUMS_BLOCK)
-        for by_column, rows, columns in ((False, students, teachers), (True, teachers, students)):
+        for by_column, stages, partners in ((False, students, teachers), (True, teachers, students)):
             constants = {
-                "STAGES": rows,
-                "PARTNERS": columns,
-                "BY_COLUMN": by_column,
-                "SCALED": self.product.scaled,
-            } | WHOLE
-            lists = {"rows": rows, "columns": columns, "own": columns, "gradients": rows}
+                "STAGES": stages, "PARTNERS": partners, "BY_COLUMN": by_column, "SCALED": self.product.scaled,
+                "STRIP": False,
+            }  # fmt: skip
+            lists = dict.fromkeys(("stages", "rows", "gradients"), stages)
+            lists |= dict.fromkeys(("partners", "columns", "centres"), partners)
             yield self._walk(
                 "node_contrast", contrast_gradients, "backward", constants, lists, products=2, exponentials=1,
-                name=f"contrast_gradients of {'teachers' if by_column else 'students'}", pairs=rows, walks=columns,
+                name=f"contrast_gradients of {'teachers' if by_column else 'students'}", pairs=stages, walks=partners,
+                in_product_type=("rows",),
             )  # fmt: skip
 
     def operands(self, op: str, stages: int):
@@ -304,14 +301,17 @@ class _Builder:
         lists = dict.fromkeys((*of_stages, "centres", "dims"), 2) | {"gradients": 1}
         constants = {"S": 1, "T": 1, "WANTED": 1, "OWN_SHIFT": False, "SCALED": scaled}
         yield self._strip("relation_kl", relation_gradients, "backward", constants, lists, ("gradients",))
-        lists = {"students": S, "teachers": T, "own": T}
+        lists = {"students": S, "rows": S, "partners": T, "columns": T, "centres": T}
         constants = {"S": S, "T": T, "KEEP": True, "OWN_SHIFT": False}
-        yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, ("weighted",))
-        for by_column, rows, columns in ((False, S, T), (True, T, S)):
-            constants = {"STAGES": rows, "PARTNERS": columns, "BY_COLUMN": by_column, "SCALED": scaled}
-            lists = {"rows": rows, "columns": columns, "own": columns, "gradients": 1}
+        of_products = ("students", "rows", "centres")
+        yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, (*of_products, "weighted"))
+        for by_column, stages, partners in ((False, S, T), (True, T, S)):
+            constants = {"STAGES": stages, "PARTNERS": partners, "BY_COLUMN": by_column, "SCALED": scaled}
+            lists = dict.fromkeys(("stages", "rows"), stages) | {"gradients": 1}
+            lists |= dict.fromkeys(("partners", "columns", "centres"), partners)
+            of_products = ("stages", "rows", "partners", "centres", "gradients")
             name = f"contrast_gradients of {'teachers' if by_column else 'students'}"
-            yield self._strip("node_contrast", contrast_gradients, "backward", constants, lists, ("gradients",), name)
+            yield self._strip("node_contrast", contrast_gradients, "backward", constants, lists, of_products, name)
         for gradient in (False, True):
             constants, name = {"GRADIENT": gradient, "SCALED": scaled}, f"graph_strip{', gradient' if gradient else ''}"
             direction = "backward" if gradient else "forward"
@@ -357,7 +357,7 @@ class _Builder:
         return self._make(
             op, fn, direction, constants, lists, config.warps, config.stages, config.rows, config.columns, products,
             exponentials + bounded - polynomials, polynomials, self._exemption(), grid, name,
-            ("columns", "column_nodes", *(("teachers",) if op == "node_contrast" else ()), *in_product_type),
+            ("columns", "column_nodes", *in_product_type),
         )  # fmt: skip
 
     def _small(self, op, fn, direction, constants, lists, rows, launches=1, name=None, of_products=()):

@@ -8,7 +8,7 @@ import triton.language as tl
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
     "accumulate", "column_count", "count", "first_node", "first_row", "is_last", "loss_row_stride", "loss_stride",
-    "node_count", "offset", "parts", "needed", "partner_stride", "row_count", "stride", "upstream_row_stride",
+    "node_count", "offset", "owned", "parts", "needed", "partner_stride", "row_count", "stride", "upstream_row_stride",
     "upstream_stride", "wanted",
 ]  # fmt: skip
 

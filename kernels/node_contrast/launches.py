@@ -1,15 +1,11 @@
 """node_contrast on GPUs: the launches of ``tiles``, all wanted pairs or stages in one."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
-    Piece,
     architecture,
-    column_pieces,
     divide,
     matrices,
     multiprocessors,
@@ -20,15 +16,17 @@ from gkd_fast.kernels.common.launch import (
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
+from gkd_fast.kernels.common.operands import BLOCK_ROWS, BLOCK_WIDTH, centred, stored_width
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
-from gkd_fast.kernels.common.table import Tiles, largest_width, tiles
+from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.node_contrast import small, strips
 from gkd_fast.kernels.node_contrast.tiles import (
     contrast_differences,
     contrast_gradients,
     contrast_losses,
     contrast_sums,
+    cross_numbers,
 )  # fmt: skip
 
 LOG2E = 1.4426950408889634
@@ -72,16 +70,16 @@ class Problem:
             raise ValueError(f"{name} must have {len(rows)} stages of width {self.dim}")
         return columns
 
-    def own_rows(self, columns, rows: list[Tensor], offset: int) -> list[Tensor]:
-        """The rows' own columns, which are ``rows`` themselves; zeros where they are none of the columns."""
+    def owns(self, columns, offset: int) -> bool:
+        """Whether the rows' own columns, which are rows of the stages themselves, are among the columns."""
         if columns is None or 0 <= offset <= len(columns[0]) - self.row_count:
-            return rows
+            return True
         if -self.row_count < offset < len(columns[0]):
             raise ValueError(
                 f"the rows' own columns i + offset must all be columns or none of them: {self.row_count} rows, "
                 f"{len(columns[0])} columns, offset {offset}"
             )
-        return [torch.zeros_like(rows[0])] * len(rows)
+        return False
 
     def constants(self, config) -> dict:
         return {
@@ -89,11 +87,31 @@ class Problem:
             "num_warps": config.warps, "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
 
-    def pieces(self, columns: list[Tensor], config: Tiles) -> Iterator[Piece]:
-        return column_pieces(columns, self.product.torch_type, widths=[self.width] * len(columns), block=config.columns)
-
     def epilogue_constants(self) -> dict:
-        return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "TYPE": self.product.TYPE, "SUM": self.product.SUM}
+        return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
+
+
+class Sides:
+    """The operands of both sides, every stage about its mean, and the numbers p and q of every pair."""
+
+    def __init__(self, problem: Problem, students: list[Tensor], teachers: list[Tensor]):
+        rows, S = [*students, *teachers], problem.S
+        width = [stored_width(problem.dim, problem.is_wide)] * len(rows)
+        if len(students[0]) == len(teachers[0]):
+            made = centred(rows, problem.product, width)
+        else:
+            made = [*centred(students, problem.product, width[:S]), *centred(teachers, problem.product, width[S:])]
+        self.students, self.teachers = made[:S], made[S:]
+        self.numbers = tuple(
+            x[0].numbers.new_empty(S * problem.T, len(x[0].rows)) for x in (self.students, self.teachers)
+        )
+        length = max(len(x.rows) for x in made)
+        launch(
+            cross_numbers, S=S, T=problem.T, WIDTH=BLOCK_WIDTH, BLOCK_ROWS=BLOCK_ROWS, SUM=problem.product.SUM
+        )(
+            (length // BLOCK_ROWS, 2 * S * problem.T), tuple(rows), tuple(x.centre for x in made), *self.numbers,
+            problem.dim, len(students[0]), len(teachers[0]), problem.wanted,
+        )  # fmt: skip
 
 
 def node_contrast(
@@ -101,10 +119,11 @@ def node_contrast(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(students, teachers, wanted, temperature, product_precision)
     columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
-    own = problem.own_rows(teacher_columns, problem.teachers, offset)
+    owned = problem.owns(teacher_columns, offset)
+    offset = 0 if teacher_columns is None else offset
     in_one_launch = is_small(problem.row_count, teacher_columns is not None, problem.dim)
     if problem.is_wide and not in_one_launch:
-        return strips.node_contrast(problem, columns, own, keep_weighted)
+        return strips.node_contrast(problem, columns, owned, offset, keep_weighted)
     x, rows, num_pairs = problem.students[0], problem.row_count, len(problem.pairs)
     writes_all = in_one_launch or num_pairs == problem.S * problem.T
     losses = (x.new_empty if writes_all else x.new_zeros)(rows, problem.S, problem.T)
@@ -124,22 +143,28 @@ def node_contrast(
         own_shift, shift, shifts = row_shifts(problem, columns)
         keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
         shifts = losses if shifts is None else shifts
-        for piece in problem.pieces(columns, config):
-            launch(contrast_sums, ALIGNED=piece.aligned, **keep, **problem.constants(config))(
-                (row_blocks, num_pairs * parts), tuple(problem.students), piece.matrices, tuple(own), sums, partial,
-                shifts, losses, log_sums, problem.dim, rows, piece.count, problem.wanted, parts, int(piece.start > 0),
-                int(piece.is_last), problem.scale, shift,
-            )  # fmt: skip
+        sides = Sides(problem, problem.students, columns)
+        centres = tuple(y.centre for y in sides.teachers)
+        rows_of = tuple(problem.students), tuple(problem.teachers)
+        launch(contrast_sums, **keep, **problem.constants(config))(
+            (row_blocks, num_pairs * parts), *rows_of, tuple(y.rows for y in sides.students),
+            tuple(y.rows for y in sides.teachers), centres, *sides.numbers, sums, partial, shifts,
+            losses, log_sums, problem.dim, rows, len(columns[0]), offset, int(owned), problem.wanted, parts, 0, 1,
+            problem.scale, shift,
+        )  # fmt: skip
         if parts > 1:
             launch(contrast_losses, **keep, **problem.epilogue_constants())(
-                (triton.cdiv(rows, EPILOGUE_ROWS), num_pairs), tuple(problem.students), tuple(own), sums, partial,
-                weighted, shifts, losses, log_sums, problem.dim, rows, problem.wanted, parts, problem.scale, shift,
+                (triton.cdiv(rows, EPILOGUE_ROWS), num_pairs), *rows_of, centres, sums, partial, weighted, shifts,
+                losses, log_sums, problem.dim, rows, int(owned), problem.wanted, parts, problem.scale, shift,
             )  # fmt: skip
     return losses, log_sums, weighted
 
 
 def row_shifts(problem: Problem, columns: list[Tensor]) -> tuple[bool, float, Tensor | None]:
-    """Whether every pair's rows have shifts of their own, the shift otherwise, and those shifts [pairs, I]."""
+    """Whether every pair's rows have shifts of their own, the shift otherwise, and those shifts [pairs, I].
+
+    Sums are relative to them, so that it does not matter how the maxima's products are rounded.
+    """
     is_float16 = problem.product.name == "float16"
     largest = LARGEST_SHARED_SHIFT_FLOAT16 if is_float16 else LARGEST_SHARED_SHIFT
     below = FLOAT16_EXPONENT if is_float16 else 0
@@ -161,8 +186,7 @@ def node_contrast_backward(
         raise ValueError(f"needs must have {S + T} entries, got {len(needs)}")
     all_teachers = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
     all_students = problem.column_set("student_columns", student_columns, problem.students)
-    own_teachers = problem.own_rows(teacher_columns, problem.teachers, offset)
-    own_students = problem.own_rows(student_columns, problem.students, offset)
+    owned = problem.owns(teacher_columns, offset), problem.owns(student_columns, offset)
     upstream, log_sums = upstream.contiguous(), log_sums.contiguous()
     column_side = (upstream, log_sums)
     has_columns = teacher_columns is not None or student_columns is not None
@@ -172,24 +196,37 @@ def node_contrast_backward(
         if column_upstream is not None and (column_log_sums is None or student_columns is None):
             raise ValueError("column_upstream needs student_columns and column_log_sums")
         column_side = None if column_upstream is None else (column_upstream.contiguous(), column_log_sums.contiguous())
+    offset = offset if has_columns else 0
     if problem.is_wide:
         return strips.node_contrast_backward(
-            problem, all_teachers, all_students, own_teachers, own_students, (upstream, log_sums), column_side,
-            weighted, needs,
-        )  # fmt: skip
+            problem, all_teachers, all_students, owned, offset, (upstream, log_sums), column_side, weighted, needs
+        )
     gradients = [
         torch.empty_like(x) for x, needed in zip((*problem.students, *problem.teachers), needs, strict=True) if needed
     ]
     num_students = sum(needs[:S])
+    of_students, of_teachers = gradients[:num_students], gradients[num_students:]
     with on_device(upstream):
-        if num_students and weighted.numel():
-            _differences(problem, own_teachers, weighted.contiguous(), upstream, gradients[:num_students], needs[:S])
-        elif num_students:
-            _gradients(problem, problem.students, all_teachers, own_teachers, (upstream, log_sums), upstream,
-                       gradients[:num_students], needs[:S], False)  # fmt: skip
-        if num_students < len(gradients):
-            _gradients(problem, problem.teachers, all_students, own_students, column_side, upstream,
-                       gradients[num_students:], needs[S:], True)  # fmt: skip
+        if of_students and weighted.numel():
+            _differences(problem, owned[0], weighted.contiguous(), upstream, of_students, needs[:S])
+            of_students = []
+        if not of_students and not of_teachers:
+            return gradients
+        own_side = of_columns = upstream, *shifts_and_ratios(log_sums, upstream, problem.product.SUM)
+        if has_columns and of_teachers:
+            of_columns = None
+            if column_side is not None:
+                of_columns = column_side[0], *shifts_and_ratios(column_side[1], upstream, problem.product.SUM)
+        sides = None
+        if of_students:
+            sides = Sides(problem, problem.students, all_teachers)
+            _gradients(problem, sides, len(all_teachers[0]), owned[0], offset, own_side, own_side, of_students,
+                       needs[:S], False)  # fmt: skip
+        if of_teachers:
+            if has_columns or sides is None:
+                sides = Sides(problem, all_students, problem.teachers)
+            _gradients(problem, sides, len(all_students[0]), owned[1], offset, own_side, of_columns, of_teachers,
+                       needs[S:], True)  # fmt: skip
     return gradients
 
 
@@ -197,42 +234,42 @@ def _bits(flags) -> int:
     return sum(1 << k for k, flag in enumerate(flags) if flag)
 
 
-def _differences(problem, own, weighted, upstream, gradients, needs):
+def _differences(problem, owned, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
     launch(contrast_differences, S=problem.S, T=problem.T, **problem.epilogue_constants())(
-        (triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients)), tuple(own), weighted, upstream,
-        tuple(gradients), problem.dim, problem.row_count, problem.wanted, _bits(needs), 1 / problem.temperature,
+        (triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients)), tuple(problem.teachers), weighted, upstream,
+        tuple(gradients), problem.dim, problem.row_count, int(owned), problem.wanted, _bits(needs),
+        1 / problem.temperature,
     )  # fmt: skip
 
 
-def _gradients(problem, rows, columns, own, side, own_upstream, gradients, needs, by_column):
-    """One side's gradients; ``side``: upstream and log-sums of the rows, or by column of the columns (None: zero)."""
+def _gradients(problem, sides, column_count, owned, offset, own_side, side, gradients, needs, by_column):
+    """One side's gradients; own_side: upstream, shifts and ratios of the rows' losses; ``side``: those that weigh the
+    columns, by column those of the columns' losses (None: zero).
+    """
+    stages, partners = problem.students, problem.teachers
+    rows, columns, numbers = sides.students, sides.teachers, sides.numbers
+    if by_column:
+        stages, partners, rows, columns, numbers = partners, stages, columns, rows, numbers[::-1]
     config = tiles("contrast_gradients", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(problem.row_count, config.rows)
-    count = 0 if side is None else len(columns[0])
-    upstream = shifts = ratios = own_upstream
-    if side is not None:
-        upstream, log_sums = side
-        shifts, ratios = shifts_and_ratios(log_sums, upstream, problem.product.SUM)
+    count = 0 if side is None else column_count
+    side = own_side if side is None else side
     parts = divide(row_blocks * len(gradients), count, config.columns, multiprocessors(problem.device))
     partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
-    power = upstream
+    power = side[0]
     if problem.product.scaled:
-        power = power_of_two(upstream.abs().amax() / problem.temperature)
-    for piece in problem.pieces(columns, config):
-        first, stop = piece.start, piece.start + piece.count
-        by_piece = by_column and side is not None
-        launch(
-            contrast_gradients, STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column,
-            SCALED=problem.product.scaled, ALIGNED=piece.aligned, **problem.constants(config),
-        )(
-            (row_blocks, parts * len(gradients)), tuple(rows), piece.matrices, tuple(own),
-            upstream[first:stop] if by_piece else upstream, own_upstream,
-            *(x[:, first:stop].contiguous() if by_piece else x for x in (shifts, ratios)), tuple(partial), power,
-            problem.dim, problem.row_count, min(piece.count, count), problem.wanted, _bits(needs), parts,
-            int(first > 0), 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
-            1 / problem.temperature,
-        )  # fmt: skip
+        power = power_of_two(power.abs().amax() / problem.temperature)
+    launch(
+        contrast_gradients, STAGES=len(stages), PARTNERS=len(partners), BY_COLUMN=by_column,
+        SCALED=problem.product.scaled, **problem.constants(config),
+    )(
+        (row_blocks, parts * len(gradients)), tuple(stages), tuple(partners), tuple(x.rows for x in rows),
+        tuple(y.rows for y in columns), tuple(y.centre for y in columns), *numbers, *side, *own_side, tuple(partial),
+        power, power, problem.dim, problem.row_count,
+        count, offset, int(owned), problem.wanted, _bits(needs), parts, 0, 1 if by_column else problem.T,
+        problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
+    )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):
             torch.sum(pieces, dim=0, out=x)

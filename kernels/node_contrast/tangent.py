@@ -1,20 +1,19 @@
 """node_contrast's second order on GPUs: the launches of ``tangent_tiles``, pair after pair."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import Piece, on_device, power_of_two
+from gkd_fast.kernels.common.launch import on_device, power_of_two
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
+from gkd_fast.kernels.common.operands import Operand, centred, operands, stored_width
 from gkd_fast.kernels.common.tangents import (
     Directions,
-    add_weighted,
-    converted,
+    add_gathered,
+    column_pieces_of,
     new_strip,
-    pieces,
     rounded,
     row_blocks,
     spread,
@@ -24,42 +23,50 @@ from gkd_fast.kernels.node_contrast.launches import Problem
 from gkd_fast.kernels.node_contrast.tangent_tiles import contrast_double_gradients, contrast_tangent_sums
 
 
-@dataclass(frozen=True)
 class Pair:
     """The rows x and columns y of one pair, and their tangents, None where they stand still."""
 
-    rows: Tensor
-    row_tangents: Tensor | None
-    columns: Tensor
-    column_tangents: Tensor | None
+    def __init__(self, rows: Tensor, row_tangents: Tensor | None, columns: Tensor, column_tangents: Tensor | None):
+        self.given = rows, row_tangents, columns, column_tangents
+        self.row_count, self.column_count = len(rows), len(columns)
+        self.rows_move, self.columns_move = row_tangents is not None, column_tangents is not None
+        self.moves = self.rows_move or self.columns_move
 
-    @property
-    def moves(self) -> bool:
-        return self.row_tangents is not None or self.column_tangents is not None
+    def prepare(self, problem: Problem) -> None:
+        """Makes the operands: columns about their mean, the others as they are, rows' numbers along that mean. x and y
+        themselves stand in the place of tangents that are not read.
+        """
+        x, x_tangent, y, y_tangent = self.given
+        width = [stored_width(problem.dim, True)]
+        (self.columns,) = centred([y], problem.product, width)
 
-    def blocks(self, problem: Problem) -> Iterator[tuple[slice, "Pair"]]:
-        """The rows of one strip after another, in the product's type."""
-        for block in row_blocks(len(self.rows), problem.dim):
-            of_block = (
-                x if x is None else converted(x[block], problem.product) for x in (self.rows, self.row_tangents)
-            )
-            rows, row_tangents = of_block
-            yield block, replace(self, rows=rows, row_tangents=row_tangents)
+        def along(z: Tensor) -> Operand:
+            return operands([z], problem.product, width, None, others=[self.columns.centre])[0]
 
-    def pieces(self, problem: Problem) -> Iterator[Piece]:
-        """The columns and, if they move, their tangents."""
-        columns = [self.columns] if self.column_tangents is None else [self.columns, self.column_tangents]
-        return pieces(columns, problem.product, len(self.rows), weights=2)
+        self.rows = along(x)
+        self.row_tangents = self.rows if x_tangent is None else along(x_tangent)
+        self.column_tangents = self.columns if y_tangent is None else along(y_tangent)
 
-    def launch(self, problem: Problem, kernel, piece: Piece, *arguments, **constants):
-        """A kernel gets x or y themselves in the place of tangents that it does not read."""
-        grid, common = tiling(kernel.__name__, problem.arch, problem.product, len(self.rows), piece.count)
-        tangents = self.rows if self.row_tangents is None else self.row_tangents
-        moves = {"ROWS_MOVE": self.row_tangents is not None, "COLUMNS_MOVE": self.column_tangents is not None}
+    def launches(self, problem: Problem) -> Iterator[tuple[slice, slice]]:
+        """The rows of one strip after another, with the columns of one."""
+        for block in row_blocks(self.row_count, problem.dim):
+            for piece in column_pieces_of(self.column_count, problem.product, block.stop - block.start, weights=2):
+                yield block, piece
+
+    def launch(self, problem: Problem, kernel, block: slice, piece: slice, *arguments, **constants):
+        counts = block.stop - block.start, piece.stop - piece.start
+        grid, common = tiling(kernel.__name__, problem.arch, problem.product, *counts)
+        rows, tangents = self.rows[block], self.row_tangents[block]
+        moves = {"ROWS_MOVE": self.rows_move, "COLUMNS_MOVE": self.columns_move}
         launch(kernel, **moves, **common, **constants)(
-            grid, self.rows, tangents, piece.matrices[0], piece.matrices[-1], *arguments, problem.dim, len(self.rows),
-            piece.count, problem.scale, 1 / problem.temperature,
+            grid, rows.rows, tangents.rows, self.columns.rows[piece], self.column_tangents.rows[piece], rows.numbers,
+            tangents.numbers, *arguments, rows.rows.shape[1], *counts, problem.scale, 1 / problem.temperature,
         )  # fmt: skip
+
+    def new_sums(self, problem: Problem, kernel, block: slice, piece: slice) -> Tensor:
+        """Sums of the rows for every block of columns."""
+        blocks = tiling(kernel.__name__, problem.arch, problem.product, 1, piece.stop - piece.start)[0][0]
+        return self.rows.numbers.new_empty(blocks, block.stop - block.start)
 
 
 def node_contrast_tangent(
@@ -69,7 +76,7 @@ def node_contrast_tangent(
     problem = Problem(students, teachers, wanted, temperature, product_precision)
     S = problem.S
     columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
-    own = problem.own_rows(teacher_columns, problem.teachers, offset)
+    has_own = problem.owns(teacher_columns, offset)
     of_rows = spread("tangents", tangents, moving, [*problem.students, *problem.teachers])
     of_columns = _column_side("teacher", teacher_columns, teacher_column_tangents, moving[S:], columns, of_rows[S:])
     directions = Directions(problem.product, of_rows, of_columns)
@@ -81,13 +88,14 @@ def node_contrast_tangent(
             pair = Pair(problem.students[s], of_rows[s], columns[t], of_columns[t])
             if not pair.moves:
                 continue
-            if weighted.numel() and pair.column_tangents is None:
-                moved = (pair.row_tangents * weighted[place]).sum(dim=1) / temperature
+            if weighted.numel() and not pair.columns_move:
+                moved = (of_rows[s] * weighted[place]).sum(dim=1) / temperature
             else:
                 moved = _moved_log_sums(problem, pair, log_sums[place])
             log_sum_tangents[place] = directions.divided(moved)
-            if own is problem.teachers:
-                moved = moved - _own_similarities(problem, pair, own[t], of_rows[S + t]) / temperature
+            if has_own:
+                partner = problem.teachers[t], of_rows[S + t]
+                moved = moved - _own_similarities(problem, pair, *partner) / temperature
             losses[:, s, t] = directions.divided(moved)
     return losses, log_sum_tangents
 
@@ -100,24 +108,24 @@ def _column_side(side: str, columns, tangents, moving, stages, of_rows) -> list[
 
 
 def _own_similarities(problem: Problem, pair: Pair, own: Tensor, own_tangents: Tensor | None) -> Tensor:
-    """ċ of each row and its own column, of operands rounded as the tiles' are."""
-    total = pair.rows.new_zeros(problem.row_count)
-    for x, y in ((pair.row_tangents, own), (pair.rows, own_tangents)):
+    """ċ of each row and its own column."""
+    rows, row_tangents, _, _ = pair.given
+    total = rows.new_zeros(problem.row_count)
+    for x, y in ((row_tangents, own), (rows, own_tangents)):
         if x is not None and y is not None:
-            total += (rounded(x, problem.product) * rounded(y, problem.product)).sum(dim=1)
+            total += (x * y).sum(dim=1)
     return total
 
 
 def _moved_log_sums(problem: Problem, pair: Pair, log_sums: Tensor) -> Tensor:
     """ż_i = (1/τ) Σ_j P_ij ċ_ij."""
-    shifts, ratios = shifts_and_ratios(log_sums, pair.rows, problem.product.SUM)
+    pair.prepare(problem)
+    shifts, ratios = shifts_and_ratios(log_sums, pair.given[0], problem.product.SUM)
     total = torch.zeros_like(log_sums)
-    for block, part in pair.blocks(problem):
-        for piece in part.pieces(problem):
-            blocks = tiling("contrast_tangent_sums", problem.arch, problem.product, 1, piece.count)[0][0]
-            sums = shifts.new_empty(blocks, len(part.rows))
-            part.launch(problem, contrast_tangent_sums, piece, shifts[block], sums)
-            total[block] += sums.sum(dim=0, dtype=total.dtype)
+    for block, piece in pair.launches(problem):
+        sums = pair.new_sums(problem, contrast_tangent_sums, block, piece)
+        pair.launch(problem, contrast_tangent_sums, block, piece, shifts[block], sums)
+        total[block] += sums.sum(dim=0, dtype=total.dtype)
     return total * ratios
 
 
@@ -148,8 +156,8 @@ def node_contrast_double_backward(
         ):
             raise ValueError("column_upstream needs student_columns, column_log_sums and column_log_sum_tangents")
         other_side = column_upstream, column_log_sums, column_log_sum_tangents
-    has_own_teacher = problem.own_rows(teacher_columns, problem.teachers, offset) is problem.teachers
-    has_own_student = problem.own_rows(student_columns, problem.students, offset) is problem.students
+    has_own_teacher = problem.owns(teacher_columns, offset)
+    has_own_student = problem.owns(student_columns, offset)
     gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(stages, needs, strict=True)]
     with on_device(upstream):
         for place, (s, t) in enumerate(problem.pairs):
@@ -180,13 +188,16 @@ def _add_sums(problem: Problem, pair: Pair, side: tuple[Tensor, Tensor, Tensor],
         power = power_of_two(factor.abs().amax() * max(1.0, 4 / problem.temperature))
         factor = factor * power
     factor, moved = factor * ratios, log_sum_tangents.to(upstream.dtype)
-    for block, part in pair.blocks(problem):
-        total = torch.zeros_like(gradient[block])
-        for piece in part.pieces(problem):
-            here = slice(piece.start, piece.start + piece.count) if by_column else block
-            vectors = (x[here].contiguous() for x in (factor, shifts, moved))
-            strips = [new_strip(part.rows, len(part.rows), piece.count) for _ in piece.matrices]
-            part.launch(problem, contrast_double_gradients, piece, *vectors, strips[0], strips[-1], BY_COLUMN=by_column)
-            for weights, columns in zip(strips, piece.matrices, strict=True):
-                add_weighted(total, weights, columns)
-        gradient[block] += total if power is None else total / power
+    total = torch.zeros_like(gradient)
+    pair.prepare(problem)
+    for block, piece in pair.launches(problem):
+        vectors = (x[piece if by_column else block].contiguous() for x in (factor, shifts, moved))
+        sums = pair.new_sums(problem, contrast_double_gradients, block, piece)
+        values = [pair.columns, pair.column_tangents] if pair.columns_move else [pair.columns]
+        shape = block.stop - block.start, piece.stop - piece.start
+        strips = [new_strip(pair.rows.rows, *shape) for _ in values]
+        pair.launch(problem, contrast_double_gradients, block, piece, *vectors, strips[0], strips[-1], sums,
+                    BY_COLUMN=by_column)  # fmt: skip
+        for weights, columns, of_weights in zip(strips, values, (sums, None), strict=False):
+            add_gathered(total[block], weights, columns, piece, of_weights)
+    gradient += total if power is None else total / power

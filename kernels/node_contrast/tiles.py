@@ -1,26 +1,44 @@
-"""node_contrast's kernels. In base 2, w_ij = 2^(c_ij·scale − shift_i): Z_i = Σ_j w_ij, W_i = Σ_j w_ij t_j / Z_i."""
+"""node_contrast's kernels. In base 2, w_ij = 2^(c_ij·scale − shift_i): Z_i = Σ_j w_ij, W_i = Σ_j w_ij t_j / Z_i.
+
+Rows and columns are ``operands`` about their stages' means m and n, so that roundings are no larger than rows differ:
+
+    c_ij = x̂_i·ŷ_j + p_i + q_j,   p = (x − m/2)·n,   q = (y − n/2)·m,
+
+and where the sides change places, for the teachers' gradient, all is rounded as before. A row's own column, whose
+weight cancels with 1 where a student is near its teacher, is no part of the walks: its weight is that of exact rows.
+"""
 
 import triton
 import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2, log_sum
+from gkd_fast.kernels.common.operands import ROW_MULTIPLE
 from gkd_fast.kernels.common.tile import (
     COUNTS,
+    NOWHERE,
     add_product,
     column_range,
     convert,
-    load_columns,
+    divide_walk,
+    edge_tile,
+    inner_tile,
+    load_block,
+    load_numbers,
     load_rows,
     load_tile,
     load_vector,
     number,
     pick,
     product,
+    replace_diagonal,
     replace_missing,
     store_rows,
     store_tile,
     store_vector,
 )  # fmt: skip
+
+# Numbers of a pair's rows or columns are as many as operands have rows.
+MULTIPLE = tl.constexpr(ROW_MULTIPLE)
 
 
 @triton.jit
@@ -44,20 +62,62 @@ def set_bits_below(bits, place, COUNT: tl.constexpr):
 
 
 @triton.jit
+def length_of(count):
+    """Rows of an operand of ``count`` rows."""
+    return tl.cdiv(count, MULTIPLE) * MULTIPLE
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def cross_numbers(
+    rows, centres, student_numbers, teacher_numbers, dim, row_count, column_count, wanted, S: tl.constexpr,
+    T: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """p of the students and q of the teachers of every wanted pair, ``row_count`` and ``column_count`` of them."""
+    i = tl.program_id(0) * BLOCK_ROWS
+    pair, is_teacher = tl.program_id(1) % (S * T), tl.program_id(1) // (S * T)
+    own = tl.where(is_teacher == 1, S + pair % T, pair // T)
+    other = tl.where(is_teacher == 1, pair // T, S + pair % T)
+    count = tl.where(is_teacher == 1, column_count, row_count)
+    if ((number(wanted, tl.int64) >> pair) & 1 == 1) & (i < count):
+        total = tl.zeros([BLOCK_ROWS], SUM)
+        for k in range(0, dim, WIDTH):
+            x = load_tile(pick(rows, own), i, k, count, dim, BLOCK_ROWS, WIDTH)
+            m = load_vector(pick(centres, own), k, dim, WIDTH)
+            n = load_vector(pick(centres, other), k, dim, WIDTH)
+            total += tl.sum((x - 0.5 * m[None, :]) * n[None, :], 1)
+        out = pick((student_numbers, teacher_numbers), is_teacher) + number(pair, tl.int64) * length_of(count)
+        tl.store(out + i + tl.arange(0, BLOCK_ROWS), total)
+
+
+@triton.jit
+def others_similarities(
+    rows, columns, i, j, row_count, column_count, offset, EDGE: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x_i·ŷ_j of the tile at (i, j), at an EDGE without own and missing columns, and ŷ_j; of a STRIP as it is."""
+    if STRIP:
+        c = load_tile(columns, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        values = c
+    else:
+        values = load_block(columns, j, BLOCK_COLUMNS, WIDTH)
+        c = product(rows, tl.trans(values), PRECISION)
+    if EDGE:
+        c = replace_diagonal(c, i, j, offset, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS)
+        c = replace_missing(c, j, column_count, NOWHERE, BLOCK_COLUMNS)
+    return c, values
+
+
+@triton.jit
 def add_weights(
-    z, total, rows, teacher, weighted, row_shift, i, j, row_count, column_count, dim, scale, EDGE: tl.constexpr,
-    KEEP: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    z, total, rows, teacher, numbers, weighted, level, i, j, row_count, column_count, offset, scale, EDGE: tl.constexpr,
+    KEEP: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Z and, with KEEP, W with those of the tile at (i, j) added; columns are missing only from one at an EDGE."""
-    if STRIP:
-        c = load_tile(teacher, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-    else:
-        columns = load_columns(teacher, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
-        c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    weights = tl.exp2(c * scale - row_shift[:, None])
-    if EDGE:
-        weights = replace_missing(weights, j, column_count, 0.0, BLOCK_COLUMNS)
+    """Z and, with KEEP, W with those of the tile at (i, j) added."""
+    c, columns = others_similarities(rows, teacher, i, j, row_count, column_count, offset, EDGE, STRIP, WIDTH,
+                                     BLOCK_ROWS, BLOCK_COLUMNS, PRECISION)  # fmt: skip
+    column_level = load_vector(numbers, j, column_count, BLOCK_COLUMNS) * scale
+    weights = tl.exp2(c * scale + (column_level[None, :] - level[:, None]))
     z += tl.sum(weights, 1)
     if KEEP and STRIP:
         store_tile(weighted, convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -68,55 +128,67 @@ def add_weights(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_sums(
-    students, teachers, own, sums, weighted, shifts, losses, log_sums, dim, row_count, column_count, wanted,
-    parts, accumulate, is_last, scale: tl.float64, shift: tl.float64, S: tl.constexpr, T: tl.constexpr,
-    KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    students, partners, rows, columns, centres, numbers, column_numbers, sums, weighted, shifts, losses, log_sums, dim,
+    row_count, column_count, offset, owned, wanted, parts, accumulate, is_last, scale: tl.float64, shift: tl.float64,
+    S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z and, with KEEP, W of one wanted pair over the part's columns; complete, they become losses and log-sums.
 
-    ``own``: the rows' own partners, per teacher. With STRIP the teachers are strips of similarities
-    [row_count, column_count], ``own`` the partners' similarities and W a strip of weights.
+    students, partners: the rows of both sides as they are; row i's partner is its own column i + offset if ``owned``.
+    rows, columns: x̂ and ŷ; centres: n; numbers, column_numbers: p and q of every pair.
+    With STRIP the columns are strips of x̂·ŷ [row_count, column_count], of the columns from the first one on if not
+    ``accumulate``, up to the last one if ``is_last``; the numbers are theirs, ``partners`` the similarities to the own
+    columns and W is a strip of weights.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     place = tl.program_id(1) // parts
     part = tl.program_id(1) % parts
     pair = nth_set_bit(number(wanted, tl.int64), place, S * T)
-    student, teacher = pick(students, pair // T), pick(teachers, pair % T)
+    teacher, partner = pick(columns, pair % T), pick(partners, pair % T)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     scale = number(scale, SUM)
-    # Before the walk, when registers are free.
-    if STRIP:
-        own_similarity = load_vector(pick(own, pair % T), i, row_count, BLOCK_ROWS)
-        rows = own_similarity
-    else:
-        rows = load_rows(student, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
-        partner = load_rows(pick(own, pair % T), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
-        own_similarity = tl.sum(rows.to(SUM) * partner, 1)
-    pair_rows = (number(part, tl.int64) * (tl.num_programs(1) // parts) + place) * row_count
     if OWN_SHIFT:
         row_shift = load_vector(shifts + number(place, tl.int64) * row_count, i, row_count, BLOCK_ROWS)
     else:
         row_shift = tl.zeros([BLOCK_ROWS], SUM) + number(shift, SUM)
-    z = load_vector(sums + pair_rows, i, row_count * accumulate, BLOCK_ROWS)
+    # Before the walk, when registers are free.
+    if STRIP:
+        own_similarity = load_vector(partner, i, row_count, BLOCK_ROWS)
+        mine = own_similarity
+    else:
+        numbers += number(pair, tl.int64) * length_of(row_count)
+        column_numbers += number(pair, tl.int64) * length_of(column_count)
+        x = load_rows(pick(students, pair // T), i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
+        y = load_rows(partner, i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
+        own_similarity = tl.sum(x * y, 1)
+        mine = load_block(pick(rows, pair // T), i, BLOCK_ROWS, WIDTH)
+    is_first = (part == 0) & (accumulate == 0)
+    own_weight = tl.where(is_first & (owned != 0), tl.exp2(own_similarity * scale - row_shift), 0.0)
+    pair_rows = (number(part, tl.int64) * (tl.num_programs(1) // parts) + place) * row_count
+    z = load_vector(sums + pair_rows, i, row_count * accumulate, BLOCK_ROWS) + own_weight
     total = z
     if KEEP and not STRIP:
-        total = load_rows(weighted + pair_rows * dim, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
-    ragged = tl.maximum(start, stop - (stop - start) % BLOCK_COLUMNS)
-    for j in range(start, ragged, BLOCK_COLUMNS):
-        z, total = add_weights(z, total, rows, teacher, weighted, row_shift, i, j, row_count, column_count, dim, scale,
-                               False, KEEP, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+        total = own_weight[:, None] * (y - load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :])
+    level = row_shift - load_vector(numbers, i, row_count, BLOCK_ROWS) * scale
+    whole, first, crossed, ragged = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in range(whole - crossed):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        z, total = add_weights(z, total, mine, teacher, column_numbers, weighted, level, i, j, row_count, column_count,
+                               offset, scale, False, KEEP, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
                                PRECISION)  # fmt: skip
-    for j in tl.range(ragged, stop, BLOCK_COLUMNS, num_stages=1):
-        z, total = add_weights(z, total, rows, teacher, weighted, row_shift, i, j, row_count, column_count, dim, scale,
-                               True, KEEP, STRIP, ALIGNED, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+    for k in tl.range(0, crossed + ragged, num_stages=1):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        z, total = add_weights(z, total, mine, teacher, column_numbers, weighted, level, i, j, row_count, column_count,
+                               offset, scale, True, KEEP, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
                                PRECISION)  # fmt: skip
     if (is_last != 0) & (parts == 1):
         store_contrast(z, row_shift, own_similarity * scale, losses + pair,
-                       log_sums + number(place, tl.int64) * row_count, i, row_count, S * T, BLOCK_ROWS)  # fmt: skip
+                       log_sums + number(place, tl.int64) * row_count, i, row_count, owned, S * T,
+                       BLOCK_ROWS)  # fmt: skip
         if KEEP and not STRIP:
-            total = total / z[:, None]
+            total = total / z[:, None] + load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :]
     else:
         store_vector(sums + pair_rows, z, i, row_count, BLOCK_ROWS)
     if KEEP and not STRIP:
@@ -125,22 +197,22 @@ def contrast_sums(
 
 @triton.jit
 def store_contrast(
-    z, row_shift, own_logit, loss, log_sums, i, row_count, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr
+    z, row_shift, own_logit, loss, log_sums, i, row_count, owned, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):
-    """log Z and ℓ = log Z − c_own/τ of a block of rows, ℓ not below 0."""
+    """log Z and ℓ = log Z − c_own/τ of a block of rows; ℓ not below 0 where the own columns are ``owned``."""
     row = i + tl.arange(0, BLOCK_ROWS)
     store_vector(log_sums, log_sum(z, row_shift), i, row_count, BLOCK_ROWS)
     # The shift and the own logit first, which nearly cancel where the own column has the largest logit.
     difference = (tl.log2(z) + (row_shift - own_logit)) * LN2
-    difference = tl.where(difference < 0, 0.0, difference)
+    difference = tl.where((owned != 0) & (difference < 0), 0.0, difference)
     tl.store(loss + row.to(tl.int64) * PAIRS, difference, mask=row < row_count)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_losses(
-    students, own, sums, weighted, out, shifts, losses, log_sums, dim, row_count, wanted, parts,
+    students, partners, centres, sums, weighted, out, shifts, losses, log_sums, dim, row_count, owned, wanted, parts,
     scale: tl.float64, shift: tl.float64, S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """The results from the sums of several parts, added in the order of the parts."""
     i = tl.program_id(0) * BLOCK_ROWS
@@ -155,22 +227,22 @@ def contrast_losses(
     z = tl.zeros([BLOCK_ROWS], SUM)
     for part in range(parts):
         z += load_vector(sums + pair_rows + part * stride, i, row_count, BLOCK_ROWS)
-    rows = load_rows(pick(students, pair // T), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
-    partner = load_rows(pick(own, pair % T), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
+    rows = load_rows(pick(students, pair // T), i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
+    partner = load_rows(pick(partners, pair % T), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
     store_contrast(z, row_shift, tl.sum(rows * partner, 1) * number(scale, SUM), losses + pair, log_sums + pair_rows, i,
-                   row_count, S * T, BLOCK_ROWS)  # fmt: skip
+                   row_count, owned, S * T, BLOCK_ROWS)  # fmt: skip
     if KEEP:
         total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
         for part in range(parts):
             total += load_rows(weighted + (pair_rows + part * stride) * dim, i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
-        store_rows(out + pair_rows * dim, total / z[:, None], i, row_count, dim, BLOCK_ROWS, WIDTH)
+        total = total / z[:, None] + load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :]
+        store_rows(out + pair_rows * dim, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_differences(
-    own, weighted, upstream, gradients, dim, row_count, wanted, needed, inverse_temperature: tl.float64,
-    S: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, TYPE: tl.constexpr,
-    SUM: tl.constexpr,
+    partners, weighted, upstream, gradients, dim, row_count, owned, wanted, needed, inverse_temperature: tl.float64,
+    S: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """dS_i = Σ_t (g_it/τ)(W_i − t_own) from the kept W."""
     i = tl.program_id(0) * BLOCK_ROWS
@@ -182,27 +254,58 @@ def contrast_differences(
         if (bits >> (s * T + t)) & 1:
             mean = weighted + set_bits_below(bits, s * T + t, S * T) * row_count * dim
             g = tl.load(upstream + row.to(tl.int64) * (S * T) + s * T + t, mask=row < row_count, other=0)
-            partner = load_rows(pick(own, t), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
+            partner = load_rows(pick(partners, t), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
             difference = load_rows(mean, i, row_count, dim, BLOCK_ROWS, WIDTH, SUM) - partner
             total += (g * number(inverse_temperature, SUM))[:, None] * difference
     store_rows(pick(gradients, tl.program_id(1)), total, i, row_count, dim, BLOCK_ROWS, WIDTH)
 
 
+@triton.jit
+def add_pair(
+    total, sums, rows, level, g, columns, numbers, upstream, shifts, ratios, strip, i, j, row_count, column_count,
+    offset, scale, unit, EDGE: tl.constexpr, PAIRS: tl.constexpr, BY_COLUMN: tl.constexpr, STRIP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_j w_ij ŷ_j and Σ_j w_ij, w = g P/τ, with those of the tile at (i, j) added; upstream, shifts and ratios: from
+    the pair's place on.
+    """
+    c, values = others_similarities(rows, columns, i, j, row_count, column_count, offset, EDGE, STRIP, WIDTH,
+                                    BLOCK_ROWS, BLOCK_COLUMNS, PRECISION)  # fmt: skip
+    column_level = load_vector(numbers, j, column_count, BLOCK_COLUMNS) * scale
+    if BY_COLUMN:
+        column = j + tl.arange(0, BLOCK_COLUMNS)
+        column_g = tl.load(upstream + column.to(tl.int64) * PAIRS, mask=column < column_count, other=0) * unit
+        column_g *= load_vector(ratios, j, column_count, BLOCK_COLUMNS)
+        column_level -= load_vector(shifts, j, column_count, BLOCK_COLUMNS)
+        weights = tl.exp2(c * scale + (column_level[None, :] - level[:, None])) * column_g[None, :]
+    else:
+        weights = tl.exp2(c * scale + (column_level[None, :] - level[:, None])) * g[:, None]
+    sums += tl.sum(weights, 1)
+    if STRIP:
+        store_tile(strip, convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    else:
+        total = add_product(convert(weights, TYPE), values, total, PRECISION)
+    return total, sums
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_gradients(
-    rows, columns, own, upstream, own_upstream, shifts, ratios, gradients, power, dim, row_count, column_count,
-    wanted, needed, parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64,
-    STAGES: tl.constexpr, PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    stages, partners, rows, columns, centres, numbers, column_numbers, upstream, shifts, ratios, own_upstream,
+    own_shifts, own_ratios, gradients, weight_sums, power, dim, row_count, column_count, offset, owned, wanted, needed,
+    parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64, STAGES: tl.constexpr,
+    PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one stage: Σ over its partners of (1/τ)(Σ_j g P columns_j − g_own own_i).
 
     g and P = ratio · 2^(c·scale − shift), ``log_sums.shift_and_ratio``, are those of the row (students) or BY_COLUMN
-    those of the column (teachers).
+    those of the column (teachers); of the own column i + offset, if ``owned``, they are those of the row's losses, and
+    P is 0 where there are no columns.
     Pair (stage, partner) is bit stage·stride + partner·partner_stride of ``wanted`` and that place in the upstream
-    [count, pairs]; ``needed`` says which stages have a gradient; ``own`` holds each row's own partners. With STRIP the
-    columns are strips of similarities, of one pair, and the gradient a strip of the weights g P/τ.
+    [count, pairs]; ``needed`` says which stages have a gradient; the other arguments are as in ``contrast_sums``. With
+    STRIP the gradient is a strip of the weights g P/τ of all columns but the own one, whose sums are ``weight_sums``.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1) % parts
@@ -214,51 +317,61 @@ def contrast_gradients(
     if SCALED:
         unit = unit * tl.load(power)
     row = i + tl.arange(0, BLOCK_ROWS)
+    mine = tl.zeros([BLOCK_ROWS], SUM)
+    total = mine
     if not STRIP:
-        mine = load_rows(pick(rows, stage), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
+        mine = load_block(pick(rows, stage), i, BLOCK_ROWS, WIDTH)
         total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
-    for k in range(PARTNERS):
-        pair = stage * stride + k * partner_stride
+    for n in range(PARTNERS):
+        pair = stage * stride + n * partner_stride
         is_wanted = (bits >> pair) & 1
         place = set_bits_below(bits, pair, STAGES * PARTNERS)
-        matrix = pick(columns, k)
+        of_pair = number(0, tl.int64) if STRIP else number(pair, tl.int64)
+        along = load_vector(numbers + of_pair * length_of(row_count), i, row_count, BLOCK_ROWS)
+        of_columns = column_numbers + of_pair * length_of(column_count)
+        g, level, count = along, -along * scale, column_count
         if not BY_COLUMN:
             g = tl.load(upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=row < row_count, other=0) * unit
             g *= load_vector(ratios + place * row_count, i, row_count, BLOCK_ROWS)
-            shift = load_vector(shifts + place * row_count, i, row_count, BLOCK_ROWS)
-        for j in range(start, tl.where(is_wanted == 1, stop, start), BLOCK_COLUMNS):
-            if STRIP:
-                logits = load_tile(matrix, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS) * scale
-            else:
-                other = load_columns(matrix, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE, ALIGNED)
-                logits = product(mine, tl.trans(other), PRECISION) * scale
-            if BY_COLUMN:
-                column = j + tl.arange(0, BLOCK_COLUMNS)
-                inside = column < column_count
-                g = tl.load(upstream + column.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0) * unit
-                g *= load_vector(ratios + place * column_count, j, column_count, BLOCK_COLUMNS)
-                shift = load_vector(shifts + place * column_count, j, column_count, BLOCK_COLUMNS)
-                weights = tl.exp2(logits - shift[None, :]) * g[None, :]
-            else:
-                # log2 P ≤ 0; a column that does not exist could give inf, and its zero row NaN.
-                exponent = logits - shift[:, None]
-                weights = tl.exp2(tl.where(exponent > 1.0, 1.0, exponent)) * g[:, None]
-            if STRIP:
-                store_tile(
-                    gradients[0], convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS
-                )
-            else:
-                total = add_product(convert(weights, TYPE), other, total, PRECISION)
+            level += load_vector(shifts + place * row_count, i, row_count, BLOCK_ROWS)
+            count = row_count
+        sums = tl.zeros([BLOCK_ROWS], SUM)
+        end = tl.where(is_wanted == 1, stop, start)
+        whole, first, crossed, ragged = divide_walk(start, end, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+        for k in range(whole - crossed):
+            total, sums = add_pair(
+                total, sums, mine, level, g, pick(columns, n), of_columns, upstream + pair, shifts + place * count,
+                ratios + place * count, gradients[0], i, inner_tile(k, start, first, crossed, BLOCK_COLUMNS),
+                row_count, column_count, offset, scale, unit, False, STAGES * PARTNERS, BY_COLUMN, STRIP, WIDTH,
+                BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            )  # fmt: skip
+        for k in tl.range(0, crossed + ragged, num_stages=1):
+            total, sums = add_pair(
+                total, sums, mine, level, g, pick(columns, n), of_columns, upstream + pair, shifts + place * count,
+                ratios + place * count, gradients[0], i, edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS),
+                row_count, column_count, offset, scale, unit, True, STAGES * PARTNERS, BY_COLUMN, STRIP, WIDTH,
+                BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            )  # fmt: skip
+        if STRIP:
+            if is_wanted == 1:
+                sums += load_vector(weight_sums, i, row_count * accumulate, BLOCK_ROWS)
+                store_vector(weight_sums, sums, i, row_count, BLOCK_ROWS)
+        else:
+            total += sums[:, None] * load_numbers(pick(centres, n), 0, WIDTH)[None, :]
     if not STRIP:
         if SCALED:
             total = total * (1.0 / tl.load(power))
-        if part == 0 and accumulate == 0:
-            for k in range(PARTNERS):
-                pair = stage * stride + k * partner_stride
+        if part == 0:
+            for n in range(PARTNERS):
+                pair = stage * stride + n * partner_stride
+                place = set_bits_below(bits, pair, STAGES * PARTNERS)
                 inside = (row < row_count) & (((bits >> pair) & 1) == 1)
                 g = tl.load(own_upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0)
-                partner = load_rows(pick(own, k), i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE).to(SUM)
-                total -= (g * number(inverse_temperature, SUM))[:, None] * partner
+                x = load_rows(pick(stages, stage), i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
+                own = load_rows(pick(partners, n), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
+                shift = tl.load(own_shifts + place * row_count + row, mask=inside, other=0)
+                ratio = tl.load(own_ratios + place * row_count + row, mask=inside & (column_count > 0), other=0)
+                weight = ratio * tl.exp2(tl.sum(x * own, 1) * scale - shift)
+                total += (g * number(inverse_temperature, SUM) * (weight - 1))[:, None] * own
         out = pick(gradients, tl.program_id(1) // parts) + number(part, tl.int64) * row_count * dim
-        before = load_rows(out, i, row_count * accumulate, dim, BLOCK_ROWS, WIDTH, SUM)
-        store_rows(out, before + total, i, row_count, dim, BLOCK_ROWS, WIDTH)
+        store_rows(out, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
