@@ -204,24 +204,23 @@ class _Builder:
 
     def node_contrast(self, students: int, teachers: int):
         yield from self.operands("node_contrast", students + teachers)
-        of_students = dict.fromkeys(("students", "rows"), students)
         of_teachers = dict.fromkeys(("partners", "columns", "centres"), teachers)
+        lists = {"rows": students} | of_teachers
         sides = {"S": students, "T": teachers}
-        lists = dict.fromkeys(("rows", "centres"), students + teachers)
+        of_both = dict.fromkeys(("rows", "centres", "own_rows"), students + teachers)
         constants = sides | {"WIDTH": OPERAND_WIDTH, "BLOCK_ROWS": OPERAND_ROWS, "SUM": self.product.SUM}
-        yield self._small("node_contrast", cross_numbers, "forward", constants, lists, OPERAND_ROWS,
-                          2 * students * teachers)  # fmt: skip
+        yield self._small("node_contrast", cross_numbers, "forward", constants, of_both, OPERAND_ROWS,
+                          3 * students * teachers)  # fmt: skip
         for keep in (True, False):
             constants = sides | {"KEEP": keep, "OWN_SHIFT": False, "STRIP": False}
             yield self._walk(
-                "node_contrast", contrast_sums, "forward", constants, of_students | of_teachers, products=1 + keep,
+                "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep,
                 exponentials=1, name="contrast_sums" if keep else "contrast_sums without weighted",
                 pairs=students * teachers, in_product_type=("rows",),
             )  # fmt: skip
         epilogue = {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
         constants = sides | epilogue | {"KEEP": True, "OWN_SHIFT": False}
-        yield self._small("node_contrast", contrast_losses, "forward", constants, of_students | of_teachers,
-                          EPILOGUE_ROWS)  # fmt: skip
+        yield self._small("node_contrast", contrast_losses, "forward", constants, of_teachers, EPILOGUE_ROWS)
         lists = of_teachers | {"gradients": students}
         yield self._small("node_contrast", contrast_differences, "backward", sides | epilogue, lists, EPILOGUE_ROWS)
         constants = {"SUM": self.product.SUM, "BLOCK_ROWS": LOG_SUMS_BLOCK}
@@ -231,7 +230,7 @@ class _Builder:
                 "STAGES": stages, "PARTNERS": partners, "BY_COLUMN": by_column, "SCALED": self.product.scaled,
                 "STRIP": False,
             }  # fmt: skip
-            lists = dict.fromkeys(("stages", "rows", "gradients"), stages)
+            lists = dict.fromkeys(("rows", "gradients"), stages)
             lists |= dict.fromkeys(("partners", "columns", "centres"), partners)
             yield self._walk(
                 "node_contrast", contrast_gradients, "backward", constants, lists, products=2, exponentials=1,
@@ -301,15 +300,15 @@ class _Builder:
         lists = dict.fromkeys((*of_stages, "centres", "dims"), 2) | {"gradients": 1}
         constants = {"S": 1, "T": 1, "WANTED": 1, "OWN_SHIFT": False, "SCALED": scaled}
         yield self._strip("relation_kl", relation_gradients, "backward", constants, lists, ("gradients",))
-        lists = {"students": S, "rows": S, "partners": T, "columns": T, "centres": T}
+        lists = {"rows": S, "partners": T, "columns": T, "centres": T}
         constants = {"S": S, "T": T, "KEEP": True, "OWN_SHIFT": False}
-        of_products = ("students", "rows", "centres")
-        yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, (*of_products, "weighted"))
+        of_products = ("rows", "centres", "partners", "weighted")
+        yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, of_products)
         for by_column, stages, partners in ((False, S, T), (True, T, S)):
             constants = {"STAGES": stages, "PARTNERS": partners, "BY_COLUMN": by_column, "SCALED": scaled}
-            lists = dict.fromkeys(("stages", "rows"), stages) | {"gradients": 1}
+            lists = {"rows": stages, "gradients": 1}
             lists |= dict.fromkeys(("partners", "columns", "centres"), partners)
-            of_products = ("stages", "rows", "partners", "centres", "gradients")
+            of_products = ("rows", "partners", "centres", "gradients")
             name = f"contrast_gradients of {'teachers' if by_column else 'students'}"
             yield self._strip("node_contrast", contrast_gradients, "backward", constants, lists, of_products, name)
         for gradient in (False, True):

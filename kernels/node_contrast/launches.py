@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
     architecture,
+    cdiv,
     divide,
     matrices,
     multiprocessors,
@@ -92,9 +93,11 @@ class Problem:
 
 
 class Sides:
-    """The operands of both sides, every stage about its mean, and the numbers p and q of every pair."""
+    """The operands of both sides, every stage about its mean, the numbers p and q of every pair, and the similarities
+    of the problem's rows and their own columns, 0 unless ``owned``.
+    """
 
-    def __init__(self, problem: Problem, students: list[Tensor], teachers: list[Tensor]):
+    def __init__(self, problem: Problem, students: list[Tensor], teachers: list[Tensor], owned: bool):
         rows, S = [*students, *teachers], problem.S
         width = [stored_width(problem.dim, problem.is_wide)] * len(rows)
         if len(students[0]) == len(teachers[0]):
@@ -105,12 +108,14 @@ class Sides:
         self.numbers = tuple(
             x[0].numbers.new_empty(S * problem.T, len(x[0].rows)) for x in (self.students, self.teachers)
         )
-        length = max(len(x.rows) for x in made)
+        self.own_similarities = students[0].new_empty(S * problem.T, problem.row_count)
+        count = max(len(students[0]), len(teachers[0]))
         launch(
             cross_numbers, S=S, T=problem.T, WIDTH=BLOCK_WIDTH, BLOCK_ROWS=BLOCK_ROWS, SUM=problem.product.SUM
         )(
-            (length // BLOCK_ROWS, 2 * S * problem.T), tuple(rows), tuple(x.centre for x in made), *self.numbers,
-            problem.dim, len(students[0]), len(teachers[0]), problem.wanted,
+            (cdiv(count, BLOCK_ROWS), 3 * S * problem.T), tuple(rows), tuple(x.centre for x in made), *self.numbers,
+            (*problem.students, *problem.teachers), self.own_similarities, problem.dim, len(students[0]),
+            len(teachers[0]), problem.row_count, int(owned), problem.wanted,
         )  # fmt: skip
 
 
@@ -143,19 +148,18 @@ def node_contrast(
         own_shift, shift, shifts = row_shifts(problem, columns)
         keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
         shifts = losses if shifts is None else shifts
-        sides = Sides(problem, problem.students, columns)
-        centres = tuple(y.centre for y in sides.teachers)
-        rows_of = tuple(problem.students), tuple(problem.teachers)
+        sides = Sides(problem, problem.students, columns, owned)
+        centres, own_similarities = tuple(y.centre for y in sides.teachers), sides.own_similarities
         launch(contrast_sums, **keep, **problem.constants(config))(
-            (row_blocks, num_pairs * parts), *rows_of, tuple(y.rows for y in sides.students),
-            tuple(y.rows for y in sides.teachers), centres, *sides.numbers, sums, partial, shifts,
-            losses, log_sums, problem.dim, rows, len(columns[0]), offset, int(owned), problem.wanted, parts, 0, 1,
-            problem.scale, shift,
+            (row_blocks, num_pairs * parts), tuple(x.rows for x in sides.students),
+            tuple(y.rows for y in sides.teachers), centres, tuple(problem.teachers), *sides.numbers, own_similarities,
+            sums, partial, shifts, losses, log_sums, problem.dim, rows, len(columns[0]), offset, int(owned),
+            problem.wanted, parts, 0, 1, problem.scale, shift,
         )  # fmt: skip
         if parts > 1:
             launch(contrast_losses, **keep, **problem.epilogue_constants())(
-                (triton.cdiv(rows, EPILOGUE_ROWS), num_pairs), *rows_of, centres, sums, partial, weighted, shifts,
-                losses, log_sums, problem.dim, rows, int(owned), problem.wanted, parts, problem.scale, shift,
+                (triton.cdiv(rows, EPILOGUE_ROWS), num_pairs), centres, own_similarities, sums, partial, weighted,
+                shifts, losses, log_sums, problem.dim, rows, int(owned), problem.wanted, parts, problem.scale, shift,
             )  # fmt: skip
     return losses, log_sums, weighted
 
@@ -219,12 +223,12 @@ def node_contrast_backward(
                 of_columns = column_side[0], *shifts_and_ratios(column_side[1], upstream, problem.product.SUM)
         sides = None
         if of_students:
-            sides = Sides(problem, problem.students, all_teachers)
+            sides = Sides(problem, problem.students, all_teachers, owned[0])
             _gradients(problem, sides, len(all_teachers[0]), owned[0], offset, own_side, own_side, of_students,
                        needs[:S], False)  # fmt: skip
         if of_teachers:
             if has_columns or sides is None:
-                sides = Sides(problem, all_students, problem.teachers)
+                sides = Sides(problem, all_students, problem.teachers, owned[1])
             _gradients(problem, sides, len(all_students[0]), owned[1], offset, own_side, of_columns, of_teachers,
                        needs[S:], True)  # fmt: skip
     return gradients
@@ -247,10 +251,9 @@ def _gradients(problem, sides, column_count, owned, offset, own_side, side, grad
     """One side's gradients; own_side: upstream, shifts and ratios of the rows' losses; ``side``: those that weigh the
     columns, by column those of the columns' losses (None: zero).
     """
-    stages, partners = problem.students, problem.teachers
-    rows, columns, numbers = sides.students, sides.teachers, sides.numbers
+    partners, rows, columns, numbers = problem.teachers, sides.students, sides.teachers, sides.numbers
     if by_column:
-        stages, partners, rows, columns, numbers = partners, stages, columns, rows, numbers[::-1]
+        partners, rows, columns, numbers = problem.students, columns, rows, numbers[::-1]
     config = tiles("contrast_gradients", problem.arch, problem.product.name, problem.width)
     row_blocks = triton.cdiv(problem.row_count, config.rows)
     count = 0 if side is None else column_count
@@ -261,14 +264,14 @@ def _gradients(problem, sides, column_count, owned, offset, own_side, side, grad
     if problem.product.scaled:
         power = power_of_two(power.abs().amax() / problem.temperature)
     launch(
-        contrast_gradients, STAGES=len(stages), PARTNERS=len(partners), BY_COLUMN=by_column,
+        contrast_gradients, STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column,
         SCALED=problem.product.scaled, **problem.constants(config),
     )(
-        (row_blocks, parts * len(gradients)), tuple(stages), tuple(partners), tuple(x.rows for x in rows),
-        tuple(y.rows for y in columns), tuple(y.centre for y in columns), *numbers, *side, *own_side, tuple(partial),
-        power, power, problem.dim, problem.row_count,
-        count, offset, int(owned), problem.wanted, _bits(needs), parts, 0, 1 if by_column else problem.T,
-        problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
+        (row_blocks, parts * len(gradients)), tuple(x.rows for x in rows), tuple(y.rows for y in columns),
+        tuple(y.centre for y in columns), tuple(partners), *numbers, sides.own_similarities, *side, *own_side,
+        tuple(partial), power, power, problem.dim, problem.row_count, count, offset, int(owned), problem.wanted,
+        _bits(needs), parts, 0, 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
+        1 / problem.temperature,
     )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):

@@ -29,7 +29,7 @@ def node_contrast(problem, columns, owned: bool, offset: int, keep_weighted: boo
     weighted = x.new_zeros(len(problem.pairs), rows, problem.dim) if keep_weighted else x.new_empty(0)
     with on_device(x):
         own_shift, shift, shifts = host.row_shifts(problem, columns)
-        sides, count = host.Sides(problem, problem.students, columns), len(columns[0])
+        sides, count = host.Sides(problem, problem.students, columns, owned), len(columns[0])
         for place, (s, t) in enumerate(problem.pairs):
             for strip in row_strips(rows, problem.dim):
                 shift_of_strip = None if shifts is None else shifts[place, strip]
@@ -40,8 +40,7 @@ def node_contrast(problem, columns, owned: bool, offset: int, keep_weighted: boo
 
 def _forward(problem, s, t, strip, sides, count, owned, offset, shift, shifts, out):
     losses, log_sums, weighted = out
-    student, partners = problem.students[s][strip], problem.teachers[t][strip]
-    own_similarities = (student * partners).sum(dim=1) if owned else losses.new_zeros(len(student))
+    own_similarities = sides.own_similarities[s * problem.T + t, strip]
     rows, columns = sides.students[s].rows[strip], sides.teachers[t]
     along, column_numbers = (x[s * problem.T + t] for x in sides.numbers)
     sums = torch.empty_like(own_similarities)
@@ -53,11 +52,11 @@ def _forward(problem, s, t, strip, sides, count, owned, offset, shift, shifts, o
             contrast_sums, S=problem.S, T=problem.T, KEEP=weighted is not None, OWN_SHIFT=shifts is not None,
             **constants,
         )(
-            grid, (rows,) * problem.S, (own_similarities,) * problem.T, (rows,) * problem.S,
-            (similarities,) * problem.T, (rows,) * problem.T, along[strip], column_numbers[piece], sums, weights,
-            sums if shifts is None else shifts, losses, log_sums, problem.dim, len(rows), piece.stop - piece.start,
-            offset + strip.start - piece.start, int(owned), 1 << (s * problem.T + t), 1, int(piece.start > 0),
-            int(piece.stop == count), problem.scale, shift,
+            grid, (rows,) * problem.S, (similarities,) * problem.T, (rows,) * problem.T, (rows,) * problem.T,
+            along[strip], column_numbers[piece], own_similarities, sums, weights, sums if shifts is None else shifts,
+            losses, log_sums, problem.dim, len(rows), piece.stop - piece.start, offset + strip.start - piece.start,
+            int(owned), 1 << (s * problem.T + t), 1, int(piece.start > 0), int(piece.stop == count), problem.scale,
+            shift,
         )  # fmt: skip
         if weighted is not None:
             weighted += multiply(weights, columns.rows[piece])[:, : problem.dim]
@@ -68,7 +67,7 @@ def _forward(problem, s, t, strip, sides, count, owned, offset, shift, shifts, o
         weighted += centre
         if owned:
             own_weights = torch.exp2(own_similarities * problem.scale - log_sums * LOG2E).to(weighted.dtype)
-            weighted += own_weights[:, None] * (partners - centre)
+            weighted += own_weights[:, None] * (problem.teachers[t][strip] - centre)
 
 
 def node_contrast_backward(
@@ -83,9 +82,11 @@ def node_contrast_backward(
     with on_device(upstream):
         of_students = of_teachers = None
         if any(needs[:S]) and not weighted.numel():
-            of_students = host.Sides(problem, problem.students, teachers)
+            of_students = host.Sides(problem, problem.students, teachers, owned[0])
         if any(needs[S:]) and column_side is not None:
-            of_teachers = of_students if is_whole and of_students else host.Sides(problem, students, problem.teachers)
+            of_teachers = (
+                of_students if is_whole and of_students else host.Sides(problem, students, problem.teachers, owned[1])
+            )
         for place, (s, t) in enumerate(problem.pairs):
             for strip in row_strips(problem.row_count, problem.dim):
                 g = (upstream[strip, s, t] / problem.temperature)[:, None]
@@ -135,8 +136,8 @@ def _add_sums(problem, s, t, strip, sides, count, offset, side, gradient, by_col
             contrast_gradients, STAGES=stages, PARTNERS=partners, BY_COLUMN=by_column, SCALED=problem.product.scaled,
             **constants,
         )(
-            grid, (rows,) * stages, (rows,) * partners, (rows,) * stages, (similarities,) * partners,
-            (rows,) * partners, numbers[0][strip], numbers[1][piece], *vectors_here, *vectors_here, (weights,), sums,
+            grid, (rows,) * stages, (similarities,) * partners, (rows,) * partners, (rows,) * partners,
+            numbers[0][strip], numbers[1][piece], sums, *vectors_here, *vectors_here, (weights,), sums,
             sums if power is None else power, problem.dim, len(rows), piece.stop - piece.start, offset - piece.start, 0,
             1 << (s * problem.T + t), 1 << (t if by_column else s), 1, int(piece.start > 0),
             1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,

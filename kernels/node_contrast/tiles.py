@@ -69,24 +69,32 @@ def length_of(count):
 
 @triton.jit(do_not_specialize=COUNTS)
 def cross_numbers(
-    rows, centres, student_numbers, teacher_numbers, dim, row_count, column_count, wanted, S: tl.constexpr,
-    T: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
+    rows, centres, student_numbers, teacher_numbers, own_rows, own_similarities, dim, row_count, column_count, count,
+    owned, wanted, S: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """p of the students and q of the teachers of every wanted pair, ``row_count`` and ``column_count`` of them."""
+    """p of the students and q of the teachers of every wanted pair, ``row_count`` and ``column_count`` of them, and x·y
+    of the ``count`` rows and own columns of ``own_rows``, 0 unless ``owned``.
+    """
     i = tl.program_id(0) * BLOCK_ROWS
-    pair, is_teacher = tl.program_id(1) % (S * T), tl.program_id(1) // (S * T)
-    own = tl.where(is_teacher == 1, S + pair % T, pair // T)
-    other = tl.where(is_teacher == 1, pair // T, S + pair % T)
-    count = tl.where(is_teacher == 1, column_count, row_count)
-    if ((number(wanted, tl.int64) >> pair) & 1 == 1) & (i < count):
-        total = tl.zeros([BLOCK_ROWS], SUM)
+    pair, kind = tl.program_id(1) % (S * T), tl.program_id(1) // (S * T)
+    student, teacher = pair // T, S + pair % T
+    is_wanted = (number(wanted, tl.int64) >> pair) & 1 == 1
+    total = tl.zeros([BLOCK_ROWS], SUM)
+    if is_wanted & (kind == 2):
         for k in range(0, dim, WIDTH):
-            x = load_tile(pick(rows, own), i, k, count, dim, BLOCK_ROWS, WIDTH)
+            x = load_tile(pick(own_rows, student), i, k, count * owned, dim, BLOCK_ROWS, WIDTH)
+            total += tl.sum(x * load_tile(pick(own_rows, teacher), i, k, count * owned, dim, BLOCK_ROWS, WIDTH), 1)
+        store_vector(own_similarities + number(pair, tl.int64) * count, total, i, count, BLOCK_ROWS)
+    elif is_wanted:
+        own, other = tl.where(kind == 1, teacher, student), tl.where(kind == 1, student, teacher)
+        stage_count = tl.where(kind == 1, column_count, row_count)
+        for k in range(0, dim, WIDTH):
+            x = load_tile(pick(rows, own), i, k, stage_count, dim, BLOCK_ROWS, WIDTH)
             m = load_vector(pick(centres, own), k, dim, WIDTH)
             n = load_vector(pick(centres, other), k, dim, WIDTH)
             total += tl.sum((x - 0.5 * m[None, :]) * n[None, :], 1)
-        out = pick((student_numbers, teacher_numbers), is_teacher) + number(pair, tl.int64) * length_of(count)
-        tl.store(out + i + tl.arange(0, BLOCK_ROWS), total)
+        out = pick((student_numbers, teacher_numbers), kind) + number(pair, tl.int64) * length_of(stage_count)
+        store_vector(out, total, i, stage_count, BLOCK_ROWS)
 
 
 @triton.jit
@@ -128,49 +136,46 @@ def add_weights(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_sums(
-    students, partners, rows, columns, centres, numbers, column_numbers, sums, weighted, shifts, losses, log_sums, dim,
-    row_count, column_count, offset, owned, wanted, parts, accumulate, is_last, scale: tl.float64, shift: tl.float64,
-    S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, STRIP: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    rows, columns, centres, partners, numbers, column_numbers, own_similarities, sums, weighted, shifts, losses,
+    log_sums, dim, row_count, column_count, offset, owned, wanted, parts, accumulate, is_last, scale: tl.float64,
+    shift: tl.float64, S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr,
+    STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z and, with KEEP, W of one wanted pair over the part's columns; complete, they become losses and log-sums.
 
-    students, partners: the rows of both sides as they are; row i's partner is its own column i + offset if ``owned``.
     rows, columns: x̂ and ŷ; centres: n; numbers, column_numbers: p and q of every pair.
+    partners: y as they are; row i's is its own column i + offset, if ``owned``, and ``own_similarities`` is x·y.
     With STRIP the columns are strips of x̂·ŷ [row_count, column_count], of the columns from the first one on if not
-    ``accumulate``, up to the last one if ``is_last``; the numbers are theirs, ``partners`` the similarities to the own
-    columns and W is a strip of weights.
+    ``accumulate``, up to the last one if ``is_last``; numbers are of that pair alone and W is a strip of weights of all
+    columns but the own one.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     place = tl.program_id(1) // parts
     part = tl.program_id(1) % parts
     pair = nth_set_bit(number(wanted, tl.int64), place, S * T)
-    teacher, partner = pick(columns, pair % T), pick(partners, pair % T)
+    teacher = pick(columns, pair % T)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     scale = number(scale, SUM)
     if OWN_SHIFT:
         row_shift = load_vector(shifts + number(place, tl.int64) * row_count, i, row_count, BLOCK_ROWS)
     else:
         row_shift = tl.zeros([BLOCK_ROWS], SUM) + number(shift, SUM)
-    # Before the walk, when registers are free.
-    if STRIP:
-        own_similarity = load_vector(partner, i, row_count, BLOCK_ROWS)
-        mine = own_similarity
-    else:
-        numbers += number(pair, tl.int64) * length_of(row_count)
-        column_numbers += number(pair, tl.int64) * length_of(column_count)
-        x = load_rows(pick(students, pair // T), i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
-        y = load_rows(partner, i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
-        own_similarity = tl.sum(x * y, 1)
-        mine = load_block(pick(rows, pair // T), i, BLOCK_ROWS, WIDTH)
+    of_pair = number(0, tl.int64) if STRIP else number(pair, tl.int64)
+    numbers += of_pair * length_of(row_count)
+    column_numbers += of_pair * length_of(column_count)
+    own_similarity = load_vector(own_similarities + of_pair * row_count, i, row_count, BLOCK_ROWS)
     is_first = (part == 0) & (accumulate == 0)
     own_weight = tl.where(is_first & (owned != 0), tl.exp2(own_similarity * scale - row_shift), 0.0)
     pair_rows = (number(part, tl.int64) * (tl.num_programs(1) // parts) + place) * row_count
     z = load_vector(sums + pair_rows, i, row_count * accumulate, BLOCK_ROWS) + own_weight
+    mine = z
     total = z
-    if KEEP and not STRIP:
-        total = own_weight[:, None] * (y - load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :])
+    if not STRIP:
+        if KEEP:
+            y = load_rows(pick(partners, pair % T), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
+            total = own_weight[:, None] * (y - load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :])
+        mine = load_block(pick(rows, pair // T), i, BLOCK_ROWS, WIDTH)
     level = row_shift - load_vector(numbers, i, row_count, BLOCK_ROWS) * scale
     whole, first, crossed, ragged = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in range(whole - crossed):
@@ -210,7 +215,7 @@ def store_contrast(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_losses(
-    students, partners, centres, sums, weighted, out, shifts, losses, log_sums, dim, row_count, owned, wanted, parts,
+    centres, own_similarities, sums, weighted, out, shifts, losses, log_sums, dim, row_count, owned, wanted, parts,
     scale: tl.float64, shift: tl.float64, S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -227,15 +232,14 @@ def contrast_losses(
     z = tl.zeros([BLOCK_ROWS], SUM)
     for part in range(parts):
         z += load_vector(sums + pair_rows + part * stride, i, row_count, BLOCK_ROWS)
-    rows = load_rows(pick(students, pair // T), i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
-    partner = load_rows(pick(partners, pair % T), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
-    store_contrast(z, row_shift, tl.sum(rows * partner, 1) * number(scale, SUM), losses + pair, log_sums + pair_rows, i,
-                   row_count, owned, S * T, BLOCK_ROWS)  # fmt: skip
+    own_similarity = load_vector(own_similarities + number(pair, tl.int64) * row_count, i, row_count, BLOCK_ROWS)
+    store_contrast(z, row_shift, own_similarity * number(scale, SUM), losses + pair, log_sums + pair_rows, i, row_count,
+                   owned, S * T, BLOCK_ROWS)  # fmt: skip
     if KEEP:
         total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
         for part in range(parts):
             total += load_rows(weighted + (pair_rows + part * stride) * dim, i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
-        total = total / z[:, None] + load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :]
+        total = total * (1 / z)[:, None] + load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :]
         store_rows(out + pair_rows * dim, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
 
 
@@ -291,7 +295,7 @@ def add_pair(
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_gradients(
-    stages, partners, rows, columns, centres, numbers, column_numbers, upstream, shifts, ratios, own_upstream,
+    rows, columns, centres, partners, numbers, column_numbers, own_similarities, upstream, shifts, ratios, own_upstream,
     own_shifts, own_ratios, gradients, weight_sums, power, dim, row_count, column_count, offset, owned, wanted, needed,
     parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64, STAGES: tl.constexpr,
     PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
@@ -367,11 +371,11 @@ def contrast_gradients(
                 place = set_bits_below(bits, pair, STAGES * PARTNERS)
                 inside = (row < row_count) & (((bits >> pair) & 1) == 1)
                 g = tl.load(own_upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0)
-                x = load_rows(pick(stages, stage), i, row_count, dim, BLOCK_ROWS, WIDTH, SUM)
+                c = tl.load(own_similarities + number(pair, tl.int64) * row_count + row, mask=inside, other=0)
                 own = load_rows(pick(partners, n), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
                 shift = tl.load(own_shifts + place * row_count + row, mask=inside, other=0)
                 ratio = tl.load(own_ratios + place * row_count + row, mask=inside & (column_count > 0), other=0)
-                weight = ratio * tl.exp2(tl.sum(x * own, 1) * scale - shift)
+                weight = ratio * tl.exp2(c * scale - shift)
                 total += (g * number(inverse_temperature, SUM) * (weight - 1))[:, None] * own
         out = pick(gradients, tl.program_id(1) // parts) + number(part, tl.int64) * row_count * dim
         store_rows(out, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
