@@ -63,8 +63,9 @@ def large_plan(work: Work) -> Plan:
         return Plan(kernels, 2 * stages)
     if work.op == "node_contrast":
         if keeps_weighted(work):
-            return Plan(("contrast_sums",), stages) if forward else Plan(("contrast_differences",))
-        return Plan(("contrast_sums without weighted",) if forward else ("contrast_gradients of students",), stages)
+            return Plan(("contrast_sums",), 2 * stages) if forward else Plan(("contrast_differences",))
+        kernels = ("contrast_sums without weighted",) if forward else ("contrast_gradients of students",)
+        return Plan(kernels, 2 * stages)
     if work.op == "unit_rows":
         return Plan(("unit_rows_forward" if forward else "unit_rows_gradient",))
     # Operands of the nodes and of one (H) or two (H', G') lists of values.
@@ -75,8 +76,9 @@ def large_plan(work: Work) -> Plan:
 
 
 def second_order_plan(work: Work) -> Plan:
-    """Students, or nodes and messages, move. Rows and their tangents are copied for every pass, columns and theirs for
-    every pass and strip of rows. Not counted: sums and products of vectors, and unit_rows', which PyTorch makes.
+    """Students, or nodes and messages, move. Rows and their tangents are copied for every pass, columns and theirs too,
+    and in relation_kl and graph_conv for every strip of rows. Not counted: sums and products of vectors, and
+    unit_rows', which PyTorch makes.
     """
     from gkd_fast.kernels.common.strips import strip_rows
 
@@ -88,7 +90,7 @@ def second_order_plan(work: Work) -> Plan:
         kernels = ("contrast_double_gradients of students, student moving",)
         if not keeps_weighted(work):
             kernels = ("contrast_tangent_sums, student moving", *kernels)
-        return Plan(kernels, len(kernels) * stages**2 * (2 + strips), stages**2)
+        return Plan(kernels, len(kernels) * stages**2 * 4, stages**2)
     if work.op == "unit_rows":
         return Plan()
     weights, gradients = "graph_tangent_weights", "graph_double_gradients, nodes and messages moving"

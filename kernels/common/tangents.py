@@ -136,11 +136,6 @@ def converted(x: Tensor, product: Product) -> Tensor:
     return x.to(product.torch_type)
 
 
-def rounded(x: Tensor, product: Product) -> Tensor:
-    """x as the tiles' operands are rounded."""
-    return x.to(product.torch_type).to(x.dtype)
-
-
 class Directions:
     """The directions of the stages, of rows and columns; None where a stage stands still.
 

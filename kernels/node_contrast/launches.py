@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
+    Product,
     architecture,
     cdiv,
     divide,
@@ -88,34 +89,36 @@ class Problem:
             "num_warps": config.warps, "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
 
+    def sides(self, students: list[Tensor], teachers: list[Tensor], owned: bool) -> "Sides":
+        width = stored_width(self.dim, self.is_wide)
+        own = [*self.students, *self.teachers]
+        return Sides(self.product, width, students, teachers, own, owned, self.wanted)
+
     def epilogue_constants(self) -> dict:
         return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
 
 
 class Sides:
-    """The operands of both sides, every stage about its mean, the numbers p and q of every pair, and the similarities
-    of the problem's rows and their own columns, 0 unless ``owned``.
+    """The operands of both sides, every stage about its mean, the numbers p and q of every wanted pair, and the
+    similarities of the problem's rows (``own``, of both sides) and their own columns, 0 unless ``owned``.
     """
 
-    def __init__(self, problem: Problem, students: list[Tensor], teachers: list[Tensor], owned: bool):
-        rows, S = [*students, *teachers], problem.S
-        width = [stored_width(problem.dim, problem.is_wide)] * len(rows)
-        if len(students[0]) == len(teachers[0]):
-            made = centred(rows, problem.product, width)
+    def __init__(
+        self, product: Product, width: int, students: list[Tensor], teachers: list[Tensor], own: list[Tensor],
+        owned: bool, wanted: int,
+    ):  # fmt: skip
+        rows, S, T = [*students, *teachers], len(students), len(teachers)
+        counts, widths = (len(students[0]), len(teachers[0])), [width] * len(rows)
+        if counts[0] == counts[1]:
+            made = centred(rows, product, widths)
         else:
-            made = [*centred(students, problem.product, width[:S]), *centred(teachers, problem.product, width[S:])]
+            made = [*centred(students, product, widths[:S]), *centred(teachers, product, widths[S:])]
         self.students, self.teachers = made[:S], made[S:]
-        self.numbers = tuple(
-            x[0].numbers.new_empty(S * problem.T, len(x[0].rows)) for x in (self.students, self.teachers)
-        )
-        self.own_similarities = students[0].new_empty(S * problem.T, problem.row_count)
-        count = max(len(students[0]), len(teachers[0]))
-        launch(
-            cross_numbers, S=S, T=problem.T, WIDTH=BLOCK_WIDTH, BLOCK_ROWS=BLOCK_ROWS, SUM=problem.product.SUM
-        )(
-            (cdiv(count, BLOCK_ROWS), 3 * S * problem.T), tuple(rows), tuple(x.centre for x in made), *self.numbers,
-            (*problem.students, *problem.teachers), self.own_similarities, problem.dim, len(students[0]),
-            len(teachers[0]), problem.row_count, int(owned), problem.wanted,
+        self.numbers = tuple(x[0].numbers.new_empty(S * T, len(x[0].rows)) for x in (self.students, self.teachers))
+        self.own_similarities = own[0].new_empty(S * T, len(own[0]))
+        launch(cross_numbers, S=S, T=T, WIDTH=BLOCK_WIDTH, BLOCK_ROWS=BLOCK_ROWS, SUM=product.SUM)(
+            (cdiv(max(counts), BLOCK_ROWS), 3 * S * T), tuple(rows), tuple(x.centre for x in made), *self.numbers,
+            tuple(own), self.own_similarities, rows[0].shape[1], *counts, len(own[0]), int(owned), wanted,
         )  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def node_contrast(
         own_shift, shift, shifts = row_shifts(problem, columns)
         keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
         shifts = losses if shifts is None else shifts
-        sides = Sides(problem, problem.students, columns, owned)
+        sides = problem.sides(problem.students, columns, owned)
         centres, own_similarities = tuple(y.centre for y in sides.teachers), sides.own_similarities
         launch(contrast_sums, **keep, **problem.constants(config))(
             (row_blocks, num_pairs * parts), tuple(x.rows for x in sides.students),
@@ -223,12 +226,12 @@ def node_contrast_backward(
                 of_columns = column_side[0], *shifts_and_ratios(column_side[1], upstream, problem.product.SUM)
         sides = None
         if of_students:
-            sides = Sides(problem, problem.students, all_teachers, owned[0])
+            sides = problem.sides(problem.students, all_teachers, owned[0])
             _gradients(problem, sides, len(all_teachers[0]), owned[0], offset, own_side, own_side, of_students,
                        needs[:S], False)  # fmt: skip
         if of_teachers:
             if has_columns or sides is None:
-                sides = Sides(problem, all_students, problem.teachers, owned[1])
+                sides = problem.sides(all_students, problem.teachers, owned[1])
             _gradients(problem, sides, len(all_students[0]), owned[1], offset, own_side, of_columns, of_teachers,
                        needs[S:], True)  # fmt: skip
     return gradients

@@ -29,7 +29,7 @@ def node_contrast(problem, columns, owned: bool, offset: int, keep_weighted: boo
     weighted = x.new_zeros(len(problem.pairs), rows, problem.dim) if keep_weighted else x.new_empty(0)
     with on_device(x):
         own_shift, shift, shifts = host.row_shifts(problem, columns)
-        sides, count = host.Sides(problem, problem.students, columns, owned), len(columns[0])
+        sides, count = problem.sides(problem.students, columns, owned), len(columns[0])
         for place, (s, t) in enumerate(problem.pairs):
             for strip in row_strips(rows, problem.dim):
                 shift_of_strip = None if shifts is None else shifts[place, strip]
@@ -82,10 +82,10 @@ def node_contrast_backward(
     with on_device(upstream):
         of_students = of_teachers = None
         if any(needs[:S]) and not weighted.numel():
-            of_students = host.Sides(problem, problem.students, teachers, owned[0])
+            of_students = problem.sides(problem.students, teachers, owned[0])
         if any(needs[S:]) and column_side is not None:
             of_teachers = (
-                of_students if is_whole and of_students else host.Sides(problem, students, problem.teachers, owned[1])
+                of_students if is_whole and of_students else problem.sides(students, problem.teachers, owned[1])
             )
         for place, (s, t) in enumerate(problem.pairs):
             for strip in row_strips(problem.row_count, problem.dim):
