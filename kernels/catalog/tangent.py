@@ -73,11 +73,12 @@ def _node_contrast() -> Iterator[tuple]:
 
 def _relation_kl(S: int, T: int) -> Iterator[tuple]:
     students, teachers = (1 << S) - 1, (1 << T) - 1 << S
-    stages = dict.fromkeys(("rows", "columns", "dims"), S + T)
+    stages = dict.fromkeys(("rows", "columns", "numbers", "column_numbers", "dims"), S + T)
     for moving, bits in (("students", students), ("both", students | teachers)):
         count = bits.bit_count()
         constants = {"S": S, "T": T, "MOVING": bits, "OWN_SHIFT": False}
-        lists = stages | {"row_tangents": count, "column_tangents": count}
+        of_moving = ("row_tangents", "column_tangents", "row_along", "column_along")
+        lists = stages | dict.fromkeys(of_moving, count)
         loops = (3,) * count + (1,) * (S + T - count)
         work = loops, 2 * (S + T)
         yield (

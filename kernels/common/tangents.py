@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import strips, table
-from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Piece, Product, column_pieces, matrices, power_of_two
+from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Product, matrices, power_of_two
 from gkd_fast.kernels.common.operands import Operand
 from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips
 from gkd_fast.kernels.common.tile import add_product, add_tile_product, convert, load_numbers, load_tile, store_tile
@@ -100,11 +100,6 @@ def tiling(kernel: str, arch: str, product: Product, rows: int, columns: int) ->
 def column_pieces_of(count: int, product: Product, rows: int, weights: int) -> Iterator[slice]:
     """As many columns at a time as ``weights`` strips of ``rows`` rows may have."""
     return column_strips(count, columns_at_a_time(product, rows, weights))
-
-
-def pieces(columns: Sequence[Tensor], product: Product, rows: int, weights: int) -> Iterator[Piece]:
-    """The columns in the product's type, as many at a time as ``weights`` strips of ``rows`` rows may have."""
-    return column_pieces(columns, product.torch_type, most=columns_at_a_time(product, rows, weights))
 
 
 def columns_at_a_time(product: Product, rows: int, weights: int) -> int:

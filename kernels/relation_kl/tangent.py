@@ -1,19 +1,19 @@
 """relation_kl's second order on GPUs: the launches of ``tangent_tiles``, in groups of stages."""
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import Piece, on_device
+from gkd_fast.kernels.common.launch import on_device
 from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.operands import Operand, operands
 from gkd_fast.kernels.common.tangents import (
     Directions,
-    add_weighted,
-    converted,
+    add_gathered,
+    column_pieces_of,
     new_strip,
-    pieces,
     row_blocks,
     spread,
     tiling,
@@ -46,31 +46,49 @@ class MovingProblem(Problem):
     def moving(self, stages: list[int]) -> list[int]:
         return [q for q in stages if self.row_tangents[q] is not None]
 
-    def blocks(self) -> Iterator[tuple[slice, "MovingProblem"]]:
-        """The rows of one strip after another, in the product's type."""
-        for block in row_blocks(self.row_count, self.widest):
-            part = copy.copy(self)
-            part.rows = [converted(x[block], self.product) for x in self.rows]
-            part.row_tangents = [x if x is None else converted(x[block], self.product) for x in self.row_tangents]
-            part.offset, part.row_count = self.offset + block.start, len(part.rows[0])
-            yield block, part
+    @cached_property
+    def moving_operands(self) -> tuple[dict[int, Operand], dict[int, Operand]]:
+        """The tangents of rows and of columns, as they are, with their products with the columns' centres."""
+        rows = columns = self._along(self.column_tangents)
+        if self.has_columns:
+            rows = self._along(self.row_tangents)
+        return rows, columns
 
-    def moving_pieces(self, stages: list[int], weights: int) -> Iterator[Piece]:
-        """The columns, and after them the tangents of those that move."""
-        tangents = [self.column_tangents[q] for q in self.moving(stages)]
-        return pieces([*(self.columns[q] for q in stages), *tangents], self.product, self.row_count, weights)
+    def _along(self, tangents: Sequence[Tensor | None]) -> dict[int, Operand]:
+        moving, widths = self.moving(range(len(self.rows))), self.stored_widths()
+        centres = [self.operands[1][q].centre for q in moving]
+        made = operands([tangents[q] for q in moving], self.product, [widths[q] for q in moving], None, others=centres)
+        return dict(zip(moving, made, strict=True))
 
-    def launch(self, kernel, students: list[int], teachers: list[int], piece: Piece, *arguments, **constants):
+    def blocks(self) -> list[slice]:
+        """The rows of one strip after another."""
+        return row_blocks(self.row_count, self.widest)
+
+    def columns_of(self, block: slice, weights: int) -> Iterator[slice]:
+        """As many columns at a time as ``weights`` strips of a block of rows may have."""
+        return column_pieces_of(self.column_count, self.product, block.stop - block.start, weights)
+
+    def column_blocks(self, kernel, piece: slice) -> int:
+        """Blocks of columns, each of which has sums of its own."""
+        return tiling(kernel.__name__, self.arch, self.product, 1, piece.stop - piece.start)[0][0]
+
+    def launch(self, kernel, students, teachers, block: slice, piece: slice, *arguments, **constants):
         stages = self.stages(students, teachers)
         moving = self.moving(stages)
-        grid, common = tiling(kernel.__name__, self.arch, self.product, self.row_count, piece.count)
+        counts = block.stop - block.start, piece.stop - piece.start
+        grid, common = tiling(kernel.__name__, self.arch, self.product, *counts)
         moves = sum(1 << k for k, q in enumerate(stages) if q in moving)
+        rows, columns = ([x[q][here] for q in stages] for x, here in zip(self.operands, (block, piece), strict=True))
+        row_tangents, column_tangents = (
+            [x[q][here] for q in moving] for x, here in zip(self.moving_operands, (block, piece), strict=True)
+        )
+        sets = rows, row_tangents, columns, column_tangents
         launch(
             kernel, S=len(students), T=len(teachers), MOVING=moves, OWN_SHIFT=self.own_shift, **common, **constants
         )(
-            grid, tuple(self.rows[q] for q in stages), tuple(self.row_tangents[q] for q in moving),
-            piece.matrices[: len(stages)], piece.matrices[len(stages) :], tuple(self.rows[q].shape[1] for q in stages),
-            *arguments, self.row_count, piece.count, self.offset - piece.start, self.inner, self.outer,
+            grid, *(tuple(x.rows for x in of) for of in sets), *(tuple(x.numbers for x in of) for of in sets),
+            tuple(x.rows.shape[1] for x in rows), *arguments, *counts, self.offset + block.start - piece.start,
+            self.inner, self.outer,
         )  # fmt: skip
 
 
@@ -89,8 +107,8 @@ def relation_kl_tangent(
     with on_device(losses):
         for group in problem.groups():
             if problem.moving(problem.stages(*group)):
-                for block, part in problem.blocks():
-                    _move_group(part, *group, log_sums[:, block], losses[block], levels[block], [
+                for block in problem.blocks():
+                    _move_group(problem, *group, block, log_sums[:, block], losses[block], levels[block], [
                         moved[0][block], moved[1][:, block], moved[2][:, block]
                     ])  # fmt: skip
     return tuple(problem.directions.divided(x) for x in moved)
@@ -101,17 +119,16 @@ def _span(stages: list[int]) -> slice:
     return slice(stages[0], stages[-1] + 1)
 
 
-def _move_group(problem: MovingProblem, students, teachers, log_sums, losses, levels, out):
-    """Writes the tangents of one group's losses and log-sums."""
+def _move_group(problem: MovingProblem, students, teachers, block, log_sums, losses, levels, out):
+    """Writes the tangents of one group's losses and log-sums at a block of rows."""
     stages, S, T = problem.stages(students, teachers), len(students), len(teachers)
     of_stages = torch.cat([log_sums[_span(students)], log_sums[_span(stages[S:])]])
     shifts = (of_stages * LOG2E).to(losses.dtype)
     of_pairs = levels[:, _span(students), _span(teachers)].permute(2, 1, 0).to(losses.dtype).contiguous()
-    sums = log_sums.new_zeros(2 * (S + T) + S * T, problem.row_count)
-    for piece in problem.moving_pieces(stages, weights=1):
-        blocks = tiling("relation_tangent_sums", problem.arch, problem.product, 1, piece.count)[0][0]
-        partial = losses.new_empty(blocks, *sums.shape)
-        problem.launch(relation_tangent_sums, students, teachers, piece, partial, shifts, of_pairs)
+    sums = log_sums.new_zeros(2 * (S + T) + S * T, block.stop - block.start)
+    for piece in problem.columns_of(block, weights=1):
+        partial = losses.new_empty(problem.column_blocks(relation_tangent_sums, piece), *sums.shape)
+        problem.launch(relation_tangent_sums, students, teachers, block, piece, partial, shifts, of_pairs)
         sums += partial.sum(dim=0, dtype=torch.float64)
     moved_losses, student_log_sums, teacher_log_sums = out
     if problem.has_columns:
@@ -226,26 +243,25 @@ def _add_gradients(problem: MovingProblem, students, teachers, needed, sides, gr
     column_factors = row_factors
     if problem.has_columns:
         column_factors = _moving_factors(problem, students, teachers, sides[1], problem.column_count, power)
-    for block, part in problem.blocks():
-        _add_block(part, students, teachers, needed, wanted, row_factors[:, block].contiguous(), column_factors,
-                   [gradients[q][block] for q in needed])  # fmt: skip
+    for block in problem.blocks():
+        _add_block(problem, students, teachers, needed, wanted, block, row_factors[:, block].contiguous(),
+                   column_factors, [gradients[q][block] for q in needed])  # fmt: skip
 
 
-def _add_block(problem: MovingProblem, students, teachers, needed, wanted, row_factors, column_factors, out):
-    stages = problem.stages(students, teachers)
-    moving = problem.moving(stages)
-    moved = [q for q in needed if q in moving]
-    for piece in problem.moving_pieces(stages, weights=len(needed) + len(moved)):
-        strips, still = (
-            tuple(new_strip(problem.rows[q], problem.row_count, piece.count) for q in of) for of in (needed, moved)
+def _add_block(problem: MovingProblem, students, teachers, needed, wanted, block, row_factors, column_factors, out):
+    moved = problem.moving(needed)
+    columns, tangents = problem.operands[1], problem.moving_operands[1]
+    for piece in problem.columns_of(block, weights=len(needed) + len(moved)):
+        shape = block.stop - block.start, piece.stop - piece.start
+        strips, still = (tuple(new_strip(columns[q].rows, *shape) for q in of) for of in (needed, moved))
+        sums = row_factors.new_empty(
+            problem.column_blocks(relation_double_gradients, piece), len(needed), block.stop - block.start
         )
-        here = slice(piece.start, piece.start + piece.count)
         problem.launch(
-            relation_double_gradients, students, teachers, piece, strips, still or strips, row_factors,
-            column_factors[:, here].contiguous(), WANTED=wanted,
+            relation_double_gradients, students, teachers, block, piece, strips, still or strips, sums, row_factors,
+            column_factors[:, piece].contiguous(), WANTED=wanted,
         )  # fmt: skip
-        columns = dict(zip(stages, piece.matrices))
-        tangents = dict(zip(moving, piece.matrices[len(stages) :], strict=True))
-        for of, values, weights in ((needed, columns, strips), (moved, tangents, still)):
-            for q, x in zip(of, weights, strict=True):
-                add_weighted(out[needed.index(q)], x, values[q])
+        for k, (q, weights) in enumerate(zip(needed, strips, strict=True)):
+            add_gathered(out[k], weights, columns[q], piece, sums[:, k])
+        for q, weights in zip(moved, still, strict=True):
+            add_gathered(out[needed.index(q)], weights, tangents[q], piece)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2
-from gkd_fast.kernels.common.tangents import HARDWARE_ONLY, similarities, store_strip
+from gkd_fast.kernels.common.tangents import HARDWARE_ONLY, both_sides_numbers, similarities, store_strip
 from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, load_vector, number, place_among, store_vector
 from gkd_fast.kernels.relation_kl.gradient_tiles import both_sides, column_factor, num_factors, relation_weights
 from gkd_fast.kernels.relation_kl.tiles import relations
@@ -15,28 +15,33 @@ from gkd_fast.kernels.relation_kl.tiles import relations
 
 @triton.jit
 def stage_similarities(
-    rows, row_tangents, columns, column_tangents, dims, q: tl.constexpr, i, j, row_count, column_count,
-    MOVING: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH:
-    tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr,
+    rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+    q: tl.constexpr, i, j, row_count, column_count, MOVING: tl.constexpr, APART: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """c and ċ of stage q's tile."""
+    """c − 1 and ċ of stage q's tile; numbers are distances, and of tangents products with the stage's centre."""
+    near = both_sides_numbers(numbers[q], column_numbers[q], i, j, BLOCK_ROWS, BLOCK_COLUMNS)
     if (MOVING >> q) & 1:
-        return similarities(
-            rows[q], row_tangents[place_among(MOVING, q)], columns[q], column_tangents[place_among(MOVING, q)], i, j,
-            row_count, column_count, dims[q], True, True, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
+        place: tl.constexpr = place_among(MOVING, q)
+        c, moving = similarities(
+            rows[q], row_tangents[place], columns[q], column_tangents[place], i, j, row_count, column_count, dims[q],
+            True, True, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
         )  # fmt: skip
+        along = both_sides_numbers(row_along[place], column_along[place], i, j, BLOCK_ROWS, BLOCK_COLUMNS)
+        return c - near, moving + along
     else:
-        return similarities(
+        c, moving = similarities(
             rows[q], rows[q], columns[q], columns[q], i, j, row_count, column_count, dims[q], False, False, APART,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
         )  # fmt: skip
+        return c - near, moving
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_tangent_sums(
-    rows, row_tangents, columns, column_tangents, dims, sums, shifts, levels, row_count, column_count, offset,
+    rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+    sums, shifts, levels, row_count, column_count, offset,
     inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, MOVING: tl.constexpr,
     OWN_SHIFT: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH:
     tl.constexpr,
@@ -55,11 +60,12 @@ def relation_tangent_sums(
     students = ()
     for q in tl.static_range(S + T):
         c, moving = stage_similarities(
-            rows, row_tangents, columns, column_tangents, dims, q, i, j, row_count, column_count, MOVING, APART,
+            rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+            q, i, j, row_count, column_count, MOVING, APART,
             BLOCK_ROWS,
             BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
         )  # fmt: skip
-        r = relations(c * inner - inner, i, j, offset, column_count, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY,
+        r = relations(c * inner, i, j, offset, column_count, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY,
                       None)  # fmt: skip
         if OWN_SHIFT:
             shift = load_vector(shifts + q * number(row_count, tl.int64), i, row_count, BLOCK_ROWS)[:, None]
@@ -84,7 +90,8 @@ def relation_tangent_sums(
 
 @triton.jit
 def stage_tangents(
-    rows, row_tangents, columns, column_tangents, dims, q: tl.constexpr, i, j, row_count, column_count, offset,
+    rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+    q: tl.constexpr, i, j, row_count, column_count, offset,
     row_factors, column_factors, inner, outer, S: tl.constexpr, T: tl.constexpr, MOVING: tl.constexpr, OWN_SHIFT:
     tl.constexpr,
     APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM:
@@ -93,10 +100,11 @@ def stage_tangents(
 ):  # fmt: skip
     """R, U_ij, U_ji and υ of stage q's tile."""
     c, moving = stage_similarities(
-        rows, row_tangents, columns, column_tangents, dims, q, i, j, row_count, column_count, MOVING, APART, BLOCK_ROWS,
+        rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+        q, i, j, row_count, column_count, MOVING, APART, BLOCK_ROWS,
         BLOCK_COLUMNS, BLOCK_WIDTH, SUM, PRECISION,
     )  # fmt: skip
-    r = relations(c * inner - inner, i, j, offset, column_count, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY, None)
+    r = relations(c * inner, i, j, offset, column_count, 0.0, BLOCK_ROWS, BLOCK_COLUMNS, HARDWARE_ONLY, None)
     shift = 0.0
     if OWN_SHIFT:
         shift = row_factor(row_factors, S + T * S + T + q, i, row_count, BLOCK_ROWS)
@@ -132,13 +140,15 @@ def moving_factor(
 
 @triton.jit(do_not_specialize=COUNTS)
 def relation_double_gradients(
-    rows, row_tangents, columns, column_tangents, dims, moving, still, row_factors, column_factors, row_count,
+    rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+    moving, still, sums, row_factors, column_factors, row_count,
     column_count, offset, inner: tl.float64, outer: tl.float64, S: tl.constexpr, T: tl.constexpr, WANTED: tl.constexpr,
     MOVING: tl.constexpr, OWN_SHIFT: tl.constexpr, APART: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS:
     tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strips of M˙ (``moving``) of the stages whose bit of WANTED is set, and of M (``still``) where they move.
+    """Strips of M˙ (``moving``) of the stages whose bit of WANTED is set, and of M (``still``) where they move;
+    sums[column block, wanted stage, i]: of M˙.
 
     The factors are those of ``relation_gradients`` and after them the tangents of α, β and η. Of students
     X˙ = [α]˙ − Σ_t [β]˙, where [f] = U_ij f_i + U_ji f_j and [f]˙ = [ḟ] + ρ [f]; of teachers, with Δ = (R^t − R^s)/τ,
@@ -153,7 +163,8 @@ def relation_double_gradients(
     teachers = ()
     for t in tl.static_range(T):
         stage = stage_tangents(
-            rows, row_tangents, columns, column_tangents, dims, S + t, i, j, row_count, column_count, offset,
+            rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+            S + t, i, j, row_count, column_count, offset,
             row_factors,
             column_factors, inner, outer, S, T, MOVING, OWN_SHIFT, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, SUM,
             PRECISION,
@@ -175,7 +186,8 @@ def relation_double_gradients(
     for s in tl.static_range(S):
         if (WANTED >> S) | ((WANTED >> s) & 1):
             stage = stage_tangents(
-                rows, row_tangents, columns, column_tangents, dims, s, i, j, row_count, column_count, offset,
+                rows, row_tangents, columns, column_tangents, numbers, row_along, column_numbers, column_along, dims,
+                s, i, j, row_count, column_count, offset,
                 row_factors,
                 column_factors, inner, outer, S, T, MOVING, OWN_SHIFT, APART, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
                 SUM,
@@ -187,7 +199,8 @@ def relation_double_gradients(
                     (MOVING >> s) & 1, OWN_SHIFT, BLOCK_ROWS, BLOCK_COLUMNS,
                 )  # fmt: skip
                 behind = crossed[place_among(WANTED, s)]
-                store_weights(stage, x[0] - behind[0], x[1] - behind[1], moving, still, i, j, row_count, column_count,
+                store_weights(stage, x[0] - behind[0], x[1] - behind[1], moving, still, sums,
+                              i, j, row_count, column_count,
                               s, WANTED, MOVING, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)  # fmt: skip
             if WANTED >> S:
                 students = students + (stage,)
@@ -213,21 +226,25 @@ def relation_double_gradients(
                     x_tangent += stage[0] * stage[3] * (outer * LN2) * beta[0]
                 if (MOVING >> s) & 1:
                     x_tangent -= students[s][0] * students[s][3] * (outer * LN2) * beta[0]
-            store_weights(stage, x, x_tangent, moving, still, i, j, row_count, column_count, S + t, WANTED, MOVING,
+            store_weights(stage, x, x_tangent, moving, still, sums,
+                          i, j, row_count, column_count, S + t, WANTED, MOVING,
                           BLOCK_ROWS, BLOCK_COLUMNS, TYPE)  # fmt: skip
 
 
 @triton.jit
 def store_weights(
-    stage, x, x_tangent, moving, still, i, j, row_count, column_count, q: tl.constexpr, WANTED: tl.constexpr,
+    stage, x, x_tangent, moving, still, sums, i, j, row_count, column_count, q: tl.constexpr, WANTED: tl.constexpr,
     MOVING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """M˙ = υ M + R X˙ and, where the stage moves, M = R X of stage q's tile."""
+    """M˙ = υ M + R X˙, its sums, and where the stage moves M = R X of stage q's tile."""
     tangent = stage[0] * x_tangent
     if (MOVING >> q) & 1:
         m = stage[0] * x
         tangent += stage[3] * m
         out = still[place_among(WANTED & MOVING, q)]
         store_strip(out, m, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
-    out = moving[place_among(WANTED, q)]
+    place: tl.constexpr = place_among(WANTED, q)
+    of_rows = sums + (number(tl.program_id(0), tl.int64) * place_among(WANTED, 64) + place) * row_count
+    store_vector(of_rows, tl.sum(tangent, 1), i, row_count, BLOCK_ROWS)
+    out = moving[place]
     store_strip(out, tangent, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)

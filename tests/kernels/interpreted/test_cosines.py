@@ -83,10 +83,12 @@ def test_values_and_gradients(name, cosine, division, divided):
     assert max(largest_errors(name, cosine, division(divided), values_and_gradients)) <= 1e-2
 
 
-@each_function
-@pytest.mark.parametrize("cosine", [0, 0.99, 0.9999])
+@pytest.mark.parametrize("name", [*FUNCTIONS, "relation_kl"])
+@pytest.mark.parametrize("cosine", [0, 0.9, 0.99, 0.999, 0.9999])
 def test_second_order(name, cosine, division):
-    assert max(largest_errors(name, cosine, division("whole"), second_order)) <= 1e-2
+    """At cosine 0 rows differ by their length, and so do roundings of rows and directions: 1.8e-2 of relation_kl."""
+    bound = 2e-2 if (name, cosine) == ("relation_kl", 0) else 1e-2
+    assert max(largest_errors(name, cosine, division("whole"), second_order)) <= bound
 
 
 @pytest.mark.parametrize("name", LOSSES)
