@@ -49,6 +49,12 @@ OPS = {
             "pair_sums_tangent",
             "pair_sums_double_backward",
         ),
+        "pair_sums.graphs": (
+            "batched_pair_sums",
+            "batched_pair_sums_backward",
+            "batched_pair_sums_tangent",
+            "batched_pair_sums_double_backward",
+        ),
         "relation_kl.launches": ("relation_kl", "relation_kl_backward"),
         "relation_kl.tangent": ("relation_kl_tangent", "relation_kl_double_backward"),
         "rkd_angle.launches": ("rkd_angle", "rkd_angle_backward"),

@@ -1,5 +1,7 @@
 """The transforms of ``torch.func``: each gives what it gives on the reference, or an error that says what does."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
@@ -61,6 +63,41 @@ TRANSFORMS = {
     )(*stacked(x)),
     "autograd of vmap": lambda f, x: recorded(over_samples(f, len(x)), stacked(x)),
 }  # fmt: skip
+
+
+OF_RELATIONS = {
+    "info_nce": (lambda backend: partial(functional.info_nce, reduction="none", backend=backend), (4, 4)),
+    "rkd_angle": (lambda backend: partial(functional.rkd_angle, reduction="none", backend=backend), (4, 3)),
+    "similarity_preserving": (
+        lambda backend: partial(functional.similarity_preserving, norm=2, backend=backend),
+        (4, 3),
+    ),
+    "correlation": (lambda backend: partial(functional.correlation_congruence, squared=True, backend=backend), (4, 3)),
+}
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "vmap", "vmap of grad", "grad of vmap"])
+@pytest.mark.parametrize("name", OF_RELATIONS)
+def test_losses_over_relations(name, transform):
+    make, widths = OF_RELATIONS[name]
+    inputs = rows(7, *widths)
+    found, expected = (tree_leaves(TRANSFORMS[transform](make(b), inputs)) for b in (FUSED, "reference"))
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).abs().max() <= 1e-10 * max(1, y.abs().max())
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev"])
+@pytest.mark.parametrize("within", ["batch", "tokens"])
+@pytest.mark.parametrize("name", ["pkt", "rkd_distance", "similarity_preserving"])
+def test_losses_over_pairs_name_the_reference_which_is_transformed(name, within, transform):
+    def make(backend):
+        return partial(getattr(functional, name), within=within, reduction="none", backend=backend)
+
+    inputs = [x if within == "batch" else x.view(2, 3, -1) for x in rows(6, 4, 3)]
+    with pytest.raises(NotImplementedError, match=f"{name} is not transformed by torch.func .* backend=.reference."):
+        TRANSFORMS[transform](make(FUSED), inputs)
+    if within == "batch":
+        assert all(x.isfinite().all() for x in tree_leaves(TRANSFORMS[transform](make("reference"), inputs)))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -217,11 +217,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def refuse_transforms(op: str) -> None:
-    """Raise within a transform of ``torch.func``, which would take the tensors of a bank for its own."""
+def refuse_transforms(what: str) -> None:
+    """Raise within a transform of ``torch.func``, which takes apart neither the tensors of a bank nor an autograd
+    Function that saves what it has computed."""
     if transformed():
         raise NotImplementedError(
-            f'{op} over a bank is not transformed by torch.func on the fused backends; use backend="reference"'
+            f'{what} is not transformed by torch.func on the fused backends; use backend="reference"'
         )
 
 

@@ -241,5 +241,5 @@ def node_contrast(
     call = node_contrast_call(students, dtype, *settings, columns)
     if columns is None:
         return on_unit_rows([call], stages, [], dtype)[0]
-    refuse_transforms("node_contrast")
+    refuse_transforms("node_contrast over a bank")
     return NodeContrast.apply(columns, len(students), settings, call.keep, *unit_rows(stages, dtype))

@@ -244,5 +244,5 @@ def relation_kl(
     settings = temperature, bandwidth, product_precision
     if columns is None:
         return on_unit_rows([relation_kl_call(students, teachers, *settings)], stages, [], dtype)[0]
-    refuse_transforms("relation_kl")
+    refuse_transforms("relation_kl over a bank")
     return RelationKl.apply(columns, len(students), settings, *unit_rows(stages, dtype))

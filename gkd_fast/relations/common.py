@@ -169,7 +169,7 @@ def relation_losses(
     shards = shards_of(process_group, [students, teachers], told, more)
     if is_fused and op is not None:
         ops.refuse_forward_mode((students, teachers))
-        if more is not None:
+        if "pair_sums" in op:
             refuse_transforms(told[0])
     with autocast_disabled(students):
         s, t = students.to(dtype), teachers.to(dtype)

@@ -372,6 +372,8 @@ class _Builder:
         signature = {}
         for argument in fn.arg_names:
             kind = self._type(argument, of_columns)
+            if argument in ("row_counts", "column_counts") and constants["GRAPHS"]:
+                kind = "*i64"
             if argument in constants:
                 kind = "constexpr"
             elif argument in lists:

@@ -18,6 +18,8 @@ COUNTS = {"absolute_sums": 0, "distances": 0, "rkd_distance": 4, "polynomial": 3
 LOGARITHMS = {"pkt": (1, 2)}  # of sums and of weights
 # Norms of products as they are, beside which PyTorch multiplies in the rows' own type.
 OF_OWN_TYPE = ("absolute_sums",)
+# Those that are compiled for many graphs too: one of every number of sides, terms and sums.
+OF_GRAPHS = ("rkd_distance", "polynomial", "pkt")
 # Of a student alone, as beside a frozen teacher, and of both.
 MOVING = {"student": 1, "both": 3}
 
@@ -35,6 +37,9 @@ def pair_losses(build) -> Iterator:
         yield _sums(build, "pair_row_sums", "forward", kind, 0, logarithms[0])
         if kind != "distances":  # those that rkd_distance divides by; their slopes are in its own
             yield _weights(build, "pair_weights", "backward", kind, 0, logarithms[1])
+        if kind in OF_GRAPHS:
+            yield _sums(build, "pair_row_sums, of graphs", "forward", kind, 0, logarithms[0])
+            yield _weights(build, "pair_weights, of graphs", "backward", kind, 0, logarithms[1])
         if not has_tangents:
             continue
         for name, moving in MOVING.items():
@@ -86,7 +91,7 @@ def _common(build, name: str, direction: str, kind: str, moving: int):
     }  # fmt: skip
     constants = {
         "KIND": kind, "SIDES": sides, "TERMS": terms, "COUNT": COUNTS[kind], "MOVING": moving,
-        "TANGENT": direction == DIRECTION,
+        "TANGENT": direction == DIRECTION, "GRAPHS": name.endswith("of graphs"),
     }  # fmt: skip
     lists = dict.fromkeys(("rows", "row_tangents", "columns", "column_tangents", "dims"), sides)
     return config, sizes, sizes | constants, lists, sides + 2 * moving.bit_count()

@@ -36,10 +36,11 @@ def column_strips(count: int, step: int) -> Iterator[slice]:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a·b with sums and result in float32 (float64); float32 products follow PyTorch's own setting, not autocast."""
+    """a·b, or of many matrices each one's, with sums and result in float32 (float64); float32 products follow
+    PyTorch's own setting, not autocast."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype not in (torch.float16, torch.bfloat16):
             return a @ b
         if a.is_cuda:
-            return torch.mm(a, b, out_dtype=torch.float32)
+            return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
         return a.float() @ b.float()

@@ -77,8 +77,13 @@ def store_strip(
     TYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of a strip of ``new_strip``."""
-    stride = tl.cdiv(column_count, ALIGNMENT) * ALIGNMENT
-    store_tile(strip, convert(weights, TYPE), i, j, row_count, stride, BLOCK_ROWS, BLOCK_COLUMNS)
+    store_tile(strip, convert(weights, TYPE), i, j, row_count, strip_stride(column_count), BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def strip_stride(column_count):
+    """From row to row of a strip of ``new_strip``."""
+    return tl.cdiv(column_count, ALIGNMENT) * ALIGNMENT
 
 
 def new_strip(like: Tensor, rows: int, columns: int) -> Tensor:

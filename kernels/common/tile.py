@@ -7,9 +7,9 @@ import triton.language as tl
 
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
-    "accumulate", "column_count", "count", "first_node", "first_row", "is_last", "loss_row_stride", "loss_stride",
-    "node_count", "offset", "owned", "parts", "needed", "partner_stride", "row_count", "stride", "upstream_row_stride",
-    "upstream_stride", "wanted",
+    "accumulate", "column_count", "column_length", "count", "first_node", "first_row", "is_last",
+    "loss_row_stride", "loss_stride", "node_count", "offset", "owned", "parts", "needed", "partner_stride",
+    "row_count", "row_length", "stride", "upstream_row_stride", "upstream_stride", "wanted",
 ]  # fmt: skip
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -42,6 +42,33 @@ def convert(x, TYPE: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         x = (bits + (((bits >> 16) & 1) + 0x7FFF)).to(tl.float32, bitcast=True)
     return x.to(TYPE)
+
+
+@triton.jit
+def of_graph(pointer, length, width, GRAPHS: tl.constexpr):
+    """With GRAPHS, the pointer to the matrix [length, width] of the program's graph, the third index of the grid."""
+    if GRAPHS:
+        return pointer + tl.program_id(2) * number(length, tl.int64) * width
+    else:
+        return pointer
+
+
+@triton.jit
+def place_of(k, length, GRAPHS: tl.constexpr):
+    """Where vector k of [·, length] begins; with GRAPHS, that of the program's graph of [·, graphs, length]."""
+    if GRAPHS:
+        return (number(k, tl.int64) * tl.num_programs(2) + tl.program_id(2)) * length
+    else:
+        return k * number(length, tl.int64)
+
+
+@triton.jit
+def count_of_graph(counts, length, GRAPHS: tl.constexpr):
+    """How many of the ``length`` rows are there; with GRAPHS, of the program's graph."""
+    if GRAPHS:
+        return tl.load(counts + tl.program_id(2)).to(tl.int32)
+    else:
+        return length
 
 
 @triton.jit

@@ -60,7 +60,13 @@ class Problem:
 
     float16 rows are multiplied as tf32, which has its digits and float32's range: features, unlike unit rows, may have
     any size. Tangents are multiplied in the rows' own type.
+
+    Attributes:
+        graphs: how many there are; the rows are theirs one after another, ``length`` of each.
+        counts: how many of its rows count, ``[graphs]``; None: there is one graph, and they all do.
     """
+
+    counts: Tensor | None = None
 
     def __init__(self, kind, sides, terms, constants, product_precision, columns, column_terms, offset,
                  directions=None, column_tangents=None, column_term_tangents=None):  # fmt: skip
@@ -84,6 +90,7 @@ class Problem:
         self.moving = sum(1 << q for q, x in enumerate(self.own.tangents) if x is not None)
         self.dims = tuple(x.shape[1] for x in self.own.sides)
         self.constants, self.constant_tangents, self.offset = constants, constant_tangents, offset
+        self.graphs, self.length, self.column_length = 1, len(self.own), len(self.others)
 
     def _rows(self, name: str, sides, terms, tangents, moving, term_tangents) -> Rows:
         if len(sides) != self.sides:
@@ -107,21 +114,24 @@ class Problem:
     def options(self) -> dict:
         return {
             "KIND": self.kind, "SIDES": self.sides, "TERMS": self.terms, "COUNT": len(self.constants),
-            "MOVING": self.moving, "TANGENT": self.is_tangent,
+            "MOVING": self.moving, "TANGENT": self.is_tangent, "GRAPHS": self.counts is not None,
         }  # fmt: skip
 
     def row_sums(self) -> Tensor:
         """The sums or their tangents, [K, I] in float64."""
         kernel = "pair_sum_tangents" if self.is_tangent else "pair_row_sums"
-        (blocks, row_count), common = tiling(kernel, self.arch, self.product, len(self.own), len(self.others))
-        parts = divide(row_count, blocks * common["BLOCK_COLUMNS"], common["BLOCK_COLUMNS"],
+        (blocks, row_count), common = tiling(kernel, self.arch, self.product, self.length, self.column_length)
+        parts = divide(row_count * self.graphs, blocks * common["BLOCK_COLUMNS"], common["BLOCK_COLUMNS"],
                        multiprocessors(self.device))  # fmt: skip
         totals = self.own.terms.new_empty(parts, self.sums, len(self.own), dtype=torch.float64)
+        counts = self.own.terms
+        if self.counts is not None:
+            counts, totals = self.counts, totals.zero_()  # Rows that do not count are not written.
         with on_device(totals):
             launch(pair_row_sums, SUMS=self.sums, **self.options(), **common)(
-                (row_count, parts), *self.own.pointers(), *self.others.pointers(), self.dims, self.own.terms,
-                self.own.term_tangents, self.others.terms, self.others.term_tangents, *self.constant_arguments(),
-                totals, len(self.own), len(self.others), self.offset, parts,
+                (row_count, parts, self.graphs), *self.own.pointers(), *self.others.pointers(), self.dims,
+                self.own.terms, self.own.term_tangents, self.others.terms, self.others.term_tangents,
+                *self.constant_arguments(), totals, counts, counts, self.length, self.column_length, self.offset, parts,
             )  # fmt: skip
         return totals[0] if parts == 1 else totals.sum(dim=0)
 
@@ -144,7 +154,8 @@ class Problem:
                 for here in column_pieces_of(len(self.others), self.product, len(rows), strips):
                     offset = self.offset + block.start - here.start
                     columns = self.others[here]
-                    weights = self._weights(rows, columns, upstream[block], column_upstream[here], wanted, offset)
+                    given = rows, columns, upstream[block], column_upstream[here]
+                    weights = self._weights(*given, wanted, offset)
                     for q, gradient in enumerate(gradients):
                         if gradient is None:
                             continue
@@ -155,22 +166,26 @@ class Problem:
                     term_gradients[:, block] += weights[2].sum(dim=0, dtype=torch.float64)
         return [x for x in gradients if x is not None], term_gradients.to(self.type)
 
-    def _weights(self, rows: Rows, columns: Rows, upstream: Tensor, column_upstream: Tensor, wanted: int, offset: int):
+    def _weights(self, rows: Rows, columns: Rows, upstream: Tensor, column_upstream: Tensor, wanted: int, offset: int,
+                 graphs: int = 1, constants=None, row_counts=None, column_counts=None):  # fmt: skip
         """M or M˙ of every side, M of those that move, None where there is none, and the slopes by the terms."""
         kernel = "pair_weight_tangents" if self.is_tangent else "pair_weights"
-        grid, common = tiling(kernel, self.arch, self.product, len(rows), len(columns))
+        lengths = len(rows) // graphs, len(columns) // graphs
+        grid, common = tiling(kernel, self.arch, self.product, *lengths)
+        constants = constants or self.constant_arguments()
+        counts = (rows.terms, rows.terms) if row_counts is None else (row_counts, column_counts)
 
         def strips(bits: int) -> list[Tensor | None]:
             like = rows.sides
-            return [new_strip(x, len(rows), len(columns)) if bits >> q & 1 else None for q, x in enumerate(like)]
+            return [new_strip(x, len(rows), lengths[1]) if bits >> q & 1 else None for q, x in enumerate(like)]
 
         moving, still = strips(wanted), strips(wanted & self.moving)
         sums = rows.terms.new_zeros(grid[0], self.terms, len(rows))
         given = [tuple(x for x in found if x is not None) or (sums,) for found in (moving, still)]
         launch(pair_weights, WANTED=wanted, **self.options(), **common)(
-            grid, *rows.pointers(), *columns.pointers(), self.dims, rows.terms, rows.term_tangents, columns.terms,
-            columns.term_tangents, *self.constant_arguments(), upstream, column_upstream, *given, sums, len(rows),
-            len(columns), offset,
+            (*grid, graphs), *rows.pointers(), *columns.pointers(), self.dims, rows.terms, rows.term_tangents,
+            columns.terms, columns.term_tangents, *constants, upstream, column_upstream, *given, sums, *counts,
+            *lengths, offset,
         )  # fmt: skip
         return moving, still, sums
 
