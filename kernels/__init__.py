@@ -87,7 +87,10 @@ class Launchers:
         return self.prepared.kept()
 
 
-_PREPARING = ("graph_conv_stages", "graph_conv_stages_backward", "relation_kl", "relation_kl_backward")
+_PREPARING = (
+    "graph_conv_stages", "graph_conv_stages_backward", "node_contrast", "node_contrast_backward", "relation_kl",
+    "relation_kl_backward",
+)  # fmt: skip
 
 
 # The devices whose ops they are.

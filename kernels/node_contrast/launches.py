@@ -18,7 +18,7 @@ from gkd_fast.kernels.common.launch import (
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
-from gkd_fast.kernels.common.operands import BLOCK_ROWS, BLOCK_WIDTH, centred, stored_width
+from gkd_fast.kernels.common.operands import BLOCK_ROWS, BLOCK_WIDTH, Prepared, centred, stored_width
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import largest_width, tiles
@@ -43,7 +43,8 @@ EPILOGUE_ROWS = 16
 class Problem:
     """Rows and constants of one call."""
 
-    def __init__(self, students, teachers, wanted, temperature, product_precision):
+    def __init__(self, students, teachers, wanted, temperature, product_precision, prepared=None):
+        self.prepared: Prepared = prepared or Prepared()
         self.students = matrices("students", students)
         self.teachers = matrices("teachers", teachers, students[0].shape[0])
         self.S, self.T, self.dim = len(students), len(teachers), students[0].shape[1]
@@ -92,7 +93,9 @@ class Problem:
     def sides(self, students: list[Tensor], teachers: list[Tensor], owned: bool) -> "Sides":
         width = stored_width(self.dim, self.is_wide)
         own = [*self.students, *self.teachers]
-        return Sides(self.product, width, students, teachers, own, owned, self.wanted)
+        is_whole = students is self.students and teachers is self.teachers
+        prepared = self.prepared if is_whole else None
+        return Sides(self.product, width, students, teachers, own, owned, self.wanted, prepared)
 
     def epilogue_constants(self) -> dict:
         return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
@@ -101,15 +104,19 @@ class Problem:
 class Sides:
     """The operands of both sides, every stage about its mean, the numbers p and q of every wanted pair, and the
     similarities of the problem's rows (``own``, of both sides) and their own columns, 0 unless ``owned``.
+
+    prepared: where operands are looked for whose rows are all stages of the call, in order; None: they are others.
     """
 
     def __init__(
         self, product: Product, width: int, students: list[Tensor], teachers: list[Tensor], own: list[Tensor],
-        owned: bool, wanted: int,
+        owned: bool, wanted: int, prepared: Prepared | None = None,
     ):  # fmt: skip
         rows, S, T = [*students, *teachers], len(students), len(teachers)
         counts, widths = (len(students[0]), len(teachers[0])), [width] * len(rows)
-        if counts[0] == counts[1]:
+        if prepared is not None:
+            made = prepared.centred(range(S + T), rows, product, widths)
+        elif counts[0] == counts[1]:
             made = centred(rows, product, widths)
         else:
             made = [*centred(students, product, widths[:S]), *centred(teachers, product, widths[S:])]
@@ -123,9 +130,10 @@ class Sides:
 
 
 def node_contrast(
-    students, teachers, wanted, temperature, product_precision, keep_weighted, teacher_columns=None, offset=0
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(students, teachers, wanted, temperature, product_precision)
+    students, teachers, wanted, temperature, product_precision, keep_weighted, teacher_columns=None, offset=0,
+    *, prepared=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = Problem(students, teachers, wanted, temperature, product_precision, prepared)
     columns = problem.column_set("teacher_columns", teacher_columns, problem.teachers)
     owned = problem.owns(teacher_columns, offset)
     offset = 0 if teacher_columns is None else offset
@@ -186,8 +194,9 @@ def row_shifts(problem: Problem, columns: list[Tensor]) -> tuple[bool, float, Te
 def node_contrast_backward(
     upstream, students, teachers, log_sums, weighted, wanted, temperature, product_precision, needs,
     teacher_columns=None, student_columns=None, offset=0, column_upstream=None, column_log_sums=None,
+    *, prepared=None,
 ) -> list[Tensor]:  # fmt: skip
-    problem = Problem(students, teachers, wanted, temperature, product_precision)
+    problem = Problem(students, teachers, wanted, temperature, product_precision, prepared)
     S, T = problem.S, problem.T
     if len(needs) != S + T:
         raise ValueError(f"needs must have {S + T} entries, got {len(needs)}")
