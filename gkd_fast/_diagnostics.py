@@ -19,6 +19,9 @@ from gkd_fast.reference import unit_rows
 VACUOUS_NEIGHBORS = 0.9
 VACUOUS_COSINE = 0.99
 VACUOUS_MIN_BATCH = 8
+# The neighbours of graphs of up to so many nodes, 16 MiB a matrix, are counted in plain PyTorch: a first step would
+# compile kernels for this count alone.
+PLAIN_NODES = 2048
 
 Report = dict[str, float | list[float]]
 Sides = tuple[list[Tensor], list[Tensor]]
@@ -116,7 +119,9 @@ def graph_report(criterion: Any, last: LastCall) -> Report:
 
 def mean_neighbors(nodes: Tensor, bandwidth: Tensor, criterion: Any, shards: Shards | None) -> float:
     """Effective neighbours, mean over the batch, that of all ranks with ``shards``."""
-    options: Any = {"others": criterion.self_weight is not None, "backend": criterion.backend}
+    is_plain = shards is None and len(nodes) <= PLAIN_NODES
+    backend = "reference" if is_plain else criterion.backend
+    options: Any = {"others": criterion.self_weight is not None, "backend": backend}
     neighbors = functional.effective_neighbors(nodes, bandwidth, process_group=shards, **options).sum()
     return neighbors.item() / len(nodes) if shards is None else shards.sum(neighbors).item() / shards.total
 

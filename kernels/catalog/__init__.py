@@ -280,8 +280,7 @@ class _Builder:
         symmetric = constants | {"SYMMETRIC": True}
         yield self._small("graph_conv", graph_terms, "backward", symmetric, lists, TERMS_ROWS, stages)
         constants = {
-            "DEGREES": True, "ROW_FACTOR": INVERSE, "BLOCK_ROWS": PARTS_ROWS, "BLOCK_WIDTH": PARTS_WIDTH,
-            "SUM": self.product.SUM,
+            "BLOCK_ROWS": PARTS_ROWS, "BLOCK_WIDTH": PARTS_WIDTH, "SUM": self.product.SUM,
         }  # fmt: skip
         yield self._small("graph_conv", graph_parts, "forward", constants, lists, PARTS_ROWS, stages)
         constants = {"BLOCK_ROWS": MOMENT_ROWS, "BLOCK_WIDTH": MOMENT_WIDTH}

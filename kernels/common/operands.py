@@ -34,7 +34,8 @@ BLOCK_ROWS, BLOCK_WIDTH = 32, 64
 KEPT_BYTES = 16 * 2**20
 
 # Bits of a stage's kind: its numbers are products with another centre; its rows have factors; they have a power.
-ALONG, FACTOR, POWER = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+# All are multiples of 16, which Triton tells from other integers: every mixture of kinds is one kernel.
+ALONG, FACTOR, POWER = tl.constexpr(16), tl.constexpr(32), tl.constexpr(64)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import triton.language as tl
 
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
-    "accumulate", "column_count", "column_length", "count", "first_node", "first_row", "is_last",
-    "loss_row_stride", "loss_stride", "node_count", "offset", "owned", "parts", "needed", "partner_stride",
+    "accumulate", "column_count", "column_length", "count", "factor", "first_node", "first_row", "has_degrees",
+    "is_last", "loss_row_stride", "loss_stride", "node_count", "offset", "owned", "parts", "needed", "partner_stride",
     "row_count", "row_length", "stride", "upstream_row_stride", "upstream_stride", "wanted",
 ]  # fmt: skip
 

@@ -131,12 +131,10 @@ def _complete(graphs, widths, parts: int, outputs, sums, row_degrees, row_factor
         degrees = [x.new_empty(graph.row_count) for x in sums]
     sum_type = triton.language.float64 if graph.nodes.dtype == torch.float64 else triton.language.float32
     with on_device(graph.nodes):
-        launch(
-            graph_parts, DEGREES=sums is not None, ROW_FACTOR=row_factor, BLOCK_ROWS=PARTS_ROWS,
-            BLOCK_WIDTH=PARTS_WIDTH, SUM=sum_type,
-        )(
+        launch(graph_parts, BLOCK_ROWS=PARTS_ROWS, BLOCK_WIDTH=PARTS_WIDTH, SUM=sum_type)(
             (cdiv(graph.row_count, PARTS_ROWS), len(graphs)), tuple(partial), tuple(sums or partial),
             tuple(degrees or partial), tuple(outputs), tuple(degrees or partial), tuple(widths), graph.row_count, parts,
+            int(sums is not None), row_factor,
         )  # fmt: skip
     return outputs, degrees
 

@@ -196,28 +196,26 @@ def along_rows(a, b, i, k, row_count, width, BLOCK_ROWS: tl.constexpr, BLOCK_WID
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_parts(
-    partial, partial_degrees, row_degrees, outputs, degrees, widths, row_count, parts, DEGREES: tl.constexpr,
-    ROW_FACTOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
+    partial, partial_degrees, row_degrees, outputs, degrees, widths, row_count, parts, has_degrees, factor,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """What the parts of the columns gave, added in their order, times the row factor; with DEGREES also the degrees."""
+    """What the parts of the columns gave, added in their order, times the row factor; 1 of ``has_degrees``: also the
+    degrees, which are read otherwise.
+    """
     i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
     partial, output, width = pick(partial, stage), pick(outputs, stage), pick(widths, stage)
-    degree = tl.zeros([BLOCK_ROWS], SUM) + 1
-    if DEGREES:
-        degree = tl.zeros([BLOCK_ROWS], SUM)
-        for part in range(0, parts):
-            of_part = pick(partial_degrees, stage) + number(part, tl.int64) * row_count
-            degree += load_vector(of_part, i, row_count, BLOCK_ROWS)
-        store_vector(pick(degrees, stage), degree, i, row_count, BLOCK_ROWS)
-    elif ROW_FACTOR != ONE:
-        degree = load_vector(pick(row_degrees, stage), i, row_count, BLOCK_ROWS)
-    factor = row_factor(degree, ROW_FACTOR)[:, None]
+    degree = load_vector(pick(row_degrees, stage), i, row_count * (1 - has_degrees), BLOCK_ROWS).to(SUM)
+    for part in range(0, parts * has_degrees):
+        of_part = pick(partial_degrees, stage) + number(part, tl.int64) * row_count
+        degree += load_vector(of_part, i, row_count, BLOCK_ROWS)
+    store_vector(pick(degrees, stage), degree, i, row_count * has_degrees, BLOCK_ROWS)
+    scale = tl.where(factor == INVERSE, 1 / degree, tl.where(factor == INVERSE_ROOT, tl.rsqrt(degree), 1.0))[:, None]
     for k in range(0, width, BLOCK_WIDTH):
         total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], SUM)
         for part in range(0, parts):
             of_part = partial + number(part, tl.int64) * row_count * width
             total += load_tile(of_part, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH)
-        store_tile(output, total * factor, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_tile(output, total * scale, i, k, row_count, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -338,7 +336,7 @@ def graph_gradients(
     store_rows(out, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["inverse_variance"])
 def graph_strip(
     similarities, products, weights, sums, numbers, column_numbers, terms, column_terms, powers, inverse_variance,
     row_count, column_count, offset, accumulate, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
