@@ -64,21 +64,23 @@ def check_graph(
     return bandwidth, neighbors, self_weight
 
 
-def check_normalization(normalization: str) -> None:
-    """Raises ValueError for a name that is no normalisation."""
-    if not isinstance(normalization, str) or normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError for a name that is no backend."""
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+def check_flag(name: str, value: bool) -> bool:
+    """The value, True or False of any kind or 1 or 0, as a bool; TypeError for others."""
+    if isinstance(value, (bool, numbers.Integral)) or type(value).__name__ == "bool_":
+        if value in (0, 1):
+            return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def select_backend(backend: str, tensor: Tensor) -> str:
     """The backend that runs, or an error that says what is missing."""
-    check_backend(backend)
+    check_choice("backend", backend, BACKENDS)
     device = tensor.device
     if backend == "auto":
         chosen = {"cpu": "cpp", "cuda": "triton"}.get(device.type)

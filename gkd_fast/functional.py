@@ -22,10 +22,10 @@ from gkd_fast._arguments import (
     check_bandwidth,
     check_bank,
     check_banks,
+    check_choice,
     check_features,
     check_graph,
     check_graph_stages,
-    check_normalization,
     check_pairs,
     check_positive,
     check_stages,
@@ -145,7 +145,7 @@ def _convolve(
             raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")
         dtype = compute_dtype({"nodes": nodes, "messages": messages})
         bandwidth, neighbors, self_weight = check_graph(bandwidth, *form)
-        check_normalization(normalization)
+        check_choice("normalization", normalization, NORMALIZATIONS)
         fused = select_backend(backend, nodes) != "reference"
     told = bandwidth if isinstance(bandwidth, (str, float, int)) else "a tensor"
     work = "graph_conv", told, neighbors, self_weight, normalization, fused
@@ -179,7 +179,7 @@ def _convolve_stages(
         checked = [check_graph(each, *form) for each in given] * (1 if several else len(nodes))
         if len(checked) != len(nodes):
             raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(checked)}")
-        check_normalization(normalization)
+        check_choice("normalization", normalization, NORMALIZATIONS)
         old = all(self_weight is None for *_, self_weight in checked)
         shares = old and select_backend(backend, nodes[0]) == "triton" and process_group is None
     if not shares or torch.compiler.is_compiling() or transformed():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gkd_fast._arguments import check_count, check_factor, check_graph, check_positive, is_whole
+from gkd_fast._arguments import check_choice, check_count, check_factor, check_graph, check_positive, is_whole
 from gkd_fast._column_bank import ColumnBank
 from gkd_fast._compilation import leaves_graphs
 from gkd_fast._diagnostics import LastCall, Report, graph_report, vacuous
@@ -31,6 +31,7 @@ from gkd_fast.modules import BatchGCN, PlainHead, graph_embeddings
 from gkd_fast.ops.autograd import saveable
 
 GRAPHS = ("batch", "none")
+TEACHER_GRAPHS = ("labels", "frozen")
 
 
 def _meets_columns(criterion: "GraphKDLoss", *arguments, **options) -> bool:
@@ -123,10 +124,8 @@ class GraphKDLoss(nn.Module):
         self.student_dims = check_dims("student_dims", student_dims)
         self.teacher_dims = check_dims("teacher_dims", teacher_dims)
         self.pairs = check_pairs(pairs, len(self.student_dims), len(self.teacher_dims))
-        if graph not in GRAPHS:
-            raise ValueError(f"graph must be one of {GRAPHS}, got {graph!r}")
-        if teacher_graph not in ("labels", "frozen"):
-            raise ValueError(f"teacher_graph must be 'labels' or 'frozen', got {teacher_graph!r}")
+        check_choice("graph", graph, GRAPHS)
+        check_choice("teacher_graph", teacher_graph, TEACHER_GRAPHS)
         self.node_temperature = check_positive("node_temperature", node_temperature)
         self.relation_temperature = check_positive("relation_temperature", relation_temperature)
         self.node_weight = check_factor("node_weight", node_weight)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast import functional
+from gkd_fast._arguments import check_choice
 from gkd_fast._pooling import Pool, pool_features, stage_pools
 from gkd_fast.distributed import Group
 from gkd_fast.relations.common import WITHIN
@@ -37,8 +38,7 @@ class _Relational(nn.Module):
         self, *, pool: Pool = "mean", backend: str = "auto", process_group: Group = None, within: str = "batch"
     ):
         super().__init__()
-        if within not in WITHIN:
-            raise ValueError(f"within must be one of {WITHIN}, got {within!r}")
+        check_choice("within", within, WITHIN)
         self.pools = [stage_pools(pool, 1, side)[0] for side in ("student", "teacher")]
         self.options: dict[str, Any] = {"backend": backend, "process_group": process_group, "within": within}
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from gkd_fast import distributed
+from gkd_fast._arguments import check_choice
 from gkd_fast._compilation import as_written
 from gkd_fast._snapshot import Snapshot
 from gkd_fast._training import unrolling
@@ -70,8 +71,7 @@ class UnrolledSGD:
         second_derivatives: str = "exact",
         process_group: ProcessGroup | None = None,
     ):
-        if second_derivatives not in SECOND_DERIVATIVES:
-            raise ValueError(f"second_derivatives must be one of {SECOND_DERIVATIVES}, got {second_derivatives!r}")
+        check_choice("second_derivatives", second_derivatives, SECOND_DERIVATIVES)
         self._second_derivatives = second_derivatives
         self._process_group = process_group
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}

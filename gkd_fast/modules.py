@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast import functional, reference
-from gkd_fast._arguments import autocast_enabled, check_backend, check_count, check_graph, check_normalization
+from gkd_fast._arguments import BACKENDS, NORMALIZATIONS, autocast_enabled, check_choice, check_count, check_graph
 from gkd_fast._training import recomputing, repeats_or_is_undone
 from gkd_fast.distributed import Group, Shards, shards_of
 from gkd_fast.ops.autograd import transformed
@@ -63,8 +63,8 @@ class BatchGCN(nn.Module):
         super().__init__()
         widths = [check_count("in_dim", in_dim)]
         widths += [check_count("embed_dim", embed_dim)] * check_count("layers", layers)
-        check_normalization(normalization)
-        check_backend(backend)
+        check_choice("normalization", normalization, NORMALIZATIONS)
+        check_choice("backend", backend, BACKENDS)
         self.linears = nn.ModuleList(nn.Linear(before, after) for before, after in zip(widths, widths[1:]))
         self.bandwidth, self.neighbors, self.self_weight = check_graph(bandwidth, neighbors, self_weight)
         if self.neighbors is not None:

@@ -12,6 +12,7 @@ from gkd_fast._arguments import (
     autocast_disabled,
     bank_size,
     check_banks,
+    check_choice,
     check_features,
     compute_dtype,
     product_precision,
@@ -158,7 +159,7 @@ def relation_losses(
     """
     of_tokens = within == "tokens"
     with checking(process_group, told[0]):
-        check_reduction(reduction)
+        check_choice("reduction", reduction, REDUCTIONS)
         check_within(students, teachers, within, mask, process_group is not None)
         dtype = compute_dtype({"students": students, "teachers": teachers})
         if of_tokens and op is not None:
@@ -209,17 +210,16 @@ def check_within(
     students: Tensor, teachers: Tensor, within: str, mask: Tensor | None, may_be_empty: bool = False
 ) -> None:
     """Raises TypeError or ValueError unless both are features of one batch, or of the tokens of one batch's samples."""
-    if within not in WITHIN:
-        raise ValueError(f"within must be one of {WITHIN}, got {within!r}")
+    check_choice("within", within, WITHIN)
     if within == "batch":
         if mask is not None:
             raise ValueError('mask needs within="tokens", got within="batch"')
         check_pair(students, teachers, may_be_empty)
         return
     for name, x in (("students", students), ("teachers", teachers)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating point Tensor, got {got}")
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
+            got = f"{x.dtype}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a dense floating point Tensor, got {got}")
         if x.dim() != 3 or 0 in x.shape[1:] or not (may_be_empty or len(x)):
             raise ValueError(f"{name} must be [samples, tokens, width], none of them 0, got shape {tuple(x.shape)}")
     if students.shape[:2] != teachers.shape[:2]:
@@ -229,8 +229,9 @@ def check_within(
         )
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
+    if not isinstance(mask, Tensor) or mask.layout != torch.strided:
+        got = mask.layout if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a dense Tensor, got {got}")
     if mask.shape != students.shape[:2] or mask.device != students.device:
         raise ValueError(
             f"mask must have shape {tuple(students.shape[:2])} on {students.device}, got {tuple(mask.shape)} on "
@@ -270,12 +271,6 @@ def unit_rows(sides: Sequence[Tensor]) -> list[Tensor]:
     """The L2-normalised rows of tensors ``[…, D]``."""
     unit = ops.unit_rows([x.flatten(0, -2) for x in sides], sides[0].dtype)
     return [e.view(x.shape) for e, x in zip(unit, sides, strict=True)]
-
-
-def check_reduction(reduction: str) -> None:
-    """Raises ValueError for a name that is no reduction."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
 
 def relation_backend(backend: str, tensor: Tensor, op: str | None) -> str:

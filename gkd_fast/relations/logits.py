@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from gkd_fast import reference
-from gkd_fast._arguments import autocast_disabled, check_positive, compute_dtype
-from gkd_fast.relations.common import check_pair, check_reduction
+from gkd_fast._arguments import autocast_disabled, check_choice, check_flag, check_positive, compute_dtype
+from gkd_fast.relations.common import REDUCTIONS, check_pair
 
 
 def kd_divergence(
@@ -28,9 +28,10 @@ def kd_divergence(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
     """
-    check_reduction(reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
+    standardize = check_flag("standardize", standardize)
     check_pair(students, teachers)
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     if students.shape != teachers.shape:
         raise ValueError(
             f"teachers must have the shape of students {tuple(students.shape)}, got {tuple(teachers.shape)}"

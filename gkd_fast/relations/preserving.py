@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast import ops, reference
+from gkd_fast._arguments import is_whole
 from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group
 from gkd_fast.relations.common import Bank, Batch, Side, relation_losses
@@ -54,7 +55,7 @@ def similarity_preserving(
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
         RuntimeError: the chosen backend is not available here.
     """
-    if norm not in (1, 2):
+    if not is_whole(norm) or norm not in (1, 2):
         raise ValueError(f"norm must be 1 or 2, got {norm!r}")
 
     def inverse_norms(x: Side, squares: Tensor, batch: Batch) -> Tensor:

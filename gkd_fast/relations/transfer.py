@@ -50,7 +50,7 @@ def pkt(
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
         RuntimeError: the chosen backend is not available here.
     """
-    check_positive("eps", eps)
+    eps = check_positive("eps", eps)
 
     def fused(batch: Batch) -> Tensor:
         sides = batch.mapped(lambda x: [as_multiplied(r, batch.precision) for r in _rows(x, eps)])
