@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from gkd_fast import functional, reference
 from tests.ops_cases import D64, DTYPES, KINDS, TILES, Calls, check, requires_cpp, results, rows, same_bits, threads
+from tests.precision_cases import BOUND, COSINES, near_rows
 
 pytestmark = requires_cpp
 
@@ -36,6 +37,16 @@ def test_kinds_of_rows_and_temperatures(tile_rows, kind, temperature, dtype):
     """A temperature of 0.01 takes each row's and each column's own shift."""
     tile_rows(32)
     agree((rows(67, 33, 33, kind=kind, seed=seed) for seed in range(3)), dtype, temperature)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("cosine", COSINES)
+def test_rows_that_are_nearly_alike_keep_the_bound_of_bfloat16(cosine, symmetric):
+    inputs = [x.bfloat16() for x in near_rows(97, cosine, 65, 65)]
+    definition = partial(reference.info_nce, temperature=0.1, symmetric=symmetric)
+    truth = results(definition, [x.double() for x in inputs], torch.bfloat16)
+    for x, y in zip(results(fused(symmetric=symmetric), inputs, torch.bfloat16), truth, strict=True):
+        assert (x.double() - y).abs().max() <= BOUND * y.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [D64, torch.float32])
