@@ -169,15 +169,22 @@ def correlation_congruence(
     return (relations(students) - relations(teachers)).square().mean(dim=1)
 
 
+def nearly_unit_rows(x: Tensor, eps: float) -> Tensor:
+    """x/(‖x‖ + ε) of rows; a zero row stays zero and has zero gradient."""
+    e = unit_rows(x)
+    is_zero = (e == 0).all(dim=1, keepdim=True)
+    largest = torch.where(is_zero, 1, x.detach().abs().amax(dim=1, keepdim=True))
+    scaled = torch.where(is_zero, torch.ones_like(x), x / largest)
+    norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True) * largest
+    return torch.where(is_zero, 0, e / (1 + eps / norms))
+
+
 def pkt(students: Tensor, teachers: Tensor, eps: float = 1e-7) -> Tensor:
     """ℓ_i = Σ_j P^t_ij log((P^t_ij + ε)/(P^s_ij + ε))/B; P's rows are cosines, shifted to [0, 1], over their sum."""
 
     def relations(x: Tensor) -> Tensor:
-        e = unit_rows(x)
-        largest = x.detach().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-        norms = torch.linalg.vector_norm(x / largest, dim=1, keepdim=True) * largest
-        e = torch.where(e == 0, e, e / (1 + eps / torch.where(norms > 0, norms, 1)))
-        shifted = (e @ e.T + 1) / 2
+        rows = nearly_unit_rows(x, eps)
+        shifted = at_least_zero(rows @ rows.T + 1) / 2
         return shifted / shifted.sum(dim=1, keepdim=True)
 
     p, q = relations(students), relations(teachers)
@@ -231,7 +238,10 @@ def kd_divergence(students: Tensor, teachers: Tensor, temperature: float = 4.0, 
 
     def log_probabilities(x: Tensor) -> Tensor:
         if standardize:
-            x = (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-7)
+            centred = x - x.mean(dim=1, keepdim=True)
+            variance = centred.square().sum(dim=1, keepdim=True) / max(x.shape[1] - 1, 1)
+            deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+            x = centred / (deviation + 1e-7)
         return torch.log_softmax(x / temperature, dim=1)
 
     log_p, log_q = log_probabilities(students), log_probabilities(teachers)

@@ -84,10 +84,13 @@ class _Rounded(torch.autograd.Function):
 
 
 def with_rounded_rows(run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What ``run`` gives where the definitions' unit rows are rounded to bfloat16, as products in that type do."""
-    unit_rows = reference.unit_rows
+    """What ``run`` gives where the rows that the definitions multiply are rounded to bfloat16, as products in that type
+    do: unit rows, pkt's, and the rows about their mean whose distances are taken."""
+    unit_rows, nearly_unit_rows, distances = reference.unit_rows, reference.nearly_unit_rows, reference.distances
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "unit_rows", lambda x: _Rounded.apply(unit_rows(x)))
+        patch.setattr(reference, "nearly_unit_rows", lambda x, eps: _Rounded.apply(nearly_unit_rows(x, eps)))
+        patch.setattr(reference, "distances", lambda x: distances(_Rounded.apply(x - x.mean(dim=0))))
         return run()
 
 

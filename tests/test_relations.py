@@ -415,3 +415,47 @@ def test_gram_losses_keep_their_types_under_autocast(name):
     with torch.autocast("cpu"):
         within = torch.autograd.grad(loss(*leaves), leaves)
     torch.testing.assert_close(within, plain, rtol=1e-5, atol=1e-7)
+
+
+@requires_cpp
+@pytest.mark.parametrize("norm", [1, 2])
+def test_second_derivatives_of_similarity_preserving_where_products_are_zero(norm):
+    """|x| has slope 0 at 0, along any direction."""
+    inputs, found = rows(21, 5, 4, kind="zero rows"), []
+    for backend in ("cpp", "reference"):
+        torch.manual_seed(0)
+        loss = partial(functional.similarity_preserving, norm=norm, reduction="none", backend=backend)
+        found.append(second_order(loss, inputs))
+    for x, y in zip(*found, strict=True):
+        assert (x - y).abs().max() <= 1e-10 * y.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_rows_have_second_derivatives(backend):
+    for x in second_order(partial(functional.pkt, reduction="none", backend=backend), rows(5, 3, 4, kind="zero rows")):
+        assert x.isfinite().all()
+
+
+def test_logits_of_one_class_or_all_alike_are_standardized_to_zero():
+    for x in (torch.randn(4, 1, dtype=D64), torch.full((4, 3), 2.0, dtype=D64)):
+        logits = x.clone().requires_grad_()
+        loss = functional.kd_divergence(logits, x, standardize=True)
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        assert loss == 0 and gradient.isfinite().all()
+        assert torch.autograd.grad(gradient.square().sum(), logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("reduction", {"reduction": np.ones(3)}),
+        ("within", {"within": torch.ones(3)}),
+        ("squared", {"squared": torch.ones(3)}),
+        ("kernel", {"kernel": ["bilinear"]}),
+        ("mask", {"within": "tokens", "mask": torch.ones(5, 3).to_sparse()}),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(name, options):
+    x = torch.ones(5, 3, 2) if "mask" in options else torch.ones(5, 3)
+    with pytest.raises((TypeError, ValueError), match=name):
+        functional.correlation_congruence(x, x, **options)

@@ -27,7 +27,10 @@ struct AbsoluteSums {
 
   explicit AbsoluteSums(const PairSums<T>&) {}
 
-  GKD_INLINE void sums(V x, V, const V*, const V*, V (&out)[kSums]) const { out[0] = select<T>(value<T>(x) < 0, -x, x); }
+  GKD_INLINE void sums(V x, V, const V*, const V*, V (&out)[kSums]) const {
+    // 0 has no tangent, as it has no slope.
+    out[0] = select<T>(value<T>(x) < 0, -x, select<T>(value<T>(x) == 0, still<T, Moving>(0), x));
+  }
 
   GKD_INLINE void slopes(V x, V, const V*, const V*, V g, bool, Slopes<V, kTerms>& out) const {
     const V none = still<T, Moving>(0);

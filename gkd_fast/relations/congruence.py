@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast import ops, reference
-from gkd_fast._arguments import check_positive
+from gkd_fast._arguments import check_choice, check_flag, check_positive, is_whole
 from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group
 from gkd_fast.relations.common import Bank, Batch, Side, relation_losses, unit_rows
@@ -37,7 +37,7 @@ def correlation_congruence(
     K_ij is e_i·e_j of the L2-normalised rows e (``"bilinear"``), or a Taylor polynomial of the Gaussian kernel,
     e^−2γ Σ_p≤order (2γ e_i·e_j)^p/p! (``"gaussian"``). The bilinear kernel needs no B×B matrix: ‖SSᵀ − TTᵀ‖² =
     ‖SᵀS‖² + ‖TᵀT‖² − 2‖SᵀT‖². These terms cancel where both nearly agree, so that in float32 a squared loss below about
-    1e-6 of them is not resolved.
+    1e-6 of them is not resolved; nor then, without ``squared``, the direction of its gradient: a norm has none at 0.
 
     Args:
         students: ``[B, D_s]``.
@@ -62,11 +62,11 @@ def correlation_congruence(
         ValueError, TypeError: an argument has a wrong shape, type, device or value.
         RuntimeError: the chosen backend is not available here.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
-    check_positive("gamma", gamma)
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 16:
+    check_choice("kernel", kernel, KERNELS)
+    gamma = check_positive("gamma", gamma)
+    if not is_whole(order) or not 1 <= order <= 16:
         raise ValueError(f"order must be a whole number from 1 to 16, got {order!r}")
+    squared = check_flag("squared", squared)
     if reduction == "none" and not squared and within == "batch":
         raise ValueError('reduction="none" needs squared=True: the norm is no mean of losses per sample')
 

@@ -26,6 +26,10 @@ def rkd_distance(
 
     d_ij = ‖x_i − x_j‖ of the features as they are, at least 1e-6 where i ≠ j and 0 where i = j, μ their mean over
     i ≠ j, and ρ Huber's function: z²/2 up to |z| = 1, |z| − ½ beyond. The means have gradients, as the distances have.
+    d² is n_i + n_j − 2x_i·x_j of rows about their mean, n their squares, of which it loses a share of ε (n_i + n_j)/d²;
+    below 2e-6 (float64: 4e-15) of n_i + n_j rows count as alike, without gradient. So on every backend rows that are
+    much closer to each other than to the mean, as most are of width 1, have few digits of their gradients left, which
+    grow with 1/d² in the second order.
 
     Args:
         students: ``[B, D_s]``.

@@ -67,7 +67,9 @@ def shifted(x):
 def sums_of(x, y, A, B, c, is_own, KIND: tl.constexpr, COUNT: tl.constexpr):
     """What the pairs of a tile add to the sums of its rows."""
     if KIND == "absolute_sums":
-        return (select(x[0] < 0, negative(x), x),)
+        # 0 has no tangent, as it has no slope.
+        none = times((0.0,), x)
+        return (select(x[0] < 0, negative(x), select(x[0] == 0, none, x)),)
     elif KIND == "distances":
         return (distance(x, A[0], B[0], is_own)[0],)
     elif KIND == "rkd_distance":
