@@ -1,0 +1,247 @@
+"""What a random call is: its case as plain values, its features, and the call itself."""
+
+import math
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from gkd_fast import functional, reference
+
+D64 = torch.float64
+DTYPES = {"float64": D64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCHES = {"cpp": [1, 2, 3, 7, 31, 32, 33, 65, 130, 257], "triton": [1, 2, 5, 17, 18]}
+WIDTHS = {"cpp": [1, 2, 5, 16, 33, 70, 129], "triton": [1, 3, 8]}
+KINDS = ["random", "random", "near one", "zero rows", "converged", "opposite"]
+STRIDES = ["contiguous", "contiguous", "transposed", "columns", "rows", "expanded"]
+
+STAGED = ["graph_conv", "node_contrast", "relation_kl"]
+RELATIONS = ["similarity_preserving", "correlation_congruence", "pkt", "rkd_distance", "rkd_angle", "info_nce"]
+MEASURES = ["adaptive_bandwidth", "effective_neighbors"]
+FUNCTIONS = STAGED * 2 + RELATIONS + ["kd_divergence"] + MEASURES
+
+
+def draw(seed: int, number: int, backend: str) -> dict:
+    """The case as plain values."""
+    rng = random.Random(f"{seed} {number}")
+    case = {
+        "function": rng.choice(FUNCTIONS),
+        "batch": rng.choice(BATCHES[backend]),
+        "dtype": rng.choice(["float64", "float64", "float32", "float32", "bfloat16", "float16"]),
+        "order": rng.choice(["first", "first", "second", "bad argument"]),
+        "kind": rng.choice(KINDS),
+        "strides": rng.choice(STRIDES),
+        "tile_rows": rng.choice([0, 32]),
+        "autocast": rng.random() < 0.15,
+        "spread": rng.choice([0.3, 0.05, 0.02]),
+        "seed": rng.randrange(10**6),
+        "bank": None,
+        "within": "batch",
+    }
+    if case["function"] in STAGED:
+        case |= _stages(case["function"], rng, backend)
+    else:
+        case |= _two_sides(case["function"], rng, backend)
+    # Autocast takes float32; second derivatives are judged in float64.
+    if case["autocast"]:
+        case["dtype"] = "float32"
+    if case["function"] in MEASURES and case["order"] == "second":
+        case["order"] = "first"
+    if case["order"] == "second":
+        case |= {"dtype": "float64", "autocast": False, "batch": min(case["batch"], 65)}
+        if case["function"] == "correlation_congruence":
+            case["options"]["squared"] = True  # Near 0 a norm has no second derivatives.
+    if case["function"] == "kd_divergence" and case["kind"] == "zero rows" and case["dtype"] == "float16":
+        case["dtype"] = "float32"  # The slope of standardized constants is 1e7, beyond float16.
+    if case["function"] == "rkd_angle":
+        # Its definition takes B² D numbers, and its kernels have no second order.
+        case |= {"order": case["order"].replace("second", "first"), "batch": min(case["batch"], 33)}
+    return case
+
+
+def _temperature(rng: random.Random) -> float:
+    return math.exp(rng.uniform(math.log(0.02), 0))
+
+
+def _bandwidth(rng: random.Random) -> float:
+    return math.exp(rng.uniform(math.log(0.2), math.log(2)))
+
+
+def _stages(function: str, rng: random.Random, backend: str) -> dict:
+    drawn = {"temperature": _temperature(rng), "bandwidth": _bandwidth(rng), "pairs": None}
+    if function == "graph_conv":
+        drawn["normalization"] = rng.choice(["symmetric", "row"])
+        drawn["bandwidth"] = rng.choice([drawn["bandwidth"], "auto"])
+        # So many stages at once; None: one, not in a list.
+        drawn["stages"] = rng.choice([None, None, 1, 3])
+        drawn["widths"] = [rng.choice(WIDTHS[backend]) for _ in range(2 * (drawn["stages"] or 1))]
+        if drawn["stages"] is not None and rng.random() < 0.5:
+            drawn["bandwidth"] = [rng.choice([1.0, 0.4, "auto"]) for _ in range(drawn["stages"])]
+        return drawn
+    students, teachers = rng.choice([(1, 1), (1, 1), (2, 1), (1, 3), (2, 2), (3, 3)])
+    widths = [rng.choice(WIDTHS[backend]) for _ in range(students + teachers)]
+    drawn |= {"students": students, "widths": widths[:1] * len(widths) if function == "node_contrast" else widths}
+    every = [(s, t) for s in range(students) for t in range(teachers)]
+    if rng.random() < 0.4:
+        drawn["pairs"] = sorted(rng.sample(every, rng.randrange(1, len(every) + 1)))
+    if rng.random() < 0.4:
+        drawn["bank"] = rng.choice([0, 1, 9, 40])
+    return drawn
+
+
+def _two_sides(function: str, rng: random.Random, backend: str) -> dict:
+    """Of the functions of a student's features and a teacher's, or of one network's."""
+    widths = [rng.choice(WIDTHS[backend]) for _ in range(2)]
+    if function in MEASURES:
+        return {"widths": widths[:1], "bandwidth": rng.choice([_bandwidth(rng), "auto"])}
+    drawn = {"widths": widths, "reduction": rng.choice(["mean", "none"])}
+    if function in ("info_nce", "kd_divergence"):
+        drawn["widths"] = widths[:1] * 2
+    options = {
+        "similarity_preserving": lambda: {"norm": rng.choice([1, 2])},
+        "correlation_congruence": lambda: {
+            "kernel": rng.choice(["bilinear", "gaussian"]), "gamma": rng.choice([0.4, 1.0]),
+            "order": rng.randrange(1, 6), "squared": rng.random() < 0.5,
+        },
+        "pkt": lambda: {"eps": rng.choice([1e-7, 1e-7, 1e-3])},
+        "info_nce": lambda: {"temperature": _temperature(rng), "symmetric": rng.random() < 0.7},
+        "kd_divergence": lambda: {"temperature": rng.uniform(0.5, 8), "standardize": rng.random() < 0.5},
+    }.get(function, dict)()  # fmt: skip
+    drawn["options"] = options
+    if function != "kd_divergence" and rng.random() < 0.3 and _has_graphs(function, options, backend):
+        drawn |= {"within": "tokens", "samples": rng.choice([1, 2, 4]), "mask": rng.choice([None, "bool", "int"])}
+    elif function == "info_nce" and rng.random() < 0.4:
+        drawn["bank"] = rng.choice([0, 1, 9, 40])
+    if options.get("squared") is False and "within" not in drawn:
+        drawn["reduction"] = "mean"  # A norm is no mean of losses per sample.
+    return drawn
+
+
+def _has_graphs(function: str, options: dict, backend: str) -> bool:
+    """Whether the backend has kernels of many graphs at once for the function, or PyTorch's products do."""
+    by_products = function == "info_nce" or options.get("norm") == 2 or options.get("kernel") == "bilinear"
+    return backend == "cpp" or by_products
+
+
+def features(case: dict) -> list[Tensor]:
+    """``[batch, width]``, within tokens ``[samples, batch, width]``, in float64."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    made: list[Tensor] = []
+    lead = (case["samples"],) if case["within"] == "tokens" else ()
+    for width in case["widths"]:
+        x = torch.randn(*lead, case["batch"], width, dtype=D64, generator=generator)
+        half = case["batch"] // 2
+        if case["kind"] == "near one":
+            x = 1 + case["spread"] * x
+        elif case["kind"] == "zero rows":
+            x[..., len(made) :: 3, :] = 0
+        elif case["kind"] == "converged" and made and made[0].shape == x.shape:
+            x = made[0] + 1e-3 * x
+        elif case["kind"] == "opposite":
+            x[..., half:, :] = -x[..., : case["batch"] - half, :]
+        if case["strides"] == "expanded":
+            x = x[:1].expand_as(x).contiguous()
+        made.append(x)
+    return made
+
+
+def laid_out(x: Tensor, strides: str) -> Tensor:
+    """The same numbers in memory of another layout."""
+    if strides == "transposed":
+        return x.mT.contiguous().mT
+    if strides == "columns":
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if strides == "rows":
+        tall = x.new_zeros(3 * x.shape[0], *x.shape[1:])
+        tall[1::3] = x
+        return tall[1::3]
+    if strides == "expanded":
+        return x[:1].expand_as(x)
+    return x
+
+
+def mask_of(case: dict) -> Tensor | None:
+    """Which tokens count; of one sample none, where there are several."""
+    if case["mask"] is None:
+        return None
+    generator = torch.Generator().manual_seed(case["seed"] + 2)
+    mask = torch.rand(case["samples"], case["batch"], generator=generator) < 0.7
+    mask[1:2] = False
+    return mask if case["mask"] == "bool" else mask.int()
+
+
+def arguments_of(case: dict, inputs: list[Tensor]) -> dict:
+    """The call's arguments by name."""
+    function = case["function"]
+    if function in MEASURES:
+        return {"nodes": inputs[0]} | ({"bandwidth": case["bandwidth"]} if function == "effective_neighbors" else {})
+    if function == "graph_conv":
+        half = len(inputs) // 2
+        nodes, messages = (inputs[0], inputs[1]) if case["stages"] is None else (inputs[:half], inputs[half:])
+        named = {"nodes": nodes, "messages": messages, "normalization": case["normalization"]}
+        return named | {"bandwidth": case["bandwidth"]}
+    bank: list[Tensor] | None = None
+    if case["bank"] is not None:
+        generator = torch.Generator().manual_seed(case["seed"] + 1)
+        bank = [torch.randn(case["bank"], x.shape[-1], dtype=D64, generator=generator).to(x.dtype) for x in inputs]
+    if function not in STAGED:
+        named = {"students": inputs[0], "teachers": inputs[1], "reduction": case["reduction"], **case["options"]}
+        if case["within"] == "tokens":
+            named |= {"within": "tokens", "mask": mask_of(case)}
+        return named if bank is None else named | {"bank": bank[1]}
+    count = case["students"]
+    named = {"students": inputs[:count], "teachers": inputs[count:], "temperature": case["temperature"]}
+    named["pairs"] = case["pairs"]
+    if function == "relation_kl":
+        named["bandwidth"] = case["bandwidth"]
+    if bank is not None:
+        named["bank"] = (bank[:count], bank[count:]) if function == "relation_kl" else bank[count:]
+    return named
+
+
+def function_of(case: dict, backend: str) -> Callable[..., Tensor]:
+    """The case's function of its features, on ``backend``, where another is not asked for."""
+
+    def call(*inputs: Tensor, backend: str = backend) -> Tensor:
+        inputs = tuple(laid_out(x, case["strides"]) for x in inputs)
+        if case["function"] in WITHOUT_BACKENDS and backend == "reference":
+            return WITHOUT_BACKENDS[case["function"]](**arguments_of(case, list(inputs)))
+        chosen = {} if case["function"] in WITHOUT_BACKENDS else {"backend": backend}
+        is_short = case["autocast"] and backend != "reference"
+        with torch.autocast("cpu", torch.bfloat16) if is_short else nullcontext():
+            output = getattr(functional, case["function"])(**arguments_of(case, list(inputs)), **chosen)
+        if isinstance(output, list):
+            output = torch.cat(output, dim=1)
+        return output.to(inputs[0].dtype) if case["autocast"] else output
+
+    return call
+
+
+def _divergence(students, teachers, temperature, standardize, reduction) -> Tensor:
+    def probabilities(x: Tensor) -> Tensor:
+        if standardize:
+            x = x - x.mean(dim=1, keepdim=True)
+            moving = (x != 0).any(dim=1, keepdim=True)
+            norm = torch.linalg.vector_norm(torch.where(moving, x, 1), dim=1, keepdim=True)
+            x = x / (torch.where(moving, norm / max(x.shape[1] - 1, 1) ** 0.5, 0) + 1e-7)
+        return torch.log_softmax(x / temperature, dim=1)
+
+    p, q = probabilities(students), probabilities(teachers)
+    losses = temperature**2 * torch.nn.functional.kl_div(p, q, reduction="none", log_target=True).sum(dim=1)
+    return losses if reduction == "none" else losses.mean()
+
+
+def _mean_distance(nodes: Tensor) -> Tensor:
+    e = reference.unit_rows(nodes)
+    distances = (1 - e @ e.T).clamp(min=0).fill_diagonal_(0)
+    return (
+        (0.5 * distances.sum() / max(len(e) * (len(e) - 1), 1)).sqrt().clamp(min=0.01) if len(e) > 1 else e.new_ones(())
+    )
+
+
+# Functions that are ordinary PyTorch on every backend, and what they should be.
+WITHOUT_BACKENDS = {"kd_divergence": _divergence, "adaptive_bandwidth": _mean_distance}

@@ -1,0 +1,191 @@
+"""How much a fused result may err, by the conditioning of what is computed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.ops_cases import results, with_rounded_rows
+from tests.precision_cases import BOUND
+from tests.second_order_cases import second_order
+
+from .cases import D64, DTYPES, MEASURES, STAGED, features, function_of
+
+# A single draw of roundings against another, beside the factor 2 that the tests' means of draws keep.
+LUCK = 8
+SINGLE = torch.finfo(torch.float32).eps
+# Of functions of distances of the features as they are, which know no unit rows.
+OF_DISTANCES = ("rkd_distance", "rkd_angle")
+
+
+def judge(case: dict, backend: str) -> None:
+    """Raises AssertionError where the fused backend errs more than it may."""
+    inputs = features(case)
+    fused, definition = function_of(case, backend), function_of(case, "reference")
+    if case["function"] in MEASURES:
+        measured = _measures(case, fused, definition, inputs)
+    elif case["order"] == "second":
+        measured = _second_order(case, backend, inputs)
+    elif case["autocast"]:
+        measured = _autocast(case, fused, definition, inputs)
+    else:
+        measured = _first_order(case, backend, fused, definition, inputs)
+    for k, (error, allowed) in enumerate(measured):
+        assert error <= allowed, f"result {k}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def gain_of(case: dict) -> float:
+    """By how much a rounding of the similarities is magnified in results of the size 1."""
+    function = case["function"]
+    if function in MEASURES or function in STAGED:
+        sharpness = 1 / case["temperature"] if function in ("node_contrast", "relation_kl") else 1.0
+        if function == "adaptive_bandwidth":
+            return 100.0  # a root of at least 0.01
+        if function != "node_contrast":
+            bandwidths = case["bandwidth"] if isinstance(case["bandwidth"], list) else [case["bandwidth"]]
+            sharpness /= min(0.01 if each == "auto" else each for each in bandwidths) ** 2
+        return sharpness
+    options = case["options"]
+    return {
+        # The size of what losses are differences of.
+        "similarity_preserving": lambda: 10.0,
+        "correlation_congruence": lambda: 10.0,
+        "kd_divergence": lambda: 10 * options["temperature"] ** 2,
+        # (q + ε)/(p + ε) where p is 0 and q 1/B.
+        "pkt": lambda: 1 + 1 / (options["eps"] * case["batch"]),
+        "info_nce": lambda: 1 / options["temperature"],
+    }.get(function, lambda: 1.0)()
+
+
+def shortness_of(case: dict, inputs: list[Tensor]) -> float:
+    """1/‖x‖ of the shortest row, at least 1, by which gradients of functions of unit rows grow."""
+    if case["function"] in OF_DISTANCES:
+        return 1.0
+    norms = torch.cat([torch.linalg.vector_norm(x.detach().double(), dim=-1).flatten() for x in inputs])
+    return max(1.0, 1 / norms[norms > 0].min().item()) if (norms > 0).any() else 1.0
+
+
+def crowd_of(case: dict) -> int:
+    """How many results of the size 1 are added to a gradient: of pairs, and of rows that are one in memory."""
+    rows = case["batch"] if case["strides"] == "expanded" else 1
+    return rows * max(case.get("students", 1), len(case["widths"]) - case.get("students", 1))
+
+
+def digits_lost(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, float, float]:
+    """What differences of numbers that nearly agree err by: shares of the results' largest entries, and sizes of the
+    output's errors and of the gradients'.
+
+    d² = n_i + n_j − 2x_ij, n = ‖x‖² of rows about their mean, keeps all but (n_i + n_j)/d² ε of itself, and gradients
+    grow with 1/d. ‖K^s − K^t‖ of bilinear kernels is the root of a difference of sums of the size B².
+    """
+    if case["function"] in OF_DISTANCES:
+        closeness, nearness = _closeness(inputs)
+        share = 2 * LUCK * eps * closeness
+        return min(1, share), 0.0, share * nearness
+    if case["function"] == "correlation_congruence" and not case["options"]["squared"]:
+        least = _least_norm(case, inputs)
+        rest = 4 * LUCK * eps
+        return 0.0, rest / max(least, rest**0.5), min(1, rest / max(least**2, eps)) * shortness_of(case, inputs)
+    return 0.0, 0.0, 0.0
+
+
+def _least_norm(case: dict, inputs: list[Tensor]) -> float:
+    """The least of the graphs' norms, in float64."""
+    with torch.no_grad():
+        norms = function_of(case, "reference")(*(x.detach().double() for x in inputs))
+    return norms[norms > 0].min().item() if (norms > 0).any() else 0.0
+
+
+def _closeness(inputs: list[Tensor]) -> tuple[float, float]:
+    """The largest (n_i + n_j)/d²_ij and 1/d_ij, at least 1."""
+    closeness = nearness = 1.0
+    for x in inputs:
+        x = x.detach().double()
+        x = x - x.mean(dim=-2, keepdim=True)
+        squares = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+        sizes = x.square().sum(dim=-1)
+        apart = squares > 1e-12
+        if apart.any():
+            ratios = (sizes[..., :, None] + sizes[..., None, :]) / squares
+            closeness = max(closeness, ratios[apart].max().item())
+            nearness = max(nearness, squares[apart].min().item() ** -0.5)
+    return closeness, nearness
+
+
+def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[float, float]]:
+    inputs = [x.requires_grad_() for x in inputs]
+    shape = function_of(case, "reference")(*inputs).shape
+    upstream = torch.rand(shape, dtype=D64, generator=torch.Generator().manual_seed(7))
+    found, truth = (second_order(function_of(case, b), inputs, upstream, b) for b in (backend, "reference"))
+    # The definition's own second derivatives lose digits where it divides by what it then multiplies with.
+    gain = gain_of(case) * shortness_of(case, inputs) ** 2 * crowd_of(case)
+    if case["function"] in OF_DISTANCES:
+        closeness, nearness = _closeness(inputs)
+        gain *= closeness * nearness**2
+    bounds = [1e-10 * max(1, gain) * max(1, y.abs().max().item()) for y in truth]
+    return [((x - y).abs().max().item(), bound) for x, y, bound in zip(found, truth, bounds, strict=True)]
+
+
+def _first_order(case: dict, backend: str, fused: Callable, definition: Callable, inputs: list[Tensor]):
+    """float64 against the definition; of other types what plain PyTorch in the type errs by, or in float64 of rounded
+    rows."""
+    dtype = DTYPES[case["dtype"]]
+    inputs = [x.to(dtype) for x in inputs]
+    exact = [x.double() for x in inputs]
+    truth, found = results(definition, exact, dtype), results(fused, inputs, dtype)
+    assert [x.dtype for x in found[1:]] == [dtype] * len(inputs)
+    gain, growth = gain_of(case), shortness_of(case, inputs) * crowd_of(case)
+    if dtype == D64:
+        return _compared(found, truth, 1e-10, 1e-10 + 1e-13 * gain, growth, digits_lost(case, inputs, 1e-15))
+    plain = [results(definition, inputs, dtype)]
+    if not all(x.isfinite().all() for x in plain[0]):
+        plain = [results(definition, [x.float() for x in inputs], dtype)]
+    # Rows of few numbers may be exact in the type, but not less their mean: then the promised bound is what holds.
+    bound = 0.0
+    if dtype == torch.bfloat16:
+        plain.append(with_rounded_rows(lambda: results(definition, exact, dtype)))
+        bound = BOUND
+    rounding = SINGLE * LUCK
+    if backend == "triton" and dtype.itemsize == 2:  # Products of float16 operands on GPUs; C++ multiplies wider.
+        rounding = torch.finfo(dtype).eps
+    allowed = _compared(found, truth, bound, rounding * gain, growth, digits_lost(case, inputs, SINGLE))
+    more = [
+        2 * LUCK * max((z[k].double() - y).abs().max().item() for z in plain)
+        + LUCK * torch.finfo(found[k].dtype).eps / 2 * y.abs().max().item()
+        for k, y in enumerate(truth)
+    ]
+    return [(error, most + extra) for (error, most), extra in zip(allowed, more, strict=True)]
+
+
+def _autocast(case: dict, fused: Callable, definition: Callable, inputs: list[Tensor]):
+    inputs = [x.float() for x in inputs]
+    exact = [x.double() for x in inputs]
+    truth = results(definition, exact)
+    rounded = with_rounded_rows(lambda: results(definition, exact))
+    gain, growth = gain_of(case), shortness_of(case, inputs) * crowd_of(case)
+    # Of a few numbers' roundings the errors do not average out.
+    share = 2e-2 if min(case["widths"]) >= 16 else 4e-2
+    found = results(fused, inputs)
+    allowed = _compared(found, truth, share, LUCK * SINGLE * gain, growth, digits_lost(case, inputs, SINGLE))
+    more = [LUCK * (z - y).abs().max().item() for z, y in zip(rounded, truth, strict=True)]
+    return [(error, most + extra) for (error, most), extra in zip(allowed, more, strict=True)]
+
+
+def _compared(found, truth, relative: float, absolute: float, growth: float, lost: tuple[float, float, float]):
+    """The largest errors, and what is allowed: shares of the largest entry, and sizes, gradients' ``growth`` times."""
+    share, of_output, of_gradients = lost
+    compared = []
+    for k, (x, y) in enumerate(zip(found, truth, strict=True)):
+        size = absolute * growth + of_gradients if k else absolute + of_output
+        compared.append(((x.double() - y).abs().max().item(), (relative + share) * y.abs().max().item() + size))
+    return compared
+
+
+def _measures(case: dict, fused: Callable, definition: Callable, inputs: list[Tensor]):
+    """Functions without gradient, whose results are of the size 1 or of so many neighbours."""
+    dtype = DTYPES[case["dtype"]]
+    inputs = [x.to(dtype) for x in inputs]
+    found, truth = fused(*inputs).double(), definition(*[x.double() for x in inputs])
+    rounding = torch.finfo(torch.bfloat16).eps if case["autocast"] or dtype.itemsize == 2 else torch.finfo(dtype).eps
+    gain = max(1, gain_of(case))
+    return [((found - truth).abs().max().item(), LUCK * rounding * gain * max(1, truth.abs().max().item()))]
