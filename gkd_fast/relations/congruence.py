@@ -9,7 +9,7 @@ from gkd_fast import ops, reference
 from gkd_fast._arguments import check_choice, check_flag, check_positive, is_whole
 from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group
-from gkd_fast.relations.common import Bank, Batch, Side, relation_losses, unit_rows
+from gkd_fast.relations.common import REDUCTIONS, WITHIN, Bank, Batch, Side, relation_losses, unit_rows
 from gkd_fast.relations.gram import gram_differences, gram_total
 from gkd_fast.relations.gram_blocks import Differences, blocked, in_blocks
 
@@ -63,6 +63,8 @@ def correlation_congruence(
         RuntimeError: the chosen backend is not available here.
     """
     check_choice("kernel", kernel, KERNELS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("within", within, WITHIN)
     gamma = check_positive("gamma", gamma)
     if not is_whole(order) or not 1 <= order <= 16:
         raise ValueError(f"order must be a whole number from 1 to 16, got {order!r}")
