@@ -165,8 +165,12 @@ def _autocast(case: dict, fused: Callable, definition: Callable, inputs: list[Te
     gain, growth = gain_of(case), shortness_of(case, inputs) * crowd_of(case)
     # Of a few numbers' roundings the errors do not average out.
     share = 2e-2 if min(case["widths"]) >= 16 else 4e-2
+    absolute = LUCK * SINGLE * gain
+    if case["function"] == "graph_conv":
+        # Means over nodes of numbers of the size 1, which may cancel where their roundings do not.
+        absolute += torch.finfo(torch.bfloat16).eps / case["batch"] ** 0.5
     found = results(fused, inputs)
-    allowed = _compared(found, truth, share, LUCK * SINGLE * gain, growth, digits_lost(case, inputs, SINGLE))
+    allowed = _compared(found, truth, share, absolute, growth, digits_lost(case, inputs, SINGLE))
     more = [LUCK * (z - y).abs().max().item() for z, y in zip(rounded, truth, strict=True)]
     return [(error, most + extra) for (error, most), extra in zip(allowed, more, strict=True)]
 
