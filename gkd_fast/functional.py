@@ -24,6 +24,7 @@ from gkd_fast._arguments import (
     check_banks,
     check_choice,
     check_features,
+    check_flag,
     check_graph,
     check_graph_stages,
     check_pairs,
@@ -508,6 +509,7 @@ def effective_neighbors(
         ``[B]`` in float32 (float64 for float64 nodes).
     """
     with checking(process_group, "effective_neighbors"):
+        others = check_flag("others", others)
         check_features("nodes", nodes, process_group is not None)
         dtype = compute_dtype({"nodes": nodes})
         bandwidth = check_bandwidth(bandwidth)
