@@ -31,7 +31,6 @@ from gkd_fast.modules import BatchGCN, PlainHead, graph_embeddings
 from gkd_fast.ops.autograd import saveable
 
 GRAPHS = ("batch", "none")
-TEACHER_GRAPHS = ("labels", "frozen")
 
 
 def _meets_columns(criterion: "GraphKDLoss", *arguments, **options) -> bool:
@@ -125,7 +124,8 @@ class GraphKDLoss(nn.Module):
         self.teacher_dims = check_dims("teacher_dims", teacher_dims)
         self.pairs = check_pairs(pairs, len(self.student_dims), len(self.teacher_dims))
         check_choice("graph", graph, GRAPHS)
-        check_choice("teacher_graph", teacher_graph, TEACHER_GRAPHS)
+        if not isinstance(teacher_graph, str) or teacher_graph not in ("labels", "frozen"):
+            raise ValueError(f"teacher_graph must be 'labels' or 'frozen', got {teacher_graph!r}")
         self.node_temperature = check_positive("node_temperature", node_temperature)
         self.relation_temperature = check_positive("relation_temperature", relation_temperature)
         self.node_weight = check_factor("node_weight", node_weight)
