@@ -9,7 +9,7 @@ from tests.ops_cases import results, with_rounded_rows
 from tests.precision_cases import BOUND
 from tests.second_order_cases import second_order
 
-from .cases import D64, DTYPES, MEASURES, STAGED, features, function_of
+from .cases import D64, DTYPES, MEASURES, STAGED, features, function_of, mask_of
 
 # A single draw of roundings against another, beside the factor 2 that the tests' means of draws keep.
 LUCK = 8
@@ -71,22 +71,18 @@ def crowd_of(case: dict) -> int:
     return rows * max(case.get("students", 1), len(case["widths"]) - case.get("students", 1))
 
 
-def digits_lost(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, float, float]:
-    """What differences of numbers that nearly agree err by: shares of the results' largest entries, and sizes of the
-    output's errors and of the gradients'.
+def digits_lost(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, float]:
+    """What differences of numbers that nearly agree err by: sizes of the output's errors and of the gradients'.
 
-    d² = n_i + n_j − 2x_ij, n = ‖x‖² of rows about their mean, keeps all but (n_i + n_j)/d² ε of itself, and gradients
-    grow with 1/d. ‖K^s − K^t‖ of bilinear kernels is the root of a difference of sums of the size B².
+    ‖K^s − K^t‖ of bilinear kernels is the root of a difference of sums of the size B².
     """
     if case["function"] in OF_DISTANCES:
-        closeness, nearness = _closeness(inputs)
-        share = 2 * LUCK * eps * closeness
-        return min(1, share), 0.0, share * nearness
+        return _of_distances(case, inputs, eps)[:2]
     if case["function"] == "correlation_congruence" and not case["options"]["squared"]:
         least = _least_norm(case, inputs)
         rest = 4 * LUCK * eps
-        return 0.0, rest / max(least, rest**0.5), min(1, rest / max(least**2, eps)) * shortness_of(case, inputs)
-    return 0.0, 0.0, 0.0
+        return rest / max(least, rest**0.5), min(1, rest / max(least**2, eps)) * shortness_of(case, inputs)
+    return 0.0, 0.0
 
 
 def _least_norm(case: dict, inputs: list[Tensor]) -> float:
@@ -96,20 +92,43 @@ def _least_norm(case: dict, inputs: list[Tensor]) -> float:
     return norms[norms > 0].min().item() if (norms > 0).any() else 0.0
 
 
-def _closeness(inputs: list[Tensor]) -> tuple[float, float]:
-    """The largest (n_i + n_j)/d²_ij and 1/d_ij, at least 1."""
-    closeness = nearness = 1.0
+def _of_distances(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, float, float]:
+    """By how much output, gradients and second derivatives err where every pair's d² loses the share δ of itself.
+
+    d² = n_i + n_j − 2x_ij, n = ‖x‖² of rows about their mean, so that δ_ij = ε (n_i + n_j)/d²_ij, at most 1: of all of
+    its direction. A row's sums have the means of its partners' errors, not the largest. With κ the distances' inverse
+    mean, rkd_distance's output errs by κ d δ and its gradients by κ δ (1 + κ d), which change by (1/d + κ) times a
+    direction's entries, up to 4; rkd_angle's cosines err by δ and their gradients by δ/d. Twice that: of either side.
+    """
+    mask = mask_of(case) if case["within"] == "tokens" else None
+    output, gradients, seconds = 0.0, 0.0, 0.0
     for x in inputs:
         x = x.detach().double()
-        x = x - x.mean(dim=-2, keepdim=True)
+        counted = torch.ones(x.shape[:-1], dtype=D64) if mask is None else mask.to(D64)
+        number = counted.sum(dim=-1, keepdim=True).clamp(min=1)
+        x = x - ((counted[..., None] * x).sum(dim=-2) / number)[..., None, :]
         squares = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
         sizes = x.square().sum(dim=-1)
-        apart = squares > 1e-12
-        if apart.any():
-            ratios = (sizes[..., :, None] + sizes[..., None, :]) / squares
-            closeness = max(closeness, ratios[apart].max().item())
-            nearness = max(nearness, squares[apart].min().item() ** -0.5)
-    return closeness, nearness
+        apart = (squares > 0) & (counted[..., :, None] * counted[..., None, :] > 0)
+        shares = 3 * LUCK * eps * (sizes[..., :, None] + sizes[..., None, :]) / torch.where(apart, squares, 1)
+        lost = torch.where(apart, shares.clamp(max=1), 0)
+        distance = torch.where(apart, squares, 1).sqrt()
+
+        def of_rows(errors: Tensor, number: Tensor = number, apart: Tensor = apart) -> Tensor:
+            return torch.where(apart, errors, 0).sum(dim=-1) / number
+
+        if case["function"] == "rkd_angle":
+            output = max(output, 2 * of_rows(lost).max().item())
+            errors = of_rows(lost / distance) + of_rows(lost).amax(dim=-1, keepdim=True) * of_rows(1 / distance)
+            gradients = max(gradients, 2 * errors.max().item())
+            continue
+        pairs = (number * (number - 1)).clamp(min=1)[..., None]
+        means = (torch.where(apart, distance, 0).sum(dim=(-1, -2), keepdim=True) / pairs).clamp(min=1e-6)
+        output = max(output, 2 * of_rows(lost * distance / means).max().item())
+        gradients = max(gradients, 2 * of_rows(lost * (1 + distance / means) / means).max().item())
+        growth = 1 / distance + 1 / means
+        seconds = max(seconds, 4 * LUCK * of_rows(lost * (1 + distance / means) * growth / means).max().item())
+    return output, gradients, seconds
 
 
 def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[float, float]]:
@@ -119,10 +138,8 @@ def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[
     found, truth = (second_order(function_of(case, b), inputs, upstream, b) for b in (backend, "reference"))
     # The definition's own second derivatives lose digits where it divides by what it then multiplies with.
     gain = gain_of(case) * shortness_of(case, inputs) ** 2 * crowd_of(case)
-    if case["function"] in OF_DISTANCES:
-        closeness, nearness = _closeness(inputs)
-        gain *= closeness * nearness**2
-    bounds = [1e-10 * max(1, gain) * max(1, y.abs().max().item()) for y in truth]
+    lost = _of_distances(case, inputs, 1e-15)[2] * crowd_of(case) if case["function"] in OF_DISTANCES else 0.0
+    bounds = [1e-10 * max(1, gain) * max(1, y.abs().max().item()) + lost for y in truth]
     return [((x - y).abs().max().item(), bound) for x, y, bound in zip(found, truth, bounds, strict=True)]
 
 
@@ -175,13 +192,13 @@ def _autocast(case: dict, fused: Callable, definition: Callable, inputs: list[Te
     return [(error, most + extra) for (error, most), extra in zip(allowed, more, strict=True)]
 
 
-def _compared(found, truth, relative: float, absolute: float, growth: float, lost: tuple[float, float, float]):
+def _compared(found, truth, relative: float, absolute: float, growth: float, lost: tuple[float, float]):
     """The largest errors, and what is allowed: shares of the largest entry, and sizes, gradients' ``growth`` times."""
-    share, of_output, of_gradients = lost
+    of_output, of_gradients = lost
     compared = []
     for k, (x, y) in enumerate(zip(found, truth, strict=True)):
         size = absolute * growth + of_gradients if k else absolute + of_output
-        compared.append(((x.double() - y).abs().max().item(), (relative + share) * y.abs().max().item() + size))
+        compared.append(((x.double() - y).abs().max().item(), relative * y.abs().max().item() + size))
     return compared
 
 
