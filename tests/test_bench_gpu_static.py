@@ -13,7 +13,7 @@ import torch
 from bench import cases, measure, report
 from bench.commands import gpu_static
 from bench.gpu import measured, model, plans, predicted, tables, units
-from bench.gpu.devices import DEVICES, LIMITS
+from bench.gpu.devices import DEVICES, LIMITS, Calibration
 from bench.gpu.disassembly import Binary, Instruction, _amd_flow, _nvidia_flow, inner_loop, parse_amd, parse_nvidia
 
 kernels = pytest.importorskip("gkd_fast.kernels", reason="Triton is not installed")
@@ -21,6 +21,7 @@ table = pytest.importorskip("gkd_fast.kernels.common.table")
 attention = pytest.importorskip("bench.gpu.attention")
 
 A100, H100, H200, B200 = DEVICES
+PUBLISHED_H100 = dataclasses.replace(H100, calibration=Calibration())
 BOTH_ARCHITECTURES = pytest.mark.parametrize(
     "published", [attention.PUBLISHED[0], attention.PUBLISHED[2], attention.PUBLISHED[5]]
 )
@@ -157,6 +158,31 @@ def test_programs_take_turns_on_the_units():
     assert model.limiting_unit(clocks, 1) == "cache" and model.limiting_unit(issue_bound, 1) == "issue"
 
 
+def test_waits_pass_where_other_programs_keep_the_busiest_unit_busy():
+    clocks = Counter(matrix=10, float=6, waits=15, shallow=3)
+    assert [model.makespan(clocks, k) for k in (1, 2, 3)] == [16 + 3 + 15, 16 + 3 + 15, 16 + 3 + 20]
+
+
+def test_a_device_calibrates_clocks_and_waits():
+    listing = [Instruction("LDGSTS.E.128"), Instruction("BAR.SYNC"), Instruction("LDL.64"), Instruction("MUFU.EX2")]
+    kernel = dataclasses.replace(binary(listing), pipeline_stages=2)
+    device = dataclasses.replace(H100, calibration=Calibration({"exponential": 0.5}, wait=30, shallow=100))
+    inside, outside = model.work(kernel, device)
+    assert inside["waits"] == 2 and inside["shallow"] == 1 and not outside
+    clocks = model.calibrated(inside, device)
+    assert clocks["waits"] == 60 and clocks["shallow"] == 100
+    assert clocks["exponential"] == inside["exponential"] / 2 and clocks["shared"] == inside["shared"]
+    deeper = model.work(dataclasses.replace(kernel, pipeline_stages=3), device)[0]
+    assert not deeper["shallow"] and not model.work(dataclasses.replace(kernel, step=frozenset()), device)[0]["waits"]
+
+
+def test_conflicts_are_counted_in_the_clocks_of_their_accesses():
+    kernel = binary([Instruction("STS.64"), Instruction("STS"), Instruction("LDSM.16.M88.4")])
+    slow = dataclasses.replace(kernel, conflicts={("STS", 8): 8.0, ("LDSM", 0): 2.0})
+    assert model.work(kernel, H100)[0]["shared"] == 4 * (2 + 1 + 4)
+    assert model.work(slow, H100)[0]["shared"] == 4 * (8 * 2 + 1 + 2 * 4)
+
+
 def test_whole_waves_are_counted():
     # One step: 4 warps · 2 clocks of the exponential unit and 4 · 0.25 of the float units; four programs fit.
     kernel = binary([Instruction("MUFU.EX2"), Instruction("FMUL")])
@@ -169,10 +195,10 @@ def test_whole_waves_are_counted():
         (529, 10, four + one),
         (1056, 1, 2 * four),
     ):
-        prediction = model.predict(kernel, H100, programs, steps)
+        prediction = model.predict(kernel, PUBLISHED_H100, programs, steps)
         assert prediction.seconds == pytest.approx(steps * clocks / 1.83e9)
         assert prediction.limit == "exponential" and prediction.waves == -(-programs // 528)
-    assert model.predict(kernel, H100, 528, 10).busy == pytest.approx(32 / 33)
+    assert model.predict(kernel, PUBLISHED_H100, 528, 10).busy == pytest.approx(32 / 33)
 
 
 def test_without_a_loop_memory_sets_the_pace():

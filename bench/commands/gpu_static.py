@@ -2,8 +2,9 @@
 
 For each kernel in its default configuration: registers, shared memory, occupancy, spills and the instructions of one
 step of its loop; and from the issue-slot model (``bench/gpu/model.py``) the predicted time on A100, H100, H200 and
-B200 with the unit that limits it. ``--check`` holds the model against published times of attention kernels. On a GPU,
-``--measure`` times the same work and says where it takes more than 1.5 × what was predicted.
+B200 with the unit that limits it. ``--check`` holds the model against published times of attention kernels,
+``--calibration`` against tiles that were timed. On a GPU, ``--measure`` times the same work and says where it takes
+more than 1.5 × what was predicted.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from bench import cases, files, machine, report
-from bench.gpu import measured, tables
+from bench.gpu import calibration, measured, tables
 from bench.gpu.predicted import BATCHES, KernelReport, chosen, read_kernel, time_rows
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--mix", action="store_true", help="print each kernel's instructions and clocks per step too")
     parser.add_argument("--check", action="store_true", help="only the model's error on kernels with published times")
+    parser.add_argument("--calibration", action="store_true", help="only the model beside the tiles that were timed")
     parser.add_argument("--measure", action="store_true", help="on a GPU: time what was predicted")
     parser.add_argument("--json", type=Path, help="writes everything to this file; measured times in it are kept")
     parser.add_argument("--markdown", type=Path, help=f"writes the tables between the marks {report.marks(SECTION)}")
@@ -40,6 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = report.console()
     if arguments.check:
         console.print(rich_table(*tables.check_table(), "predicted against published, TFLOP/s"))
+        return 0
+    if arguments.calibration:
+        console.print(rich_table(*calibration.table(), f"measured within {calibration.NEAR} × of predicted"))
         return 0
     kernels = [
         read_kernel(spec, stages, arguments.batch)

@@ -17,7 +17,7 @@ Ours, for want of a published figure: the B200's second-level cache at twice the
 instruction at Hopper's absolute rate, its tensor memory at 512 bytes per clock; integer lanes serve packed conversions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KIBIBYTE = 1024
 
@@ -57,6 +57,15 @@ LIMITS = {
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What measured times say beyond the published rates."""
+
+    clocks: dict[str, float] = field(default_factory=dict)  # factors of a unit's clocks; 1 for the others
+    wait: float = 0  # clocks per wait of a step (bench.gpu.units.WAITS)
+    shallow: float = 0  # clocks per step whose loads have two stages: a tile's load is longer than a tile's products
+
+
+@dataclass(frozen=True)
 class Device:
     """Rates are per clock for a whole multiprocessor, bandwidths in bytes per second for the whole device."""
 
@@ -75,6 +84,7 @@ class Device:
     shared_bytes: int = 128
     tensor_memory_bytes: int = 512
     issue_slots: int = 4
+    calibration: Calibration = Calibration()
 
     def seconds(self, cycles: float) -> float:
         return cycles / (self.gigahertz * 1e9)
@@ -84,9 +94,17 @@ class Device:
         return self.cache_bandwidth / (self.gigahertz * 1e9) / self.multiprocessors
 
 
+# What bench.gpu.calibration.fit finds on every second one of the times measured on an H200. A fit, not
+# properties of the chip: factors below 1 also stand for what a program's own units do at the same time.
+HOPPER_CALIBRATION = Calibration({"integer": 0.6, "exponential": 0.7, "matrix": 1.1}, wait=30, shallow=350)
+
+
 def _hopper(name: str, memory_bandwidth: float) -> Device:
     products = {"16-bit": 2048, "tf32": 1024, "float64": 128}
-    return Device(name, "sm_90", 132, 1.83, products, 128, 64, memory_bandwidth, 5.5e12, warp_matrix_share=0.63)
+    return Device(
+        name, "sm_90", 132, 1.83, products, 128, 64, memory_bandwidth, 5.5e12,
+        warp_matrix_share=0.63, calibration=HOPPER_CALIBRATION,
+    )  # fmt: skip
 
 
 AMPERE_PRODUCTS = {"16-bit": 1024, "tf32": 512, "float64": 64}

@@ -8,11 +8,12 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import networkx
 
+from bench.gpu import banks
 from bench.gpu.devices import LIMITS
 
 MATRIX = re.compile(r"(HMMA|HGMMA|DMMA|UTC\w*MMA|v_mfma_)")
@@ -37,6 +38,7 @@ class Binary:
 
     ``step`` holds the indices of the instructions that an ordinary step of the loop passes, ``rare`` those of the
     loop's other paths (tiles on the diagonal or at an edge, waits that fail). Both are empty where no loop multiplies.
+    ``conflicts`` are :func:`bench.gpu.banks.conflicts`, ``pipeline_stages`` those of the loop's loads.
     """
 
     arch: str
@@ -48,6 +50,8 @@ class Binary:
     shared_bytes: int
     warps: int
     tensor_columns: int = 0
+    pipeline_stages: int = 1
+    conflicts: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def spills(self) -> int:
         """Instructions that move registers to or from a thread's own memory."""
@@ -81,7 +85,8 @@ def read(compiled) -> Binary:
     return Binary(
         f"sm_{metadata.target.arch}", tuple(instructions), *inner_loop(instructions, targets, _nvidia_flow),
         registers=_number(r"REG:(\d+)", usage), stack_bytes=_number(r"STACK:(\d+)", usage),
-        tensor_columns=getattr(metadata, "tmem_size", 0) or 0, **shared,
+        tensor_columns=getattr(metadata, "tmem_size", 0) or 0, pipeline_stages=metadata.num_stages,
+        conflicts=banks.conflicts(compiled.asm["ptx"]), **shared,
     )  # fmt: skip
 
 

@@ -4,11 +4,14 @@ A step of a program's loop keeps each unit busy for c_u clocks (:mod:`bench.gpu.
 uses in turn do not overlap within it; programs that share a multiprocessor run out of step, so that each one
 beyond the first adds only what it does on the busiest unit:
 
-    step(k) = max( Σ c_u + (k − 1) · max c_u,  k · max c_v ),    u: units used in turn, v: units that work beside
+    step(k) = max( Σ c_u + shallow + max((k − 1) · max c_u, waits),  k · max c_u,  k · max c_v ),
+    u: units used in turn, v: units that work beside
 
 which is the makespan of k equal jobs through a line of stations; max c_u includes the issue slots, which all
-instructions share. What stands outside the loop is passed once, in the same way. Programs come in whole waves:
-time = Σ over waves of (once(k) + steps · step(k)), where the last wave may hold fewer programs per multiprocessor.
+instructions share. A program's waits pass unseen where the others keep the busiest unit busy meanwhile. The clocks are
+the published ones, times the factors of the device's calibration if it has one. What stands outside the loop is passed
+once, in the same way. Programs come in whole waves: time = Σ over waves of (once(k) + steps · step(k)), where the last
+wave may hold fewer programs per multiprocessor.
 A kernel without a loop of products reads and writes memory, not the cache. Not counted: a launch (some microseconds,
 less within a CUDA graph), the first load's latency, clocks below the published boost clock.
 """
@@ -41,27 +44,47 @@ def predict(binary: Binary, device: Device, programs: int, steps: int) -> Predic
         raise DoesNotFit(
             f"{binary.registers} registers × {binary.warps} warps, {binary.shared_bytes} bytes on {device.name}"
         )
-    inside, outside = work(binary, device)
+    inside, outside = (calibrated(clocks, device) for clocks in work(binary, device))
+    return predict_clocks(inside, outside, device, resident, programs, steps, bool(binary.step))
+
+
+def predict_clocks(
+    inside: Counter[str],
+    outside: Counter[str],
+    device: Device,
+    resident: int,
+    programs: int,
+    steps: int,
+    loops: bool,
+) -> Prediction:
+    """The same from calibrated clocks; ``loops``: whether there is a loop of products."""
     per_wave = device.multiprocessors * resident
     full_waves, rest = divmod(programs, per_wave)
     waves = [resident] * full_waves
     if rest:
         waves.append(-(-rest // device.multiprocessors))
     cycles = sum(makespan(outside, k) + steps * makespan(inside, k) for k in waves)
-    if not binary.step:
+    if not loops:
         memory = outside["cache"] * device.cache_bandwidth / device.memory_bandwidth
         cycles = max(cycles, memory * programs / device.multiprocessors)
-    limit = limiting_unit(inside if binary.step else outside, waves[0])
+    limit = limiting_unit(inside if loops else outside, waves[0])
     busy = (inside[limit] * steps + outside[limit]) * programs / device.multiprocessors / cycles
     return Prediction(device.seconds(cycles), limit, busy, resident, len(waves))
 
 
 def work(binary: Binary, device: Device) -> tuple[Counter[str], Counter[str]]:
-    """Clocks by unit of one program: (in one step of the loop, outside it)."""
-    inside, outside = Counter(), Counter()
+    """Clocks by unit of one program at published rates, and a step's waits: (in one step of the loop, outside it)."""
+    inside, outside = units.waiting(binary), Counter()
     for in_loop, clocks in units.walk(binary, device):
         (inside if in_loop else outside).update(clocks)
     return inside, outside
+
+
+def calibrated(clocks: Counter[str], device: Device) -> Counter[str]:
+    """Clocks by unit as the device's measured times have them, and clocks of ``waits`` and ``shallow``."""
+    calibration = device.calibration
+    per_count = calibration.clocks | {"waits": calibration.wait, "shallow": calibration.shallow}
+    return Counter({unit: amount * per_count.get(unit, 1) for unit, amount in clocks.items()})
 
 
 def makespan(clocks: Counter[str], programs: int) -> float:
@@ -80,4 +103,5 @@ def limiting_unit(clocks: Counter[str], programs: int) -> str:
 
 def _in_turn(clocks: Counter[str], programs: int) -> float:
     busiest = max(clocks[unit] for unit in (*units.TURNS, "issue"))
-    return sum(clocks[unit] for unit in units.TURNS) + (programs - 1) * busiest
+    alone = sum(clocks[unit] for unit in units.TURNS) + clocks["shallow"]
+    return max(alone + max((programs - 1) * busiest, clocks["waits"]), programs * busiest)

@@ -4,7 +4,11 @@ Units that a program uses in turn (:data:`TURNS`): ``matrix``; ``exponential`` (
 ``float``; ``integer`` (also comparisons, selections and packing conversions, as on the hardware); ``shared`` (shared
 memory, shuffles, tensor memory, global loads to registers); ``other`` (control and uniform instructions, an issue slot
 each). Units that work beside it (:data:`BESIDE`): ``copies`` (asynchronous writes to shared memory, and the matrix
-unit's reads from it) and ``cache`` (bytes from the second-level cache). ``issue`` counts every instruction.
+unit's reads from it) and ``cache`` (bytes from the second-level cache; a thread's own memory stays in the first).
+``issue`` counts every instruction.
+
+Not clocks but counts, of a step alone: ``waits`` (:data:`WAITS`), and ``shallow``, 1 where asynchronous loads have only
+two stages.
 """
 
 import math
@@ -17,6 +21,10 @@ from bench.gpu.disassembly import Binary, Instruction
 
 TURNS = ("matrix", "exponential", "float", "integer", "shared", "other")
 BESIDE = ("copies", "cache")
+WAITS = re.compile(
+    r"LDL|BAR|WARPGROUP\.DEPBAR"
+)  # a warp stands still until memory, the others or the products are there
+SHALLOW_STAGES = 2
 WARP = 32
 OPERAND_BYTES = {"16-bit": 2, "tf32": 4, "float64": 8}
 BLACKWELL_DEPTH_BYTES = 32  # of both operands, per UTCHMMA
@@ -49,7 +57,24 @@ def walk(binary: Binary, device: Device) -> Iterator[tuple[bool, Counter[str]]]:
             yield k in binary.step, blackwell_costs(instruction, literals[register[1]], device)
         else:
             found = costs(instruction, device)
+            found["shared"] *= binary.conflicts.get(shared_access(instruction), 1)
             yield k in binary.step, Counter({unit: binary.warps * clocks for unit, clocks in found.items()})
+
+
+def shared_access(instruction: Instruction) -> tuple[str, int]:
+    """The kind of an access to shared memory, as :mod:`bench.gpu.banks` names it."""
+    name, *modifiers = instruction.parts()
+    return name, 0 if name in ("LDSM", "STSM") else _width(modifiers)
+
+
+def waiting(binary: Binary) -> Counter[str]:
+    """The counts of a step: how often a program waits in it, and whether its loads are only a tile ahead."""
+    step = [binary.instructions[k] for k in binary.step]
+    loads_ahead = any(instruction.parts()[0] == "LDGSTS" for instruction in step)
+    return Counter(
+        waits=sum(bool(WAITS.match(instruction.opcode)) for instruction in step),
+        shallow=int(loads_ahead and binary.pipeline_stages == SHALLOW_STAGES),
+    )
 
 
 def blackwell_costs(instruction: Instruction, descriptor: int, device: Device) -> Counter[str]:
@@ -92,7 +117,7 @@ def costs(instruction: Instruction, device: Device) -> Counter[str]:
         found["shared"] = WARP * _width(modifiers) / device.shared_bytes
     else:
         found["other"] = slot
-    if name in ("LDGSTS", "LDG", "STG", "LD", "ST", "ATOMG", "LDL", "STL"):
+    if name in ("LDGSTS", "LDG", "STG", "LD", "ST", "ATOMG"):
         found["cache"] = WARP * _width(modifiers) / device.cache_bytes()
     return found
 

@@ -1,0 +1,153 @@
+"""The model held against tiles that were timed on a GPU, and the fit of what it adds to published rates.
+
+``bench/measured/h200_tiles.json`` has the times of one kernel in many tile sizes (some with the kernels that run with
+it) and, of the binaries that ran, the clocks at published rates as :func:`bench.gpu.model.work` counts them. Every
+second configuration, in the file's order, is fitted; the others tell whether the fit holds.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from bench.gpu import devices, model
+
+MEASURED = Path(__file__).parents[1] / "measured" / "h200_tiles.json"
+NEAR = 1.2  # measured within this factor of predicted, either way
+CLIPPED = 0.5  # of |log(measured / predicted)|: a far miss counts as one of this size
+GRID = {
+    "wait": (0, 10, 20, 30, 40, 50),
+    "shallow": (0, 50, 100, 150, 200, 250, 300, 350, 400, 450),
+    "integer": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "exponential": (0.7, 0.8, 0.9, 1.0),
+    "matrix": (0.9, 1.0, 1.1, 1.2),
+}
+FIRST = 3  # how far down the predicted order the fastest tile may be found
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel's binary, and the grid that was launched."""
+
+    inside: Counter[str]
+    outside: Counter[str]
+    resident: int
+    programs: int
+    steps: int
+    launches: int
+    loops: bool
+
+    def milliseconds(self, device: devices.Device) -> float:
+        inside, outside = (model.calibrated(clocks, device) for clocks in (self.inside, self.outside))
+        grid = self.resident, self.programs, self.steps
+        return model.predict_clocks(inside, outside, device, *grid, self.loops).seconds * 1e3 * self.launches
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A tile size of a kernel; ``launched`` is all that its time holds."""
+
+    sweep: str  # the file it was written to
+    kernel: str
+    dtype: str
+    dim: int
+    tile: str
+    milliseconds: float
+    launched: tuple[Launched, ...]
+
+    def predicted(self, device: devices.Device) -> float:
+        return sum(kernel.milliseconds(device) for kernel in self.launched)
+
+    def ratio(self, device: devices.Device) -> float:
+        """Measured over predicted."""
+        return self.milliseconds / self.predicted(device)
+
+
+@cache
+def configurations() -> tuple[Configuration, ...]:
+    content = json.loads(MEASURED.read_text())
+    kernels = [
+        Launched(**(kernel | {part: Counter(kernel[part]) for part in ("inside", "outside")}))
+        for kernel in content["kernels"]
+    ]
+    return tuple(
+        Configuration(**(c | {"launched": tuple(kernels[k] for k in c["launched"])})) for c in content["configurations"]
+    )
+
+
+def device() -> devices.Device:
+    return next(d for d in devices.DEVICES if d.name == "H200")
+
+
+def near(chosen: list[Configuration], on: devices.Device) -> int:
+    return sum(1 / NEAR <= c.ratio(on) <= NEAR for c in chosen)
+
+
+def fit() -> devices.Calibration:
+    """The point of :data:`GRID` that coordinate search from published rates ends in, on every second configuration."""
+    fitted, found = configurations()[::2], devices.Calibration()
+    least = _error(found, fitted)
+    improved = True
+    while improved:
+        improved = False
+        for name, values in GRID.items():
+            for number in values:
+                tried = _with(found, name, number)
+                if (error := _error(tried, fitted)) < least - 1e-6:
+                    found, least, improved = tried, error, True
+    return found
+
+
+def _with(calibration: devices.Calibration, name: str, number: float) -> devices.Calibration:
+    if name in ("wait", "shallow"):
+        return replace(calibration, **{name: number})
+    return replace(calibration, clocks=calibration.clocks | {name: number})
+
+
+def _error(calibration: devices.Calibration, chosen: tuple[Configuration, ...]) -> float:
+    """Root of the mean square of the logarithms of the ratios, each clipped."""
+    on = replace(device(), calibration=calibration)
+    return math.sqrt(sum(min(abs(math.log(c.ratio(on))), CLIPPED) ** 2 for c in chosen) / len(chosen))
+
+
+def sweeps() -> dict[tuple[str, str, int], list[Configuration]]:
+    """By kernel, type and width: one of them chooses a tile."""
+    found: dict[tuple[str, str, int], list[Configuration]] = {}
+    for c in configurations():
+        found.setdefault((c.kernel, c.dtype, c.dim), []).append(c)
+    return found
+
+
+def rank(sweep: list[Configuration], on: devices.Device) -> int:
+    """Which place in the predicted order the fastest has."""
+    fastest = min(sweep, key=lambda c: c.milliseconds)
+    return 1 + sum(c.predicted(on) < fastest.predicted(on) for c in sweep)
+
+
+def loss(sweep: list[Configuration], on: devices.Device) -> float:
+    """The measured time of the tile predicted to be the fastest, over the fastest."""
+    chosen = min(sweep, key=lambda c: c.predicted(on))
+    return chosen.milliseconds / min(c.milliseconds for c in sweep)
+
+
+def table() -> tuple[list[str], list[list[str]]]:
+    """A line per sweep, and the counts of each half, each file and all."""
+    on = device()
+    published = replace(on, calibration=devices.Calibration())
+
+    def counts(chosen: list[Configuration]) -> list[str]:
+        return [str(len(chosen)), str(near(chosen, published)), str(near(chosen, on))]
+
+    rows = [
+        [kernel, dtype, str(dim), *counts(sweep), str(rank(sweep, on)), f"{loss(sweep, on):.2f}"]
+        for (kernel, dtype, dim), sweep in sorted(sweeps().items())
+    ]
+    everything = list(configurations())
+    groups = {"fitted": everything[::2], "not fitted": everything[1::2]}
+    groups |= {name: [c for c in everything if c.sweep == name] for name in ("sweep", "sweep2")} | {"all": everything}
+    rows += [[name, "", "", *counts(chosen), "", ""] for name, chosen in groups.items()]
+    headers = ["kernel", "type", "D", "tiles", "near, published rates", "near, calibrated", "rank of the fastest",
+               "chosen / fastest"]  # fmt: skip
+    return headers, rows

@@ -1,0 +1,81 @@
+"""Bank conflicts read from PTX, and the model beside the tiles that were timed on a GPU."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bench.gpu import banks, calibration, devices
+
+# Addresses of thread t: %r4 4 t, along a row; %r5 256 t, along a column; %r6 260 t, along a column of skewed rows;
+# %r7 along a row for the first 16 threads, along a column for the others; %r8 256 t xor (4 t and 28).
+PTX = """
+	ld.param.b32 	%r1, [kernel_param_0];
+	mov.u32 	%r2, %tid.x;
+	mov.b32 	%r3, global_smem;
+	and.b32 	%r20, %r2, 31;
+	shl.b32 	%r21, %r20, 2;
+	add.s32 	%r4, %r3, %r21;
+	mad.lo.s32 	%r5, %r20, 256, %r1;
+	bfi.b32 	%r6, %r20, %r5, 2, 5;
+	setp.lt.u32 	%p1, %r20, 16;
+	selp.b32 	%r7, %r4, %r5, %p1;
+	lop3.b32 	%r8, %r5, %r21, 28, 0x78;
+	ld.global.b32 	%r10, [%rd1];
+	add.f32 	%r11, %r10, %r10;
+	st.shared.b32 	[%r4], %r11;
+	@%p1 st.shared.b32 	[%r5+8], %r11;
+	st.shared.b32 	[%r6], %r11;
+	ld.shared.b32 	{access};
+"""
+
+
+def passes(access: str) -> dict:
+    return banks.conflicts(PTX.replace("{access}", access))
+
+
+def test_addresses_are_followed_and_banks_counted():
+    assert passes("%r12, [%r4]")["LDS", 4] == 1
+    assert passes("%r12, [%r5]")["LDS", 4] == 32  # all in bank 0
+    assert passes("%r12, [%r7]")["LDS", 4] == 17  # one half spread, the other in bank 0, where thread 0 is too
+    assert passes("%r12, [%r3]")["LDS", 4] == 1  # one word for all
+    assert passes("%r12, [%r8]")["LDS", 4] == 4  # swizzled, eight banks in use
+    assert passes("%r12, [%r4]")["STS", 4] == (1 + 32 + 1) / 3  # the average of the three stores
+
+
+def test_what_does_not_follow_from_the_thread_is_left_out():
+    assert ("LDS", 4) not in passes("%r12, [%r10]") and ("LDS", 4) not in passes("%r12, [%r11]")
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "stride", "passes", "least"),
+    [(["shared", "v4", "b32"], 16, 4, 4), (["shared", "v2", "b32"], 128, 32, 2), (["shared", "b8"], 1, 1, 1)],
+)
+def test_wide_accesses_go_in_groups(modifiers, stride, passes, least):
+    width = banks.access_bytes(modifiers)
+    assert banks.plain_passes(np.arange(32) * stride, width) == (passes, least)
+
+
+def test_rows_of_matrices_go_eight_at_a_time():
+    assert banks.matrix_passes(np.arange(32) * 16, ["sync", "x4"]) == (4, 4)
+    assert banks.matrix_passes(np.arange(32) * 128, ["sync", "x4"]) == (32, 4)
+    assert banks.matrix_passes(np.arange(32) * 128, ["sync", "x2"]) == (16, 2)
+
+
+def test_the_constants_are_what_the_fit_finds():
+    assert calibration.fit() == devices.HOPPER_CALIBRATION
+
+
+def test_the_calibrated_model_is_near_what_was_measured():
+    """The half that was not fitted counts by itself."""
+    everything, on = calibration.configurations(), calibration.device()
+    published = dataclasses.replace(on, calibration=devices.Calibration())
+    assert len(everything) == 270
+    for chosen in (everything, everything[1::2]):
+        assert calibration.near(chosen, on) > 0.9 * len(chosen) > calibration.near(chosen, published)
+
+
+def test_most_sweeps_have_their_fastest_tile_among_the_first_predicted():
+    on, sweeps = calibration.device(), calibration.sweeps().values()
+    assert len(sweeps) == 24
+    assert sum(calibration.rank(sweep, on) <= calibration.FIRST for sweep in sweeps) >= 0.75 * len(sweeps)
