@@ -333,6 +333,8 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert kernel["registers"] > 100 and kernel["spills"] == 0 and kernel["stack_bytes"] == 0
     assert kernel["mix"]["MUFU.EX2"] == 34 and kernel["programs"] == {"1024": 8, "16384": 128}
     assert set(kernel["predicted"]) == {"H100", "H200"}
+    assert kernel["clocks"]["H100"]["shallow"] == H100.calibration.shallow  # two stages; waits stand beside it
+    assert kernel["clocks"]["H100"]["waits"] >= H100.calibration.wait
     row = next(line for line in page.read_text().splitlines() if "| H100 | 16,384 |" in line)
     assert row.count("*") == 6 and "matrix" in row
     forward, both, all_three = (float(row.split("|")[k].strip(" *")) for k in (7, 9, 12))

@@ -11,8 +11,8 @@ BATCHES = (64, 256, 1024, 4096, 16384, 65536, 262144)
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One kernel as compiled for one architecture. ``clocks`` are one step's, by device and unit; ``predicted`` are
-    :class:`bench.gpu.model.Prediction` by device and batch size.
+    """One kernel as compiled for one architecture. ``clocks`` are one step's, by device and unit, as calibrated;
+    ``predicted`` are :class:`bench.gpu.model.Prediction` by device and batch size.
     """
 
     op: str
@@ -65,7 +65,7 @@ def read_kernel(spec, stages: int, batches: list[int]) -> KernelReport:
         }
         for device in on
     }
-    clocks = {device.name: dict(model.work(binary, device)[0]) for device in on}
+    clocks = {device.name: dict(model.calibrated(model.work(binary, device)[0], device)) for device in on}
     return KernelReport(
         spec.op, spec.kernel, spec.direction, spec.arch, spec.dtype, spec.dim, stages,
         (spec.block_rows, spec.block_columns),

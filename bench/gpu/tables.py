@@ -26,7 +26,7 @@ def resource_table(kernels: list[KernelReport]) -> tuple[list[str], list[list[st
 
 
 def clock_table(kernels: list[KernelReport]) -> tuple[list[str], list[list[str]]]:
-    names = [*units.TURNS, *units.BESIDE, "issue"]
+    names = [*units.TURNS, *units.BESIDE, "issue", "waits", "shallow"]
     rows = [
         [device, k.op, k.kernel, f"{k.tile[0]}×{k.tile[1]}", *(f"{clocks.get(name, 0):,.0f}" for name in names)]
         for k in kernels
@@ -103,16 +103,18 @@ def _kernel_arithmetic(kernel: KernelReport, work: Work, device: devices.Device,
     grid = f"{programs:,} programs, {at_a_time} ({prediction['waves']} in turn)"
     if not kernel.tile[1]:
         return f"{grid}; {seconds * 1e3:.4f} ms."
-    in_turn = " + ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.TURNS if clocks.get(unit))
-    total = sum(clocks.get(unit, 0) for unit in units.TURNS)
+    waits = f"{clocks.get('waits', 0):,.0f} of waits"
+    alone = [unit for unit in (*units.TURNS, "shallow") if clocks.get(unit)]
+    in_turn = " + ".join(f"{clocks[unit]:,.0f} {unit}" for unit in alone)
+    total = sum(clocks[unit] for unit in alone)
     busiest = max((*units.TURNS, "issue"), key=lambda unit: clocks.get(unit, 0))
     beside = ", ".join(f"{clocks[unit]:,.0f} {unit}" for unit in units.BESIDE if clocks.get(unit))
     return (
         f"{kernel.tile[0]} rows × {kernel.tile[1]} columns, {grid}, {steps:,} steps each. "
         f"A step: {in_turn} = {total:,.0f} clocks, of "
-        f"which the busiest unit ({busiest}) takes {clocks[busiest]:,.0f}, so step(k) = {total:,.0f} + (k − 1) · "
-        f"{clocks[busiest]:,.0f}; beside it {beside}. At {device.gigahertz} GHz, with what stands outside the loop, "
-        f"*{seconds * 1e3:.3f} ms*."
+        f"which the busiest unit ({busiest}) takes {clocks[busiest]:,.0f}, so step(k) = {total:,.0f} + max((k − 1) · "
+        f"{clocks[busiest]:,.0f}, {waits}); beside it {beside}. At {device.gigahertz} GHz, with what stands outside "
+        f"the loop, *{seconds * 1e3:.3f} ms*."
     )
 
 
