@@ -1,6 +1,6 @@
 """The graphs that graph_conv's launches take, and how a launch of several walks their tiles."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -56,7 +56,7 @@ class Graph:
 
     def operands(self, width: int) -> tuple[Operand, Operand]:
         """The nodes of the rows and of the columns as products take them, stored in ``width`` columns."""
-        return node_operands([self], width)[0]
+        return node_operands([self], [width])[0]
 
     def kind(self, width: int) -> tuple:
         """What graphs with values of ``width`` have in common that share their launches."""
@@ -64,19 +64,35 @@ class Graph:
         return is_wide, stored_width(self.dim, is_wide), stored_width(width, is_wide)
 
 
-def node_operands(graphs: Sequence[Graph], width: int) -> list[tuple[Operand, Operand]]:
-    """``Graph.operands`` of all, made together and once."""
-    if any(width not in graph._operands for graph in graphs):
-        product, widths = graphs[0].product, [width] * len(graphs)
+def node_operands(graphs: Sequence[Graph], widths: Sequence[int]) -> list[tuple[Operand, Operand]]:
+    """``Graph.operands`` of all, of whatever kinds, made together and once."""
+    missing = [k for k, width in enumerate(widths) if width not in graphs[k]._operands]
+    if missing:
+        some, product, stored = [graphs[k] for k in missing], graphs[0].product, [widths[k] for k in missing]
+        nodes = [graph.nodes for graph in some]
         if graphs[0].has_columns:
-            columns = centred([graph.columns for graph in graphs], product, widths)
-            rows = operands([graph.nodes for graph in graphs], product, widths, [x.centre for x in columns])
+            columns = centred([graph.columns for graph in some], product, stored)
+            rows = operands(nodes, product, stored, [x.centre for x in columns])
         else:
-            places = [graph.place for graph in graphs]
-            rows = columns = graphs[0].prepared.centred(places, [graph.nodes for graph in graphs], product, widths)
-        for graph, *sides in zip(graphs, rows, columns, strict=True):
+            rows = columns = graphs[0].prepared.centred([graph.place for graph in some], nodes, product, stored)
+        for graph, width, *sides in zip(some, stored, rows, columns, strict=True):
             graph._operands[width] = tuple(sides)
-    return [graph._operands[width] for graph in graphs]
+    return [graph._operands[width] for graph, width in zip(graphs, widths, strict=True)]
+
+
+def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *lists: Sequence) -> list:
+    """``compute``'s result for every graph, called with the graphs of one kind, with values of ``widths``, and with
+    what the lists have in their places. The nodes' operands of all kinds are made before.
+    """
+    kinds = [graph.kind(width) for graph, width in zip(graphs, widths, strict=True)]
+    node_operands(graphs, [stored for _, stored, _ in kinds])
+    found: list = [None] * len(graphs)
+    for kind in dict.fromkeys(kinds):
+        places = [k for k, other in enumerate(kinds) if other == kind]
+        results = compute(*([values[k] for k in places] for values in (graphs, *lists)))
+        for k, result in zip(places, results, strict=True):
+            found[k] = result
+    return found
 
 
 def walk(graphs: Sequence[Graph], kernel: str, *widths: int):
@@ -111,7 +127,7 @@ def _node_width(graph: Graph, kernel: str, *widths: int) -> int:
 
 def node_arguments(graphs: Sequence[Graph], width: int) -> tuple[tuple[Tensor, ...], ...]:
     """Rows and numbers of the rows and of the columns."""
-    sides = node_operands(graphs, width)
+    sides = node_operands(graphs, [width] * len(graphs))
     return (
         tuple(rows.rows for rows, _ in sides), tuple(rows.numbers for rows, _ in sides),
         tuple(columns.rows for _, columns in sides), tuple(columns.numbers for _, columns in sides),

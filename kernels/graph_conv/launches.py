@@ -1,4 +1,4 @@
-"""graph_conv on GPUs: the launches of ``tiles``, each of all stages of one kind (``kind``)."""
+"""graph_conv on GPUs: the launches of ``tiles``, of all stages of one kind (``by_kind``) or of all stages."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gkd_fast.kernels.common.launch import cdiv, matrices, on_device
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.operands import Operand, stored_width
+from gkd_fast.kernels.common.operands import Operand
 from gkd_fast.kernels.graph_conv import small, strips
-from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, of_parts, variances, walk
+from gkd_fast.kernels.graph_conv.graphs import Graph, by_kind, node_arguments, node_operands, of_parts, variances, walk
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_gradients, graph_parts, graph_sums, graph_terms
 from gkd_fast.kernels.graph_conv.values import (
     INVERSE,
@@ -41,8 +41,11 @@ def graph_degrees(nodes, inverse_variance, product_precision, column_nodes=None,
 
 
 def _degrees(graphs: Sequence[Graph]) -> list[Tensor]:
+    return by_kind(_degrees_of_kind, graphs, [1] * len(graphs))
+
+
+def _degrees_of_kind(graphs: Sequence[Graph]) -> list[Tensor]:
     if graphs[0].is_wide():
-        node_operands(graphs, stored_width(graphs[0].dim, True))
         return [strips.kernel_sums(graph, None, None, 1)[1] for graph in graphs]
     grid, parts, constants = walk(graphs, "graph_degree_sums")
     graph = graphs[0]
@@ -80,7 +83,7 @@ def graph_conv(
 def convolutions(
     graphs: Sequence[Graph], messages: Sequence[Tensor], is_row: bool, degrees=None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and degrees of graphs of one kind; messages: the columns'. degrees: known ones, of rows and columns."""
+    """Outputs and degrees; messages: the columns'. degrees: known ones, of rows and columns."""
     if is_row:
         values, powers = convolved_values(graphs, messages, [None] * len(graphs))
         return _kernel_times(graphs, values, powers, messages, None, INVERSE)
@@ -93,9 +96,19 @@ def _kernel_times(
     graphs: Sequence[Graph], values: Sequence[Operand], powers, like: Sequence[Tensor], row_degrees, row_factor: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """f_i Σ_j K_ij values_j, as wide as ``like``, and the degrees, which are found where they are not known."""
+
+    def of_kind(graphs, values, powers, like, degrees):
+        known = None if row_degrees is None else degrees
+        return zip(*_kernel_times_of_kind(graphs, values, powers, like, known, row_factor), strict=True)
+
+    widths = [x.shape[1] for x in like]
+    outputs, degrees = zip(*by_kind(of_kind, graphs, widths, values, powers, like, row_degrees or like), strict=True)
+    return list(outputs), list(degrees)
+
+
+def _kernel_times_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
     graph, widths = graphs[0], [x.shape[1] for x in like]
     if graph.is_wide(widths[0]):
-        node_operands(graphs, stored_width(graph.dim, True))
         of_stages = [strips.kernel_sums(*stage) for stage in zip(graphs, values, powers, widths, strict=True)]
         degrees = [sums for _, sums in of_stages] if row_degrees is None else row_degrees
         factors = factors_of(degrees, row_factor)
@@ -166,7 +179,7 @@ def graph_conv_backward(
 def convolution_gradients(
     graphs: Sequence[Graph], own: Sequence[Side], other: Sequence[Side], outputs, is_row: bool, needs, given=None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of the nodes and of the messages of graphs of one kind, None where not needed.
+    """Gradients of the nodes and of the messages, None where not needed.
 
     needs: of each graph's nodes and messages. given: the node terms of a graph with a column set, and the columns'.
     """
@@ -191,7 +204,7 @@ def convolution_gradients(
             of_columns = given[1] if given[1] is not None else given[0].new_zeros(some[0].column_count)
             terms, column_terms = [rows[0].with_numbers(given[0])], [values[0].with_numbers(of_columns)]
         widths = [side.messages.shape[1] for side in sides]
-        found = _nodes_gradients(some, rows, values, terms, column_terms, widths)
+        found = by_kind(_nodes_gradients, some, widths, rows, values, terms, column_terms, widths)
         for k, gradient in zip(moved, found, strict=True):
             of_nodes[k] = gradient
     return of_nodes, [x if wanted else None for x, (_, wanted) in zip(of_messages, needs, strict=True)]
@@ -233,11 +246,10 @@ def _nodes_gradients(
     if graph.product.scaled:
         powers = [all_powers(*of_stage) for of_stage in zip(graphs, own, strict=True)]
     if graph.is_wide(widths[0]):
-        node_operands(graphs, stored_width(graph.dim, True))
         of_stages = zip(graphs, own, other, terms, column_terms, powers, widths, strict=True)
         return [strips.nodes_gradient(*stage) for stage in of_stages]
     grid, parts, constants = walk(graphs, "graph_gradients", max(widths))
-    has_upstream, columns = other[0].upstream is not None, node_operands(graphs, constants["WIDTH"])
+    has_upstream, columns = other[0].upstream is not None, node_operands(graphs, [constants["WIDTH"]] * len(graphs))
     gradients = [of_parts(graph.nodes, parts, *graph.nodes.shape) for graph in graphs]
     dims = tuple(graph.dim for graph in graphs)
     with on_device(graph.nodes):

@@ -1,7 +1,6 @@
 """graph_conv of all stages of a call."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -32,27 +31,14 @@ def graph_conv_stages(
     stages = _small(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv(stages, messages, launches._is_row(normalization))
-    outputs: list = [None] * len(nodes)
-    degrees: list = [None] * len(nodes)
-    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision, prepared):
-        found = launches.convolutions(graphs, [messages[k] for k in group], launches._is_row(normalization))
-        for k, output, degree in zip(group, *found, strict=True):
-            outputs[k], degrees[k] = output, degree
-    return outputs, degrees
+    graphs = _graphs(nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
+    return launches.convolutions(graphs, messages, launches._is_row(normalization))
 
 
-def _kinds(
-    nodes, messages, inverse_variances: Tensor, product_precision: str, prepared: Prepared | None,
-    places: Sequence[int] | None = None,
-):  # fmt: skip
-    """The places of the stages that share their launches, and their graphs."""
-    groups: dict[Any, list[tuple[int, Graph]]] = {}
+def _graphs(nodes, inverse_variances: Tensor, product_precision: str, prepared, places: Sequence[int]) -> list[Graph]:
+    """The graphs of the stages at these places."""
     prepared = prepared or Prepared()
-    for k in range(len(nodes)) if places is None else places:
-        graph = Graph(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k)
-        groups.setdefault(graph.kind(messages[k].shape[1]), []).append((k, graph))
-    for group in groups.values():
-        yield tuple(zip(*group, strict=True))
+    return [Graph(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k) for k in places]
 
 
 def graph_conv_stages_backward(
@@ -69,13 +55,13 @@ def graph_conv_stages_backward(
         return small.graph_conv_backward(
             stages, upstream, messages, outputs, degrees, launches._is_row(normalization), needs
         )
-    is_row = launches._is_row(normalization)
-    gradients: list[Tensor | None] = [None] * (2 * count)
     used = [k for k in range(count) if needs[k] or needs[count + k]]
-    for group, graphs in _kinds(nodes, messages, inverse_variances, product_precision, prepared, used):
-        sides = [Side(messages[k], upstream[k], degrees[k].contiguous()) for k in group]
-        wanted = [(needs[k], needs[count + k]) for k in group]
-        found = launches.convolution_gradients(graphs, sides, sides, [outputs[k] for k in group], is_row, wanted)
-        for k, of_nodes, of_messages in zip(group, *found, strict=True):
-            gradients[k], gradients[count + k] = of_nodes, of_messages
-    return [x for x in gradients if x is not None]
+    if not used:
+        return []
+    graphs = _graphs(nodes, inverse_variances, product_precision, prepared, used)
+    sides = [Side(messages[k], upstream[k], degrees[k].contiguous()) for k in used]
+    wanted = [(needs[k], needs[count + k]) for k in used]
+    of_nodes, of_messages = launches.convolution_gradients(
+        graphs, sides, sides, [outputs[k] for k in used], launches._is_row(normalization), wanted
+    )
+    return [x for x in (*of_nodes, *of_messages) if x is not None]

@@ -34,7 +34,7 @@ def sums(graphs: Sequence[Graph]) -> Sums:
     """Of graphs of one kind."""
     graph = graphs[0]
     if graph.is_wide():
-        node_operands(graphs, stored_width(graph.dim, True))
+        node_operands(graphs, [stored_width(graph.dim, True)] * len(graphs))
         found = [_of_strips(graph) for graph in graphs]
         return tuple(zip(*found, strict=True))
     grid, parts, constants = walk(graphs, "graph_degree_sums")
