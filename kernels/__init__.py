@@ -88,8 +88,8 @@ class Launchers:
 
 
 _PREPARING = (
-    "graph_conv_stages", "graph_conv_stages_backward", "node_contrast", "node_contrast_backward", "relation_kl",
-    "relation_kl_backward",
+    "graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward", "node_contrast",
+    "node_contrast_backward", "relation_kl", "relation_kl_backward",
 )  # fmt: skip
 
 

@@ -240,7 +240,7 @@ class _Builder:
 
     def operands(self, op: str, stages: int):
         """What makes the operands of a call."""
-        constants = {"SUM": self.product.SUM, "ROWS": OPERAND_ROWS, "WIDTH": OPERAND_WIDTH}
+        constants = {"SUM": self.product.SUM, "ROWS": OPERAND_ROWS, "WIDTH": block_width(self.product)}
         lists = dict.fromkeys(
             ("rows", "factors", "powers", "dims", "widths", "kinds", "centres", "others", "out", "numbers",
              "own_centres", "partial"), stages
@@ -248,7 +248,6 @@ class _Builder:
         yield self._small(op, row_sums, "forward", constants, lists, OPERAND_ROWS, stages, f"row_sums of {op}")
         constants = constants | {
             "SCALED": self.product.scaled, "CENTRED": True, "PARTS": MOST_PARTS, "TYPE": self.product.TYPE,
-            "WIDTH": block_width(self.product),
         }  # fmt: skip
         yield self._small(
             op, round_rows, "forward", constants, lists, OPERAND_ROWS, stages, f"round_rows of {op}", ("out",)
@@ -283,8 +282,8 @@ class _Builder:
             "BLOCK_ROWS": PARTS_ROWS, "BLOCK_WIDTH": PARTS_WIDTH, "SUM": self.product.SUM,
         }  # fmt: skip
         yield self._small("graph_conv", graph_parts, "forward", constants, lists, PARTS_ROWS, stages)
-        constants = {"BLOCK_ROWS": MOMENT_ROWS, "BLOCK_WIDTH": MOMENT_WIDTH}
-        of_nodes = {"nodes": stages, "dims": stages, "places": stages}
+        constants = {"MEANS": True, "BLOCK_ROWS": MOMENT_ROWS, "BLOCK_WIDTH": MOMENT_WIDTH}
+        of_nodes = dict.fromkeys(("nodes", "dims", "places", "widths", "centres"), stages)
         yield self._small("graph_conv", graph_moments, "forward", constants, of_nodes, MOMENT_ROWS, stages)
         constants = {"BLOCK_WIDTH": MOMENT_WIDTH, "SUM": self.product.SUM}
         del of_nodes["nodes"]

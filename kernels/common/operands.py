@@ -155,7 +155,7 @@ def means(
     parts = min(MOST_PARTS, cdiv(count, BLOCK_ROWS))
     partial = [x.new_empty(parts, width) for x, width in zip(stages, widths, strict=True)]
     with on_device(stages[0]):
-        launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
+        launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product))(
             (parts, len(stages)), tuple(stages), _or_else(factors, stages), tuple(x.shape[1] for x in stages),
             tuple(widths), tuple(0 if f is None else FACTOR.value for f in factors), tuple(partial), count, parts,
         )  # fmt: skip
@@ -213,6 +213,11 @@ class Prepared:
     def __init__(self, kept: tuple[Sequence[tuple], Sequence[Tensor]] = ((), ())):
         parts = iter(kept[1])
         self._made = {key: Operand(next(parts), next(parts), next(parts)) for key in kept[0]}
+        self._means: dict[tuple[int, int], Tensor] = {}
+
+    def leave_means(self, partial: Sequence[Tensor]) -> None:
+        """Means of all of the call's stages, as ``means`` gives them, that another launch has found."""
+        self._means = {(place, x.shape[1]): x for place, x in enumerate(partial)}
 
     def centred(
         self, places: Sequence[int], stages: Sequence[Tensor], product: Product, widths: Sequence[int]
@@ -220,7 +225,9 @@ class Prepared:
         """``centred`` of the stages, which are at these places of the call's."""
         keys = [(place, product.name, width) for place, width in zip(places, widths, strict=True)]
         if any(key not in self._made for key in keys):
-            self._made.update(zip(keys, centred(stages, product, widths), strict=True))
+            left = [self._means.get(key) for key in zip(places, widths, strict=True)]
+            centres = means(stages, product, widths) if any(x is None for x in left) else left
+            self._made.update(zip(keys, operands(stages, product, widths, centres), strict=True))
         return [self._made[key] for key in keys]
 
     def kept(self) -> tuple[list[tuple], list[Tensor]]:

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import cdiv, multiprocessors, on_device
+from gkd_fast.kernels.common.launch import cdiv, multiprocessors, on_device, padded_width
 from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.operands import Prepared
+from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.tile import COUNTS, load_tile, number, pick
 
 BLOCK_ROWS, BLOCK_WIDTH = 32, 64
@@ -21,20 +23,31 @@ MOST_PARTS = 32
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_moments(
-    nodes, dims, places, moments, squares, row_count, stride, parts, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
-):
-    """Of a part's rows: Σ e at the stage's place of ``moments`` [parts, stride], Σ ‖e‖² and the zero rows' number."""
+    nodes, dims, places, widths, centres, moments, squares, row_count, stride, parts, MEANS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of a part's rows: Σ e at the stage's place of ``moments`` [parts, stride], Σ ‖e‖² and the zero rows' number; with
+    MEANS also the part of the stage's centre [parts, width], as ``operands.means`` gives it.
+    """
     part, stage = tl.program_id(0), tl.program_id(1)
     x, dim, out = pick(nodes, stage), pick(dims, stage), moments + part * stride + pick(places, stage)
     per_part = tl.cdiv(tl.cdiv(row_count, BLOCK_ROWS), parts) * BLOCK_ROWS
     first = part * per_part
     last = tl.minimum(first + per_part, row_count)
     column = tl.arange(0, BLOCK_WIDTH)
-    for k in range(0, dim, BLOCK_WIDTH):
+    width = dim
+    if MEANS:
+        width, centre = pick(widths, stage), pick(centres, stage)
+    for k in range(0, width, BLOCK_WIDTH):
         total = tl.zeros([BLOCK_WIDTH], tl.float64)
         for i in range(first, last, BLOCK_ROWS):
             total += tl.sum(load_tile(x, i, k, last, dim, BLOCK_ROWS, BLOCK_WIDTH).to(tl.float64), 0)
         tl.store(out + k + column, total, mask=k + column < dim)
+        if MEANS:
+            # What is not finite counts as 0, so that it spoils no other rows.
+            share = tl.where(total - total == 0, total, 0.0) / row_count
+            place = centre + part * width + k + column
+            tl.store(place, share.to(centre.dtype.element_ty), mask=k + column < width)
     length, zeros = tl.zeros([BLOCK_ROWS], tl.float64), tl.zeros([BLOCK_ROWS], tl.float64)
     for i in range(first, last, BLOCK_ROWS):
         along = tl.zeros([BLOCK_ROWS], tl.float64)
@@ -75,8 +88,10 @@ def graph_bandwidths(
     tl.store(inverse_variances + stage, (1 / variance).to(SUM))
 
 
-def graph_inverse_variances(nodes: Sequence[Tensor], share: float, least: float) -> Tensor:
-    """1/σ² of each stage, ``[stages]``."""
+def graph_inverse_variances(
+    nodes: Sequence[Tensor], share: float, least: float, *, prepared: Prepared | None = None
+) -> Tensor:
+    """1/σ² of each stage, ``[stages]``; leaves the stages' means to the operands that are ``prepared``."""
     x, count = nodes[0], nodes[0].shape[0]
     parts = max(1, min(MOST_PARTS, cdiv(count, BLOCK_ROWS), multiprocessors(x.device) // len(nodes)))
     dims = tuple([x.shape[1] for x in nodes])
@@ -85,10 +100,17 @@ def graph_inverse_variances(nodes: Sequence[Tensor], share: float, least: float)
     squares = x.new_empty(parts, len(nodes), 2, dtype=torch.float64)
     found = x.new_empty(len(nodes))
     sum_type = tl.float64 if x.dtype == torch.float64 else tl.float32
+    widths, centres = dims, nodes
+    leaves_means = prepared is not None and not is_small(count, False, *dims)
+    if leaves_means:
+        widths = tuple([padded_width(dim) for dim in dims])
+        centres = [x.new_empty(parts, width) for width in widths]
+        prepared.leave_means(centres)
     with on_device(x):
-        launch(graph_moments, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)(
-            (parts, len(nodes)), tuple(nodes), dims, places, sums, squares, count, sum(dims), parts
-        )
+        launch(graph_moments, MEANS=leaves_means, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)(
+            (parts, len(nodes)), tuple(nodes), dims, places, widths, tuple(centres), sums, squares, count, sum(dims),
+            parts,
+        )  # fmt: skip
         launch(graph_bandwidths, BLOCK_WIDTH=BLOCK_WIDTH, SUM=sum_type)(
             (len(nodes),), dims, places, sums, squares, found, count, sum(dims), parts, share, least
         )
