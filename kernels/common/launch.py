@@ -126,9 +126,14 @@ def padded_width(*widths: int) -> int:
     return 1 << max(4, (max(widths) - 1).bit_length())
 
 
-def divide(row_blocks: int, columns: int, block_columns: int, processors: int) -> int:
-    """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work."""
-    return max(1, min(-(-columns // block_columns), processors // row_blocks))
+def divide(row_blocks: int, columns: int, block_columns: int, processors: int, least_saved: int = 1) -> int:
+    """Among how many programs the columns of a row block are divided, so that the multiprocessors are all at work.
+
+    least_saved: among one, where others would not save each program so many tiles.
+    """
+    tiles = cdiv(columns, block_columns)
+    parts = max(1, min(tiles, processors // row_blocks))
+    return parts if tiles - cdiv(tiles, parts) >= least_saved else 1
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from gkd_fast import functional
 from gkd_fast.kernels.common import launch, small
+from gkd_fast.kernels.node_contrast import launches as node_contrast
 from tests.second_order_cases import second_order
 
 from .interpreted.judge import features, judge_as_launched
@@ -59,6 +60,7 @@ def product(request, monkeypatch):
 def large(monkeypatch):
     """The kernels of large batches, at few rows."""
     monkeypatch.setattr(small, "SMALL_BATCH", 0)
+    monkeypatch.setattr(node_contrast, "LEAST_SAVED", 0)
 
 
 def each_product(*quick):

@@ -34,6 +34,12 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: surrounded(x, x.shape, **options))
 
 
+@pytest.fixture(autouse=True)
+def always_divided(monkeypatch):
+    """Columns are divided however few tiles they are."""
+    monkeypatch.setattr(node_contrast, "LEAST_SAVED", 0)
+
+
 class Division:
     """How a batch is worked on: by the kernels of small batches, in a tile of 64 columns; or by the others with the
     columns whole, among programs, in pieces of 16 or 32, or in strips of 16 × 16.
