@@ -86,6 +86,8 @@ def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *
     """
     kinds = [graph.kind(width) for graph, width in zip(graphs, widths, strict=True)]
     node_operands(graphs, [stored for _, stored, _ in kinds])
+    if kinds.count(kinds[0]) == len(kinds):
+        return list(compute(graphs, *lists))
     found: list = [None] * len(graphs)
     for kind in dict.fromkeys(kinds):
         places = [k for k, other in enumerate(kinds) if other == kind]
