@@ -57,7 +57,8 @@ Along ė and ṁ:  ẋ_ij = v (ė_i·e_j + e_i·ė_j),  l˙_i = Σ_j p_ij ẋ_ij
         With s_ij = G_i·m_j, ṡ_ij = G_i·ṁ_j, M_ij = v (A_ij s_ij + A_ji s_ji + p_ij d_i + p_ji d_j):
         Σ_j (M˙_ij e_j + M_ij ė_j), [I, D]; the upstream stands still. With a column set all column_* are needed.
 
-Ops without kernels of a device's own are computed in strips of rows (``neighbor_conv_strips``).
+CPUs have kernels of all ops of the first order (csrc/cpu/neighbor_conv.cpp). Ops without kernels of a device's own are
+computed in strips of rows (``neighbor_conv_strips``).
 """
 
 import torch
@@ -109,7 +110,9 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"gkd_fast::{_name}", _schema, tags=PT2)
     if _name != "neighbor_conv_gradients":
-        torch.library.impl(f"gkd_fast::{_name}", "CompositeExplicitAutograd", getattr(strips, _name))
+        torch.library.impl(
+            f"gkd_fast::{_name}", "CompositeExplicitAutograd", strips.in_own_type(getattr(strips, _name))
+        )
 
 
 @torch.library.register_fake("gkd_fast::kept_similarities")

@@ -159,6 +159,10 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
     upstream, nodes, messages, output, log_sums, inverse_variance, messages_gradient = saved
     needs_upstream, needs_nodes, needs_messages = needs
     normalization, precision = ctx.normalization, ctx.product_precision
+    if precision in ("bfloat16", "float16"):
+        # These passes do not round nodes, and what they sum cancels only under log-sums of the same exponents.
+        precision = "float32"
+        log_sums = neighbor_sums(nodes, inverse_variance, precision, columns)[0]
     symmetric = normalization == "symmetric"
     calls = torch.ops.gkd_fast
     growth = None

@@ -4,7 +4,8 @@ See ``neighbor_conv`` for the formulas. A strip has at most ``STRIP`` entries, o
 size of the batch squared is held beyond it. Exponents are a strip's own and changed in place.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ CPU_STRIP = 1 << 18  # what a core's cache holds
 
 # The shares of l_i and of l_j in the exponent.
 SHARES = {"row": (1.0, 0.0), "column": (0.0, 1.0), "symmetric": (0.5, 0.5)}
+
+
+def in_own_type(op: Callable) -> Callable:
+    """``op`` with products in the type of its operands: autocast would round nodes that are nearly alike."""
+
+    @functools.wraps(op)
+    def unrounded(first: Tensor, *arguments, **named):
+        with torch.autocast(first.device.type, enabled=False):
+            return op(first, *arguments, **named)
+
+    return unrounded
 
 
 def _exponents(nodes, inverse_variance, column_nodes, offset) -> Iterator[tuple[slice, Tensor]]:
