@@ -34,9 +34,9 @@ def near_rows(batch: int, cosine: float, *widths: int, seed: int = 0, zero_rows:
     return rows
 
 
-def _graph_conv(normalization: str):
+def _graph_conv(normalization: str, **options):
     def function(nodes, messages, backend):
-        return functional.graph_conv(nodes, messages, normalization=normalization, backend=backend)
+        return functional.graph_conv(nodes, messages, normalization=normalization, backend=backend, **options)
 
     return function
 
@@ -65,6 +65,8 @@ def _relation_kl(num_students: int, has_bank: bool = False):
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "graph_conv symmetric": (_graph_conv("symmetric"), (65, 33)),
     "graph_conv row": (_graph_conv("row"), (129, 64)),
+    "neighbor_conv symmetric": (_graph_conv("symmetric", self_weight=0.3), (65, 33)),
+    "neighbor_conv row": (_graph_conv("row", self_weight=0.3), (129, 64)),
     "node_contrast": (_node_contrast(2), (65, 65, 65)),
     "node_contrast with a bank": (_node_contrast(1, has_bank=True), (64, 64)),
     "relation_kl": (_relation_kl(1), (128, 65)),

@@ -7,7 +7,8 @@ import torch
 
 from gkd_fast import functional, reference
 from gkd_fast.functional import effective_neighbors, graph_conv, neighbor_bandwidth
-from tests.ops_cases import D64, DTYPES, FUSED, KINDS, check, requires_fused, rows
+from gkd_fast.ops import neighbor_conv_strips as strips
+from tests.ops_cases import D64, DTYPES, FUSED, KINDS, check, requires_cpp, requires_fused, rows
 
 both_normalizations = pytest.mark.parametrize("normalization", ["symmetric", "row"])
 
@@ -171,3 +172,28 @@ def test_arguments_that_say_nothing_are_refused():
         neighbor_bandwidth(nodes, None)
     with pytest.raises(ValueError, match="start must be a positive number or None, got 'auto'"):
         neighbor_bandwidth(nodes, 2, start="auto")
+
+
+@requires_cpp
+@pytest.mark.parametrize("normalization", ["row", "symmetric", "column"])
+@pytest.mark.parametrize("variance", [2.0, 1e4])
+def test_blocks_of_columns_give_what_strips_give(tile_rows, variance, normalization):
+    """Tiles that hold own columns, all, some or none, and rows far from all columns."""
+    tile_rows(32)
+    calls, (nodes, messages, upstream, terms) = torch.ops.gkd_fast, rows(101, 65, 33, 33, 1)
+    nodes, terms, v = reference.unit_rows(nodes), terms[:, 0].contiguous(), torch.tensor(variance, dtype=D64)
+    log_sums = strips.neighbor_sums(nodes, v, "float64")[0]
+    settings = v, normalization, "float64"
+    for part in (slice(0, 3), slice(3, 61), slice(40, 101)):
+        own, block = slice(7, 77), (nodes[part], 7 - part.start)
+        found = calls.neighbor_sums(nodes[own], v, "float64", *block)
+        for x, y in zip(found, strips.neighbor_sums(nodes[own], v, "float64", *block), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+        given = nodes[own], messages[own], log_sums[own], *settings, nodes[part], messages[part], block[1]
+        found = calls.neighbor_conv(*given, log_sums[part])
+        torch.testing.assert_close(found, strips.neighbor_conv(*given, log_sums[part]), rtol=1e-9, atol=1e-10)
+        for others in (upstream[part], log_sums[part], terms[part]), (None, log_sums[part], None):
+            if normalization != "column":
+                rest = (upstream[own], *given[:3], terms[own], *given[3:], *others)
+                expected = strips.neighbor_conv_backward(*rest)
+                torch.testing.assert_close(calls.neighbor_conv_backward(*rest), expected, rtol=1e-9, atol=1e-7)

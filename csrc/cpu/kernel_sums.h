@@ -82,6 +82,18 @@ void kernel_sums(const Host& host, const KernelSums<T>& args) {
   if (args.output) add_centre(host, op.values, sides.row_count, args.width, args.output);
 }
 
+// m (+)= rows_i·columns_j of a tile. These rows are packed tile by tile, into the worker's block of `room`, which costs a
+// hundredth of the product and spares the memory.
+template <class T>
+GKD_INLINE void multiply_own_rows(const Tile& t, int64_t worker, const Operand<T>& room, const T* rows,
+                                  const T* factors, int64_t width, const Centre<T>& centre, const Operand<T>& columns,
+                                  T* m, int64_t stride, bool accumulate) {
+  pack_block(room, worker, rows, factors, t.i, t.i + t.rows, width, stride, centre);
+  Tile packed = t;
+  packed.i = worker * stride;
+  similarities(packed, room, columns, m, stride, accumulate);
+}
+
 // M_ij = K_ij/σ² (G'_i·H'_j + H'_i·G'_j + d_i + d_j), M_ii = 0;  dE_i = Σ_j M_ij e_j, and Σ_j K_ij G'_j.
 template <class T>
 struct NodeTiles {
@@ -98,14 +110,10 @@ struct NodeTiles {
   Values<T> messages;    // G' of the columns, for the messages' gradient
   int64_t stride;
 
-  // m (+)= G'_i·H'_j or H'_i·G'_j. These rows are packed tile by tile, which costs a hundredth of the product and spares
-  // the memory.
+  // m (+)= G'_i·H'_j or H'_i·G'_j
   GKD_INLINE void multiply_rows(const Tile& t, int64_t worker, const T* rows, const T* factors, const Centre<T>& centre,
                                 const Operand<T>& columns, T* m, bool accumulate) const {
-    pack_block(tile_rows, worker, rows, factors, t.i, t.i + t.rows, args.width, stride, centre);
-    Tile packed = t;
-    packed.i = worker * stride;
-    similarities(packed, tile_rows, columns, m, stride, accumulate);
+    multiply_own_rows(t, worker, tile_rows, rows, factors, args.width, centre, columns, m, stride, accumulate);
   }
 
   // M of G rows in place of m, from K, which takes the place of the similarities.

@@ -148,6 +148,48 @@ struct NodeGradient {
   T* affinities;         // K of the upper tiles, or null
 };
 
+// A per-row quantity on both sides, in float64: what a rounding to T leaves of it is `low`.
+template <class T>
+struct WideTerms {
+  Terms<T> high, low;
+};
+
+template <class T>
+struct NeighborSums {
+  Sides<T> sides;
+  T scale;                // log2(e)/σ²
+  const T* similarities;  // kept, of the upper tiles, or null
+  T* shifts;              // [row_count]: at last each row's largest exponent, in base 2; at first below all of them
+  double* sums;           // [4][row_count], cleared by the caller: of w, w², w x and w² x; x in base 2, w = exp2(x − shift)
+};
+
+template <class T>
+struct NeighborConv {
+  Sides<T> sides;
+  T scale;                // log2(e)/σ²
+  const T* similarities;  // kept, of the upper tiles, or null
+  // What is taken from the exponents of A_ij, in base 2, and in the symmetric case from those of A_ji if that differs.
+  WideTerms<T> shares, transposed_shares;
+  bool transposes;
+  const T* values;  // of the columns, [column_count, width]
+  int64_t width;
+  T* output;        // [row_count, width], cleared by the caller
+};
+
+template <class T>
+struct NeighborGradient {
+  Sides<T> sides;
+  T scale;                // log2(e)/σ²
+  T inverse_variance;
+  const T* similarities;  // kept, of the upper tiles, or null
+  bool symmetric;         // the normalization
+  WideTerms<T> log_sums;  // in base 2
+  Terms<T> left, right;   // G and m, [count, width]
+  int64_t width;
+  Terms<T> terms;         // d, [count]
+  T* gradient;            // [row_count, dim], cleared by the caller
+};
+
 // Second order: K˙_ij = K_ij ċ_ij/σ², and values that move at ẋ_j = rates_j x_j (+ extra_j for the first of them).
 template <class T>
 struct KernelSumsTangent {
@@ -248,6 +290,10 @@ struct Kernels {
   void (*softmax_sums)(const Host&, const SoftmaxSums<T>&);
   void (*kernel_sums)(const Host&, const KernelSums<T>&);
   void (*node_gradient)(const Host&, const NodeGradient<T>&);
+  void (*neighbor_sums)(const Host&, const NeighborSums<T>&);
+  void (*neighbor_conv)(const Host&, const NeighborConv<T>&);
+  void (*neighbor_gradient)(const Host&, const NeighborGradient<T>&);
+  void (*neighbor_similarities)(const Host&, const Sides<T>&, T* out);
   void (*relation_kl_tangent)(const Host&, const RelationKlTangent<T>&);
   void (*relation_kl_double_backward)(const Host&, const RelationKlTangent<T>&);
   void (*softmax_tangent)(const Host&, const SoftmaxTangent<T>&);

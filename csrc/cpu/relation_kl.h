@@ -6,10 +6,6 @@
 
 namespace gkd::GKD_ISA {
 
-// A similarity whose R is 0.
-template <class T>
-constexpr T kFar = T(-1e30);
-
 constexpr int kMostSums = 2;      // per stage
 constexpr int kMostPairSums = 2;  // per pair
 
@@ -55,9 +51,7 @@ struct RelationTiles {
     for (int64_t q = 0; q < stages(); ++q) {
       T* tile = c + q * step;
       similarities(t, rows[q], columns[q], tile, stride);
-      for (int64_t r = 0; r < t.rows; ++r) {
-        if (const int64_t own = own_column(t, r); own >= 0) tile[r * stride + own] = kFar<T>;
-      }
+      put_own_columns_far(t, tile, stride);
     }
   }
 

@@ -380,4 +380,16 @@ GKD_INLINE int64_t own_column(const Tile& tile, int64_t r) {
   return x >= 0 && x < tile.columns ? x : -1;
 }
 
+// A similarity whose kernel is 0.
+template <class T>
+constexpr T kFar = T(-1e30);
+
+// Own columns out of reach.
+template <class T>
+GKD_INLINE void put_own_columns_far(const Tile& tile, T* c, int64_t block) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    if (const int64_t own = own_column(tile, r); own >= 0) c[r * block + own] = kFar<T>;
+  }
+}
+
 }  // namespace gkd::GKD_ISA

@@ -1,0 +1,321 @@
+// neighbor_conv's tiles, over the others: x_ij = (c_ij − 1)/σ², in base 2, and own columns out of reach.
+#pragma once
+#include "kernel_sums.h"
+
+namespace gkd::GKD_ISA {
+
+// The exponents of tiles, of similarities that are kept or made.
+template <class T>
+struct NeighborTiles {
+  static constexpr int N = Lanes<T>::count;
+
+  int64_t stride;
+  UnitSides<T> units;
+  const T* kept;
+  T scale, one;  // one: what a cosine of 1 is in a tile, times the scale
+
+  NeighborTiles(const Host& host, const Sides<T>& sides, T scale, const T* kept)
+      : stride(block_rows(host, sides.row_count)), units(host, sides, stride, kept != nullptr), kept(kept), scale(scale),
+        one(scale * units.one) {}
+
+  // The tile's similarities; `room` is for those that are made.
+  GKD_INLINE const T* similarities_of(const Tile& t, T* room) const {
+    if (kept) return kept + t.place * stride * stride;
+    similarities(t, units.rows, units.columns, room, stride);
+    put_own_columns_far(t, room, stride);
+    return room;
+  }
+
+  GKD_INLINE Vec<T> exponents(const T* c) const { return load(c) * scale - one; }
+};
+
+// Each row's largest exponent so far is its shift; sums grow smaller as it rises. What is below the diagonal is summed by
+// column, under the columns' shifts.
+template <class T>
+struct NeighborSumTiles : NeighborTiles<T> {
+  using NeighborTiles<T>::N, NeighborTiles<T>::stride;
+  static constexpr int kSums = 4, kGroup = 2;
+
+  const NeighborSums<T>& args;
+  T *tiles, *partial;  // partial: sums of one tile's columns
+
+  NeighborSumTiles(const Host& host, const NeighborSums<T>& args)
+      : NeighborTiles<T>(host, args.sides, args.scale, args.similarities), args(args),
+        tiles(allocate<T>(host, host.workers * tile_elements(stride))),
+        partial(allocate<T>(host, host.workers * kSums * stride)) {}
+
+  GKD_INLINE void raise(int64_t i, T similarity) const {
+    const T shift = similarity * this->scale - this->one;
+    if (!(shift > args.shifts[i])) return;
+    const double less = __builtin_exp2(double(args.shifts[i]) - double(shift));
+    args.shifts[i] = shift;
+    for (int q = 0; q < kSums; ++q) args.sums[q * args.sides.row_count + i] *= q % 2 ? less * less : less;
+  }
+
+  // `largest`: memory for a number per column.
+  void raise_shifts(const Tile& t, const T* c, T* largest) const {
+    for (int64_t x = 0; x < stride; ++x) largest[x] = kFar<T>;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const T* row = c + r * stride;
+      Vec<T> most = broadcast<T>(kFar<T>);
+      for (int64_t x = 0; x < t.columns; x += N) {
+        const Vec<T> now = load(row + x), column = load(largest + x);
+        store(largest + x, now > column ? now : column);
+        if (x + N <= t.columns) most = now > most ? now : most;
+      }
+      T own = kFar<T>;
+      for (int k = 0; k < N; ++k) own = most[k] > own ? most[k] : own;
+      for (int64_t x = t.columns / N * N; x < t.columns; ++x) own = row[x] > own ? row[x] : own;
+      raise(t.i + r, own);
+    }
+    for (int64_t x = 0; t.mirror && x < t.columns; ++x) raise(t.j + x, largest[x]);
+  }
+
+  // w, w², w x and w² x
+  GKD_INLINE static void summands(Vec<T> w, Vec<T> x, Vec<T> (&out)[kSums]) {
+    out[0] = w;
+    out[1] = w * w;
+    out[2] = w * x;
+    out[3] = out[1] * x;
+  }
+
+  template <bool Mirror, int G>
+  GKD_INLINE void add_rows(const Tile& t, const T* c, int64_t r, T* below) const {
+    Vec<T> totals[G][kSums];
+    for (int g = 0; g < G; ++g) {
+      for (int q = 0; q < kSums; ++q) totals[g][q] = Vec<T>{};
+    }
+    for (int64_t x = 0; x < t.columns; x += N) {
+      Vec<T> exponents[G], w[Mirror ? 2 * G : G];
+      const Vec<T> shifts = Mirror ? load(args.shifts + t.j + x) : Vec<T>{};
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) {
+        exponents[g] = this->exponents(c + (r + g) * stride + x);
+        w[g] = exponents[g] - args.shifts[t.i + r + g];
+        if constexpr (Mirror) w[G + g] = exponents[g] - shifts;
+      }
+      exp2_nonpositive<T>(w);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) {
+        Vec<T> own[kSums];
+        summands(x + N <= t.columns ? w[g] : keep<T>(w[g], t.columns - x), exponents[g], own);
+#pragma GCC unroll 4
+        for (int q = 0; q < kSums; ++q) totals[g][q] += own[q];
+      }
+      if constexpr (Mirror) {
+        Vec<T> column[kSums];
+#pragma GCC unroll 4
+        for (int q = 0; q < kSums; ++q) column[q] = load(below + q * stride + x);
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) {
+          Vec<T> mirrored[kSums];
+          summands(w[G + g], exponents[g], mirrored);
+#pragma GCC unroll 4
+          for (int q = 0; q < kSums; ++q) column[q] += mirrored[q];
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < kSums; ++q) store(below + q * stride + x, column[q]);
+      }
+    }
+    for (int g = 0; g < G; ++g) {
+      for (int q = 0; q < kSums; ++q) args.sums[q * args.sides.row_count + t.i + r + g] += sum<T>(totals[g][q]);
+    }
+  }
+
+  void tile(const Tile& t, int64_t worker) const {
+    const T* c = this->similarities_of(t, tiles + worker * tile_elements(stride));
+    T* below = partial + worker * kSums * stride;
+    raise_shifts(t, c, below);
+    if (!t.mirror) {
+      return for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { add_rows<false, G>(t, c, r, below); });
+    }
+    for (int64_t x = 0; x < kSums * stride; ++x) below[x] = 0;
+    for_row_groups<kGroup>(t.rows, [&]<int G>(int64_t r) { add_rows<true, G>(t, c, r, below); });
+    for (int q = 0; q < kSums; ++q) {
+      double* out = args.sums + q * args.sides.row_count + t.j;
+      for (int64_t x = 0; x < t.columns; ++x) out[x] += below[q * stride + x];
+    }
+  }
+};
+
+template <class T>
+void neighbor_sums(const Host& host, const NeighborSums<T>& args) {
+  NeighborSumTiles<T> op(host, args);
+  walk(host, args.sides, op);
+}
+
+// Σ_j A_ij values_j with A_ij = exp(x_ij − shares_i − shares_j)
+template <class T>
+struct NeighborConvTiles : NeighborTiles<T> {
+  using NeighborTiles<T>::N, NeighborTiles<T>::stride;
+
+  const NeighborConv<T>& args;
+  Values<T> values;
+  T* tiles;
+
+  NeighborConvTiles(const Host& host, const NeighborConv<T>& args)
+      : NeighborTiles<T>(host, args.sides, args.scale, args.similarities), args(args),
+        values(values_of(host, args.values, args.sides.column_count, args.width, args.sides.row_count,
+                         centre_of(host, args.values, args.sides.column_count, args.width))),
+        tiles(allocate<T>(host, host.workers * 2 * tile_elements(stride))) {}
+
+  void weigh(const Tile& t, const T* c, const WideTerms<T>& shares, T* w) const {
+    const Terms<T>&high = shares.high, &low = shares.low;
+    for_row_groups<kGraphGroup>(t.rows, [&]<int G>(int64_t r) {
+      const int64_t i = t.i + r;
+      for (int64_t x = 0; x < t.columns; x += N) {
+        const Vec<T> column = load(high.column + t.j + x), rest = load(low.column + t.j + x);
+        Vec<T> now[G];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) {
+          now[g] = this->exponents(c + (r + g) * stride + x) - high.row[i + g] - column - (rest + low.row[i + g]);
+        }
+        exp2_nonpositive<T>(now);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) store(w + (r + g) * stride + x, now[g]);
+      }
+    });
+  }
+
+  void tile(const Tile& t, int64_t worker) const {
+    const Sides<T>& sides = args.sides;
+    T *w = tiles + worker * 2 * tile_elements(stride), *room = w + tile_elements(stride);
+    const T* c = this->similarities_of(t, room);
+    weigh(t, c, args.shares, w);
+    add_to_rows(t, w, stride, values, sides.column_count, args.width, args.output);
+    if (!t.mirror) return;
+    if (args.transposes) weigh(t, c, args.transposed_shares, w);
+    add_to_columns(t, w, stride, values, sides.row_count, args.width, args.output);
+  }
+};
+
+template <class T>
+void neighbor_conv(const Host& host, const NeighborConv<T>& args) {
+  NeighborConvTiles<T> op(host, args);
+  walk(host, args.sides, op);
+  add_centre(host, op.values, args.sides.row_count, args.width, args.output);
+}
+
+// With u = exp((x_ij − l_i)/2) and t = exp((x_ij − l_j)/2):
+//   M_ij = v (u² (G_i·m_j + d_i) + t² (G_j·m_i + d_j))              (row)
+//   M_ij = v (u t (G_i·m_j + G_j·m_i) + u² d_i + t² d_j)            (symmetric)
+// and dE_i = Σ_j M_ij e_j. Of messages about their centre h, G_i·m_j = G_i·m̂_j + z_i with z_i = G_i·h.
+template <class T>
+struct NeighborGradientTiles : NeighborTiles<T> {
+  using NeighborTiles<T>::N, NeighborTiles<T>::stride;
+
+  const NeighborGradient<T>& args;
+  Centre<T> centre;      // of the messages
+  Terms<T> centre_dots;  // z
+  Operand<T> left_columns, right_columns;
+  Values<T> values;
+  Operand<T> tile_rows;  // a block per worker
+  T* tiles;
+
+  NeighborGradientTiles(const Host& host, const NeighborGradient<T>& args)
+      : NeighborTiles<T>(host, args.sides, args.scale, args.similarities), args(args),
+        centre(centre_of(host, args.right.column, args.sides.column_count, args.width)),
+        centre_dots(dots_of(host)),
+        left_columns(columns_of(host, args.left.column, args.sides.column_count, args.width, stride)),
+        right_columns(columns_of(host, args.right.column, args.sides.column_count, args.width, stride, centre)),
+        values(values_of(host, args.sides.columns, args.sides.column_count, args.sides.dim, args.sides.row_count,
+                         this->units.centre)),
+        tile_rows(row_blocks<T>(host, host.workers, args.width, stride, centre)),
+        tiles(cleared<T>(host, host.workers * 3 * tile_elements(stride))) {}
+
+  Terms<T> dots_of(const Host& host) const {
+    auto side = [&](const T* g, int64_t count) {
+      T* out = cleared<T>(host, count);
+      if (!centre.row || !g) return out;
+      double* totals = cleared<double>(host, count);
+      add_dots(host, g, static_cast<const T*>(nullptr), centre.row, count, args.width, totals);
+      for (int64_t i = 0; i < count; ++i) out[i] = T(totals[i]);
+      return out;
+    };
+    const T* row = side(args.left.row, args.sides.row_count);
+    return {row, args.sides.symmetric ? row : side(args.left.column, args.sides.column_count)};
+  }
+
+  // M of G rows in place of m, which holds G_i·m̂_j, and of the symmetric normalization G_j·m̂_i too, else `back`.
+  template <bool Symmetric, int G>
+  GKD_INLINE void weigh_rows(const Tile& t, const T* c, T* m, const T* back, int64_t r) const {
+    const Terms<T>&high = args.log_sums.high, &low = args.log_sums.low;
+    const int64_t i = t.i + r;
+    for (int64_t x = 0; x < t.columns; x += N) {
+      const int64_t j = t.j + x;
+      Vec<T> w[2 * G];
+      const Vec<T> log_sum = load(high.column + j), rest = load(low.column + j);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) {
+        const Vec<T> exponents = this->exponents(c + (r + g) * stride + x);
+        w[g] = (exponents - high.row[i + g] - low.row[i + g]) * T(0.5);
+        w[G + g] = (exponents - log_sum - rest) * T(0.5);
+      }
+      exp2_nonpositive<T>(w);
+      const Vec<T> z = load(centre_dots.column + j), d = load(args.terms.column + j);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) {
+        T* out = m + (r + g) * stride + x;
+        const Vec<T> u = w[g], v = w[G + g], forth = load(out) + centre_dots.row[i + g];
+        const T own = args.terms.row[i + g];
+        Vec<T> weight;
+        if constexpr (Symmetric) {
+          weight = u * (v * (forth + z) + u * own) + v * v * d;
+        } else {
+          weight = u * u * (forth + own) + v * v * (load(back + (r + g) * stride + x) + z + d);
+        }
+        store(out, args.inverse_variance * weight);
+      }
+    }
+  }
+
+  void tile(const Tile& t, int64_t worker) const {
+    const Sides<T>& sides = args.sides;
+    T *m = tiles + worker * 3 * tile_elements(stride), *back = m + tile_elements(stride);
+    const T* c = this->similarities_of(t, back + tile_elements(stride));
+    auto multiply = [&](const T* rows, const Centre<T>& of_rows, const Operand<T>& columns, T* out, bool accumulate) {
+      multiply_own_rows(t, worker, tile_rows, rows, static_cast<const T*>(nullptr), args.width, of_rows, columns, out,
+                        stride, accumulate);
+    };
+    multiply(args.left.row, {}, right_columns, m, false);
+    if (left_columns) multiply(args.right.row, centre, left_columns, args.symmetric ? m : back, args.symmetric);
+    for_row_groups<2>(t.rows, [&]<int G>(int64_t r) {
+      if (args.symmetric) weigh_rows<true, G>(t, c, m, back, r);
+      else weigh_rows<false, G>(t, c, m, back, r);
+    });
+    add_to_rows(t, m, stride, values, sides.column_count, sides.dim, args.gradient);
+    if (t.mirror) add_to_columns(t, m, stride, values, sides.row_count, sides.dim, args.gradient);
+  }
+};
+
+template <class T>
+void neighbor_gradient(const Host& host, const NeighborGradient<T>& args) {
+  NeighborGradientTiles<T> op(host, args);
+  walk(host, args.sides, op);
+  add_centre(host, op.values, args.sides.row_count, args.sides.dim, args.gradient);
+}
+
+// Of the upper tiles, as they are kept.
+template <class T>
+struct NeighborSimilarityTiles : NeighborTiles<T> {
+  using NeighborTiles<T>::stride;
+
+  T* out;
+
+  NeighborSimilarityTiles(const Host& host, const Sides<T>& sides, T* out)
+      : NeighborTiles<T>(host, sides, T(1), nullptr), out(out) {}
+
+  void tile(const Tile& t, int64_t) const {
+    T* c = out + t.place * stride * stride;
+    this->similarities_of(t, c);
+    clear_beyond(t, c, stride);
+  }
+};
+
+template <class T>
+void neighbor_similarities(const Host& host, const Sides<T>& sides, T* out) {
+  NeighborSimilarityTiles<T> op(host, sides, out);
+  walk(host, sides, op);
+}
+
+}  // namespace gkd::GKD_ISA
