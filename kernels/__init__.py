@@ -57,7 +57,12 @@ OPS = {
         ),
         "relation_kl.launches": ("relation_kl", "relation_kl_backward"),
         "relation_kl.tangent": ("relation_kl_tangent", "relation_kl_double_backward"),
-        "rkd_angle.launches": ("rkd_angle", "rkd_angle_backward"),
+        "rkd_angle.launches": (
+            "rkd_angle",
+            "rkd_angle_backward",
+            "batched_rkd_angle",
+            "batched_rkd_angle_backward",
+        ),
     }.items()  # fmt: skip
     for name in names
 }

@@ -388,6 +388,8 @@ class _Builder:
             return "fp64"
         if argument in COUNTS or argument in SIZES or argument in ("kinds", "counts"):
             return "i32"
+        if argument == "graph_counts":
+            return "*i64"
         if argument.endswith("log_sums") or argument.endswith("means") or argument in DOUBLES:
             return "*fp64"
         return self.column if argument in of_columns else self.row

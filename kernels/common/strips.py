@@ -11,6 +11,8 @@ from torch import Tensor
 
 STRIP_BYTES = 8 * 2**20
 LEAST, MOST_ROWS = 128, 2048
+# The third dimension of a grid is at most this on NVIDIA's devices.
+MOST_GRAPHS = 65535
 
 
 def row_strips(count: int, width: int) -> Iterator[slice]:
@@ -33,6 +35,15 @@ def column_strips(count: int, step: int) -> Iterator[slice]:
     """Columns per strip, ``step`` of them."""
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
+
+
+def graph_strips(row_bytes: int, length: int, most_bytes: int) -> tuple[int, int]:
+    """How many graphs of ``length`` rows go at a time and how many rows of each, so that strips of as many rows of
+    ``row_bytes`` stay within ``most_bytes``: whole graphs, or some rows of one."""
+    most = max(1, most_bytes // max(row_bytes, 1))
+    if most >= length:
+        return min(MOST_GRAPHS, most // max(length, 1)), max(length, 1)
+    return 1, max(LEAST, most // LEAST * LEAST)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -3,14 +3,11 @@
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common import strips, tangents
+from gkd_fast.kernels.common import tangents
 from gkd_fast.kernels.common.launch import on_device
-from gkd_fast.kernels.common.strips import column_strips
+from gkd_fast.kernels.common.strips import MOST_GRAPHS, column_strips, graph_strips
 from gkd_fast.kernels.common.tangents import add_weighted
 from gkd_fast.kernels.pair_sums.launches import Problem, Rows
-
-# The third dimension of a grid is at most this on NVIDIA's devices.
-MOST_GRAPHS = 65535
 
 
 class Graphs(Problem):
@@ -74,7 +71,9 @@ class Graphs(Problem):
         ]
         term_gradients = torch.zeros(self.terms, self.graphs, self.length, dtype=torch.float64, device=self.device)
         wanted = sum(1 << q for q, needed in enumerate(needs) if needed)
-        graphs, rows = self._at_a_time(wanted.bit_count() + (wanted & self.moving).bit_count())
+        weights = wanted.bit_count() + (wanted & self.moving).bit_count()
+        row_bytes = self.length * weights * self.product.torch_type.itemsize
+        graphs, rows = graph_strips(row_bytes, self.length, tangents.STRIP_BYTES)
         with on_device(upstream):
             for first in range(0, self.graphs, graphs):
                 here = slice(first, first + graphs)
@@ -83,14 +82,6 @@ class Graphs(Problem):
                     given = [x if x is None else x[here, block] for x in found]
                     part.add_gradients(given, term_gradients[:, here, block], upstream[here], wanted, block)
         return [x for x in found if x is not None], term_gradients.to(self.type)
-
-    def _at_a_time(self, weights: int) -> tuple[int, int]:
-        """Graphs and rows of each whose strips of weights stay within bounds."""
-        row_bytes = max(self.length * weights * self.product.torch_type.itemsize, 1)
-        most = max(1, tangents.STRIP_BYTES // row_bytes)
-        if most >= self.length:
-            return min(MOST_GRAPHS, most // max(self.length, 1)), max(self.length, 1)
-        return 1, max(strips.LEAST, most // strips.LEAST * strips.LEAST)
 
     def add_gradients(self, gradients, term_gradients: Tensor, upstream: Tensor, wanted: int, block: slice) -> None:
         """Adds those of some rows of every graph, which have all their columns."""

@@ -11,6 +11,9 @@ angles of the triangle:
     W_ab = Σ_k r_ab² (E_abk cos_abk + E_bak cos_bak) − r_ab (E_abk r_ak + E_bak r_bk) + E_kab r_ka r_kb,
 
 and dX_a = 2 Σ_b W_ab (x_b − x_a).
+
+The third dimension of the grid is the graph: everything is [graphs, …, row_length, …], and the first graph_counts[g]
+rows of graph g count; of the others all sums and weights are 0.
 """
 
 import triton
@@ -19,25 +22,32 @@ import triton.language as tl
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     add_tile_product,
+    count_of_graph,
     load_vector,
     number,
+    of_graph,
+    place_of,
     store_tile,
     store_vector,
-)  # fmt: skip
+)
+
+GRAPHS = tl.constexpr(True)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def angle_products(
-    rows, columns, products, dim, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    rows, products, dim, first_node, node_count, row_length, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A strip of G."""
+    """A strip of G, of the ``node_count`` nodes from ``first_node``."""
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
+    rows = of_graph(rows, row_length, dim, GRAPHS)
     c = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
-    c = add_tile_product(rows, columns, i, j, row_count, column_count, dim, c, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
-                         TYPE, PRECISION)  # fmt: skip
-    store_tile(products, c, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    c = add_tile_product(rows, rows, first_node + i, j, row_length, row_length, dim, c, BLOCK_ROWS, BLOCK_COLUMNS,
+                         BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
+    products = of_graph(products, node_count, row_length, GRAPHS)
+    store_tile(products, c, i, j, node_count, row_length, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -71,11 +81,17 @@ def side_tile(
 
 
 @triton.jit
-def of_node(strip, n_k, norms, node, k, start, count, BLOCK: tl.constexpr):
+def of_node(strip, n_k, norms, node, k, start, count, row_length, BLOCK: tl.constexpr):
     """G_kx and r_kx of row k of the strip, which is that of ``node``, at a block of x."""
-    g = load_vector(strip + k * number(count, tl.int64), start, count, BLOCK)
+    g = load_vector(strip + k * number(row_length, tl.int64), start, count, BLOCK)
     x = start + tl.arange(0, BLOCK)
     return g, inverse_distances(g, norms + n_k, (x != node) & (x < count))
+
+
+@triton.jit
+def nodes_of_tile(first_node, node_count, i, j, count):
+    """How many nodes of the strip a tile at (i, j) walks: those that count, none where the tile's rows do not."""
+    return tl.where((i < count) & (j < count), tl.minimum(node_count, count - first_node), 0)
 
 
 @triton.jit
@@ -86,36 +102,45 @@ def huber_slope(z):
 
 @triton.jit(do_not_specialize=COUNTS)
 def angle_sums(
-    students, teachers, student_norms, teacher_norms, student_strip, teacher_strip, totals, student_dim, teacher_dim,
-    first_node, node_count, count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    students, teachers, student_norms, teacher_norms, student_strip, teacher_strip, totals, graph_counts, student_dim,
+    teacher_dim, first_node, node_count, row_length, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """totals[b block, a] = Σ_bk ρ(z_abk), k over the ``node_count`` nodes of the strip, from ``first_node``."""
+    """totals[b block, g, a] = Σ_bk ρ(z_abk), k over the ``node_count`` nodes of the strip, from ``first_node``."""
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
+    count = count_of_graph(graph_counts, row_length, GRAPHS)
+    students = of_graph(students, row_length, student_dim, GRAPHS)
+    teachers = of_graph(teachers, row_length, teacher_dim, GRAPHS)
+    student_norms = of_graph(student_norms, row_length, 1, GRAPHS)
+    teacher_norms = of_graph(teacher_norms, row_length, 1, GRAPHS)
+    student_strip = of_graph(student_strip, node_count, row_length, GRAPHS)
+    teacher_strip = of_graph(teacher_strip, node_count, row_length, GRAPHS)
     s, r_s, s_a, s_b = side_tile(students, student_norms, student_dim, i, j, count, BLOCK_ROWS, BLOCK_COLUMNS,
                                  BLOCK_WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
     t, r_t, t_a, t_b = side_tile(teachers, teacher_norms, teacher_dim, i, j, count, BLOCK_ROWS, BLOCK_COLUMNS,
                                  BLOCK_WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
-    for k in range(0, node_count):
+    for k in range(0, nodes_of_tile(first_node, node_count, i, j, count)):
         node = first_node + k
-        g_s, r_as = of_node(student_strip, tl.load(student_norms + node), s_a, node, k, i, count, BLOCK_ROWS)
-        g_t, r_at = of_node(teacher_strip, tl.load(teacher_norms + node), t_a, node, k, i, count, BLOCK_ROWS)
-        k_s = load_vector(student_strip + k * number(count, tl.int64), j, count, BLOCK_COLUMNS)
-        k_t = load_vector(teacher_strip + k * number(count, tl.int64), j, count, BLOCK_COLUMNS)
+        n_s, n_t = tl.load(student_norms + node), tl.load(teacher_norms + node)
+        g_s, r_as = of_node(student_strip, n_s, s_a, node, k, i, count, row_length, BLOCK_ROWS)
+        g_t, r_at = of_node(teacher_strip, n_t, t_a, node, k, i, count, row_length, BLOCK_ROWS)
+        k_s = load_vector(student_strip + k * number(row_length, tl.int64), j, count, BLOCK_COLUMNS)
+        k_t = load_vector(teacher_strip + k * number(row_length, tl.int64), j, count, BLOCK_COLUMNS)
         cos_s = (k_s[None, :] - s + (s_a - g_s)[:, None]) * r_as[:, None]
         cos_t = (k_t[None, :] - t + (t_a - g_t)[:, None]) * r_at[:, None]
         z = cos_s * r_s - cos_t * r_t
         rho = huber_slope(z)
         total += rho * (z - 0.5 * rho)
-    store_vector(totals + tl.program_id(0) * number(count, tl.int64), tl.sum(total, 1), i, count, BLOCK_ROWS)
+    place = place_of(tl.program_id(0), row_length, GRAPHS)
+    store_vector(totals + place, tl.sum(total, 1), i, row_length, BLOCK_ROWS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def angle_weights(
     students, teachers, student_norms, teacher_norms, student_strip, teacher_strip, upstream, student_weights,
-    teacher_weights, student_dim, teacher_dim, first_node, node_count, first_row, row_count, count,
+    teacher_weights, graph_counts, student_dim, teacher_dim, first_node, node_count, first_row, row_count, row_length,
     WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -123,6 +148,14 @@ def angle_weights(
     j = tl.program_id(0) * BLOCK_COLUMNS
     i = tl.program_id(1) * BLOCK_ROWS
     a = first_row + i
+    count = count_of_graph(graph_counts, row_length, GRAPHS)
+    students = of_graph(students, row_length, student_dim, GRAPHS)
+    teachers = of_graph(teachers, row_length, teacher_dim, GRAPHS)
+    student_norms = of_graph(student_norms, row_length, 1, GRAPHS)
+    teacher_norms = of_graph(teacher_norms, row_length, 1, GRAPHS)
+    student_strip = of_graph(student_strip, node_count, row_length, GRAPHS)
+    teacher_strip = of_graph(teacher_strip, node_count, row_length, GRAPHS)
+    upstream = of_graph(upstream, row_length, 1, GRAPHS)
     s, r_s, s_a, s_b = side_tile(students, student_norms, student_dim, a, j, count, BLOCK_ROWS, BLOCK_COLUMNS,
                                  BLOCK_WIDTH, TYPE, SUM, PRECISION)  # fmt: skip
     t, r_t, t_a, t_b = side_tile(teachers, teacher_norms, teacher_dim, a, j, count, BLOCK_ROWS, BLOCK_COLUMNS,
@@ -131,13 +164,13 @@ def angle_weights(
     u_b = load_vector(upstream, j, count, BLOCK_COLUMNS)[None, :]
     by_s = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     by_t = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
-    for k in range(0, node_count):
+    for k in range(0, nodes_of_tile(first_node, node_count, a, j, count)):
         node = first_node + k
         n_s, n_t = tl.load(student_norms + node), tl.load(teacher_norms + node)
-        a_s, r_as = of_node(student_strip, n_s, s_a, node, k, a, count, BLOCK_ROWS)
-        a_t, r_at = of_node(teacher_strip, n_t, t_a, node, k, a, count, BLOCK_ROWS)
-        b_s, r_bs = of_node(student_strip, n_s, s_b, node, k, j, count, BLOCK_COLUMNS)
-        b_t, r_bt = of_node(teacher_strip, n_t, t_b, node, k, j, count, BLOCK_COLUMNS)
+        a_s, r_as = of_node(student_strip, n_s, s_a, node, k, a, count, row_length, BLOCK_ROWS)
+        a_t, r_at = of_node(teacher_strip, n_t, t_a, node, k, a, count, row_length, BLOCK_ROWS)
+        b_s, r_bs = of_node(student_strip, n_s, s_b, node, k, j, count, row_length, BLOCK_COLUMNS)
+        b_t, r_bt = of_node(teacher_strip, n_t, t_b, node, k, j, count, row_length, BLOCK_COLUMNS)
         g = tl.load(upstream + node)
         # At a: between b and k.
         cos_s = (b_s[None, :] - s + (s_a - a_s)[:, None]) * r_as[:, None] * r_s
@@ -165,6 +198,8 @@ def angle_weights(
         if WANTED & 2:
             by_t -= e * both_t
     if WANTED & 1:
-        store_tile(student_weights, by_s, i, j, row_count, count, BLOCK_ROWS, BLOCK_COLUMNS)
+        student_weights = of_graph(student_weights, row_count, row_length, GRAPHS)
+        store_tile(student_weights, by_s, i, j, row_count, row_length, BLOCK_ROWS, BLOCK_COLUMNS)
     if WANTED & 2:
-        store_tile(teacher_weights, by_t, i, j, row_count, count, BLOCK_ROWS, BLOCK_COLUMNS)
+        teacher_weights = of_graph(teacher_weights, row_count, row_length, GRAPHS)
+        store_tile(teacher_weights, by_t, i, j, row_count, row_length, BLOCK_ROWS, BLOCK_COLUMNS)

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from gkd_fast.kernels.common import table
+from gkd_fast.kernels.common import strips, table
+from gkd_fast.kernels.rkd_angle import launches as rkd_angle
 from tests.ops_cases import D64
 from tests.second_order_cases import second_order
 from tests.test_tokens import LOSSES, padding, tokens
@@ -13,7 +14,8 @@ from tests.test_tokens import LOSSES, padding, tokens
 from .conftest import between_nans
 from .judge import judge
 
-KERNELS = ("pkt", "rkd_distance", "similarity_preserving", "correlation_gaussian")
+TWICE = ("pkt", "rkd_distance", "similarity_preserving", "correlation_gaussian")
+KERNELS = (*TWICE, "rkd_angle")
 
 
 def inputs_of(samples: int, count: int, name: str, dtype=D64) -> list[torch.Tensor]:
@@ -32,7 +34,13 @@ def test_samples_and_tokens(name, samples, count, masked, division):
     judge(within(name, padding(samples, count) if masked and samples > 2 else None), inputs_of(samples, count, name))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+def test_angles_of_some_nodes_and_rows_of_one_sample_at_a_time(monkeypatch):
+    monkeypatch.setattr(strips, "LEAST", 16)
+    monkeypatch.setattr(rkd_angle, "STRIP_BYTES", 1)
+    judge(within("rkd_angle", padding(3, 37)), inputs_of(3, 37, "rkd_angle"))
+
+
+@pytest.mark.parametrize("name", TWICE)
 def test_second_derivatives_and_strips(name, division):
     """Weights of some rows of one sample at a time."""
     judge(within(name, padding(3, 37)), inputs_of(3, 37, name), division("strips"), second_order)
