@@ -100,13 +100,13 @@ def test_types(name, dtype):
 
 
 @requires_cpp
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "rkd_angle"])
+@every_loss
 def test_first_and_second_derivatives_against_finite_differences(name):
     mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]])
     loss = partial(LOSSES[name], within="tokens", mask=mask, reduction="none", backend="cpp")
     inputs = [x.requires_grad_() for x in tokens(2, 4, name)]
     assert gradcheck(loss, inputs)
-    assert gradgradcheck(loss, inputs, fast_mode=True)
+    assert name == "rkd_angle" or gradgradcheck(loss, inputs, fast_mode=True)  # which has first derivatives alone
 
 
 @requires_cpp
