@@ -92,7 +92,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     """The options with other values, which dotted names name and which are checked as the command line's are."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config)
-    options = parser.parse_object(changes, cfg_base=parser.parse_object(asdict(config)))
+    options = parser.parse_object(changes, namespace=parser.parse_object(asdict(config)))
     return Config(**parser.instantiate(options))
 
 
