@@ -34,8 +34,8 @@ def expected(rows: torch.Tensor, columns: torch.Tensor, variance: float, offset:
 def check(nodes: list[torch.Tensor], variances: list[float], precision: str, columns=None, offset: int = 0) -> None:
     sides = columns or [None] * len(nodes)
     graphs = [
-        Graph(x, torch.tensor(v, dtype=x.dtype), precision, y, offset)
-        for x, v, y in zip(nodes, variances, sides, strict=True)
+        Graph(x, torch.tensor(v, dtype=x.dtype), precision, y, offset, place=place)
+        for place, (x, v, y) in enumerate(zip(nodes, variances, sides, strict=True))
     ]
     found = small_sums(stages_of(graphs)) if graphs[0].is_small(1) else sums(graphs)
     for x, y, v, *ours in zip(nodes, sides, variances, *found, strict=True):
