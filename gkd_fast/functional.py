@@ -163,11 +163,11 @@ def _convolve(
             return of_union(lambda x, h: reference.graph_conv(x, h, *settings), inputs, shards).to(messages.dtype)
         variance = _inverse_variance(sigma, dtype, nodes.device)
         columns = None if shards is None else graph_columns(shards, [nodes, messages], dtype)
-        convolve = ops.graph_conv if self_weight is None else ops.neighbor_conv
-        output = convolve(nodes, messages, dtype, variance, normalization, precision, columns)
-        if self_weight is not None:
-            output = torch.lerp(output, messages.to(dtype), self_weight)
-        return output.to(messages.dtype)
+        given = dtype, variance, normalization, precision, columns
+        if self_weight is None:
+            return ops.graph_conv(nodes, messages, *given).to(messages.dtype)
+        values = messages.to(dtype)  # Once, so that the sum of their two gradients is rounded once.
+        return torch.lerp(ops.neighbor_conv(nodes, values, *given), values, self_weight).to(messages.dtype)
 
 
 def _convolve_stages(
