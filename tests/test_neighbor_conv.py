@@ -152,7 +152,7 @@ def test_the_nearest_where_nodes_cannot_have_so_many(backend):
 @requires_fused
 def test_the_old_form_takes_the_bandwidth_of_the_neighbors():
     nodes, messages = rows(30, 4, 3)
-    expected = graph_conv(nodes, messages, bandwidth=neighbor_bandwidth(nodes, 6), backend=FUSED)
+    expected = graph_conv(nodes, messages, bandwidth=neighbor_bandwidth(nodes, 6, backend=FUSED), backend=FUSED)
     assert torch.equal(graph_conv(nodes, messages, neighbors=6, backend=FUSED), expected)
     several = graph_conv([nodes, nodes], [messages, messages], neighbors=6, backend=FUSED)
     assert all(torch.equal(x, expected) for x in several)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from gkd_fast.ops.autograd import flags, last_derivative, scatter
+from gkd_fast.ops.backends import has_kernels
 from gkd_fast.ops.columns import Columns, run
 from gkd_fast.ops.graph_conv_columns import MESSAGES, NODES, UPSTREAM, over
 
+SHORT = ("bfloat16", "float16")
 TRANSPOSED = {"row": "column", "symmetric": "symmetric"}
 
 
@@ -37,6 +39,23 @@ def merged(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         shares = (log_sums - totals[k]).exp().nan_to_num(0)
         means.append((shares * torch.stack([part[2 + k] for part in parts])).sum(dim=0))
     return [*totals, *means]
+
+
+def convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, product_precision) -> Tensor:
+    """Y of this rank's rows."""
+    return over(
+        columns,
+        lambda **block: run(
+            torch.ops.gkd_fast.neighbor_conv, nodes, messages, log_sums, inverse_variance, normalization,
+            product_precision, **block,
+        ),
+        MESSAGES, column_log_sums=log_sums,
+    )[0]  # fmt: skip
+
+
+def _only_first_order_rounds(device: torch.device) -> bool:
+    """Whether kernels, which round rows, have the first order alone, and the strips, which do not, the second."""
+    return has_kernels("neighbor_conv", device) and not has_kernels("neighbor_conv_tangent", device)
 
 
 def node_terms(
@@ -104,14 +123,7 @@ class NeighborConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, columns, nodes, messages, inverse_variance, normalization, product_precision):
         log_sums = neighbor_sums(nodes, inverse_variance, product_precision, columns)[0]
-        (output,) = over(
-            columns,
-            lambda **block: run(
-                torch.ops.gkd_fast.neighbor_conv, nodes, messages, log_sums, inverse_variance, normalization,
-                product_precision, **block,
-            ),
-            MESSAGES, column_log_sums=log_sums,
-        )  # fmt: skip
+        output = convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, product_precision)
         ctx.normalization, ctx.product_precision = normalization, product_precision
         columns.save(ctx, nodes, messages, output.clone(), log_sums, inverse_variance)  # The caller holds the output.
         return output
@@ -165,6 +177,12 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
         log_sums = neighbor_sums(nodes, inverse_variance, precision, columns)[0]
     symmetric = normalization == "symmetric"
     calls = torch.ops.gkd_fast
+    if precision in SHORT and _only_first_order_rounds(nodes.device):
+        # Log-sums of rounded rows would not normalise the weights of unrounded ones.
+        precision = "float32"
+        log_sums = neighbor_sums(nodes, inverse_variance, precision, columns)[0]
+        output = convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, precision)
+        messages_gradient = None
     growth = None
     if nodes_tangent is not None:
         (growth,) = over(

@@ -265,16 +265,16 @@ class _Builder:
         of_product = ("nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
         walk = {"products": 1, "exponentials": 1, "in_product_type": of_product, "pairs": stages}
         yield self._walk("graph_conv", graph_degree_sums, "forward", {}, lists, **walk)
-        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.scaled}
+        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.scaled, "DIAGONAL": 1.0}
         for name, constants in (
             ("symmetric", {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}),
             ("row", {"DEGREES": True, "ROW_FACTOR": INVERSE}),
         ):
             options = walk | {"products": 2, "name": f"graph_sums, {name}"}
             yield self._walk("graph_conv", graph_sums, "forward", constants | values, lists, **options)
-        constants = {"HAS_UPSTREAM": True}
+        constants = {"HAS_UPSTREAM": True} | {key: values[key] for key in ("VALUE_WIDTH", "SCALED")}
         options = walk | {"products": 4}
-        yield self._walk("graph_conv", graph_gradients, "backward", constants | values, lists, **options)
+        yield self._walk("graph_conv", graph_gradients, "backward", constants, lists, **options)
         constants = {"BLOCK_ROWS": TERMS_ROWS, "BLOCK_WIDTH": TERMS_WIDTH, "SUM": self.product.SUM}
         symmetric = constants | {"SYMMETRIC": True}
         yield self._small("graph_conv", graph_terms, "backward", symmetric, lists, TERMS_ROWS, stages)
@@ -310,7 +310,10 @@ class _Builder:
             name = f"contrast_gradients of {'teachers' if by_column else 'students'}"
             yield self._strip("node_contrast", contrast_gradients, "backward", constants, lists, of_products, name)
         for gradient in (False, True):
-            constants, name = {"GRADIENT": gradient, "SCALED": scaled}, f"graph_strip{', gradient' if gradient else ''}"
+            constants, name = (
+                {"GRADIENT": gradient, "SCALED": scaled, "DIAGONAL": 1.0},
+                f"graph_strip{', gradient' if gradient else ''}",
+            )
             direction = "backward" if gradient else "forward"
             yield self._strip("graph_conv", graph_strip, direction, constants, {}, ("weights",), name)
 

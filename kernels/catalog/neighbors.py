@@ -6,16 +6,23 @@ import triton
 
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import padded_width
+from gkd_fast.kernels.common.operands import ROW_MULTIPLE
 from gkd_fast.kernels.common.table import largest_width
-from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums
+from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_strip, graph_sums
+from gkd_fast.kernels.graph_conv.values import ONE
+from gkd_fast.kernels.neighbor_conv.small import neighbor_small_gradients, neighbor_small_weighted
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_small_sums, neighbor_sum_parts, neighbor_sums
 from gkd_fast.kernels.neighbor_conv.sums import PARTS_ROWS
+from gkd_fast.kernels.neighbor_conv.tiles import neighbor_gradients, neighbor_levels, neighbor_strip
 
 OP = "neighbor_conv"
 LISTS = (
-    "nodes", "numbers", "column_nodes", "column_numbers", "log_sums", "sharp_log_sums", "means", "sharp_means",
-    "inverse_variances", "dims", "partial_log_sums", "partial_sharp_log_sums", "partial_means", "partial_sharp_means",
+    "nodes", "numbers", "levels", "column_nodes", "column_numbers", "column_levels", "log_sums", "sharp_log_sums",
+    "means", "sharp_means", "inverse_variances", "dims", "widths", "partial_log_sums", "partial_sharp_log_sums",
+    "partial_means", "partial_sharp_means", "values", "centres", "row_degrees", "outputs", "sums", "powers", "messages",
+    "upstream", "column_messages", "column_upstream", "terms", "others", "column_terms", "column_others", "gradients",
 )  # fmt: skip
+OF_PRODUCT = ("nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
 
 
 def neighbors(build, stages: int) -> Iterator:
@@ -23,25 +30,65 @@ def neighbors(build, stages: int) -> Iterator:
     lists = dict.fromkeys(LISTS, stages)
     yield from _small(build, lists, stages)
     yield build._small(OP, neighbor_sum_parts, "forward", {"BLOCK_ROWS": PARTS_ROWS}, lists, PARTS_ROWS, stages)
+    constants = {"SHARE": 0.5, "BLOCK_ROWS": ROW_MULTIPLE, "SUM": build.product.SUM}
+    yield build._small(OP, neighbor_levels, "forward", constants, lists, ROW_MULTIPLE, stages)
     if padded_width(build.dim) > largest_width(build.arch, build.product.name):
-        yield build._strip(OP, neighbor_sums, "forward", {}, dict.fromkeys(LISTS, 1))
-        return
-    yield build._walk(
-        OP, neighbor_sums, "forward", {"STRIP": False}, lists, products=1, exponentials=1,
-        in_product_type=("nodes",), pairs=stages, tiles_of=graph_degree_sums,
-    )  # fmt: skip
+        yield from _strips(build)
+    else:
+        yield from _walks(build, lists, stages)
+
+
+def _walks(build, lists: dict, stages: int) -> Iterator:
+    scaled = build.product.scaled
+    walk = {"products": 1, "exponentials": 1, "in_product_type": OF_PRODUCT, "pairs": stages}
+    yield build._walk(OP, neighbor_sums, "forward", {"STRIP": False}, lists, **walk, tiles_of=graph_degree_sums)
+    values = {"VALUE_WIDTH": build.width, "SCALED": scaled}
+    constants = values | {"DEGREES": False, "ROW_FACTOR": ONE, "DIAGONAL": 0.0}
+    options = walk | {"products": 2, "name": "graph_sums, over the others"}
+    yield build._walk(OP, graph_sums, "forward", constants, lists, **options)
+    for symmetric in (True, False):
+        constants = values | {"SYMMETRIC": symmetric, "HAS_UPSTREAM": True}
+        name = f"neighbor_gradients, {'symmetric' if symmetric else 'row'}"
+        options = walk | {"products": 4, "exponentials": 2, "name": name}
+        yield build._walk(OP, neighbor_gradients, "backward", constants, lists, **options)
+
+
+def _strips(build) -> Iterator:
+    scaled = build.product.scaled
+    yield build._strip(OP, neighbor_sums, "forward", {}, dict.fromkeys(LISTS, 1))
+    constants = {"GRADIENT": False, "SCALED": scaled, "DIAGONAL": 0.0}
+    yield build._strip(OP, graph_strip, "forward", constants, {}, ("weights",), "graph_strip, over the others")
+    for symmetric in (True, False):
+        constants = {"SYMMETRIC": symmetric, "HAS_UPSTREAM": True, "SCALED": scaled}
+        name = f"neighbor_strip, {'symmetric' if symmetric else 'row'}"
+        yield build._strip(OP, neighbor_strip, "backward", constants, {}, ("weights",), name)
+
+
+# Each: kernel, direction, name, compile-time arguments, loops over the width for so many tiles of weights, exponentials
+# per entry.
+_SMALL = (
+    (neighbor_small_sums, "forward", None, {}, lambda tiles: 1, 1),
+    (neighbor_small_weighted, "forward", None, {"ROW_SHARE": 0.5, "COLUMN_SHARE": 0.5}, lambda tiles: 2 * tiles, 1),
+    (neighbor_small_gradients, "backward", "neighbor_small_gradients, symmetric", {"SYMMETRIC": True},
+     lambda tiles: 4 * tiles, 2),
+    (neighbor_small_gradients, "backward", "neighbor_small_gradients, row", {"SYMMETRIC": False},
+     lambda tiles: 4 * tiles, 2),
+)  # fmt: skip
 
 
 def _small(build, lists: dict, stages: int) -> Iterator:
-    settings = small.constants(build.arch, build.product)
-    warps, num_stages, registers = (settings.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg"))
-    pieces = triton.cdiv(build.dim, settings["BLOCK_WIDTH"])
+    for fn, direction, name, constants, loops, exponentials in _SMALL:
+        settings = small.constants(build.arch, build.product)
+        if fn is not neighbor_small_sums:
+            settings = small.gradient_constants(build.arch, build.product)
+        warps, num_stages, registers = (settings.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg"))
+        pieces, columns = triton.cdiv(build.dim, settings["BLOCK_WIDTH"]), settings["BLOCK_COLUMNS"]
 
-    def grid(batch: int) -> tuple[int, int]:
-        return small.row_blocks(batch) * stages, pieces
+        def grid(batch: int, pieces=pieces, columns=columns, loops=loops) -> tuple[int, int]:
+            return small.row_blocks(batch) * stages, pieces * loops(triton.cdiv(batch, columns))
 
-    constants = {key: value for key, value in settings.items() if key in neighbor_small_sums.arg_names}
-    yield build._make(
-        OP, neighbor_small_sums, "forward", constants, lists, warps, num_stages, settings["BLOCK_ROWS"],
-        settings["BLOCK_COLUMNS"], 1, 1, 0, build._exemption(), grid, None, (), max_registers=registers, small=True,
-    )  # fmt: skip
+        settings = {key: value for key, value in settings.items() if key in fn.arg_names}
+        yield build._make(
+            OP, fn, direction, constants | settings, lists, warps, num_stages, settings["BLOCK_ROWS"], columns, 1,
+            exponentials, 0, build._exemption(), grid, name, (), max_registers=registers, small=True,
+        )  # fmt: skip

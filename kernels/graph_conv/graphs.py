@@ -24,6 +24,9 @@ LEAST_TF32X3_WIDTH = 32
 class Graph:
     """Nodes of both sides, the bandwidth and the type of the products; ``place``: of the nodes among the prepared."""
 
+    # The weight of a node beside itself.
+    diagonal = 1.0
+
     def __init__(
         self, nodes, inverse_variance, product_precision, column_nodes, offset, prepared: Prepared | None = None,
         place: int = 0,
@@ -122,7 +125,7 @@ def _node_width(graph: Graph, kernel: str, *widths: int) -> int:
     columns it does not. The issue-slot model predicts 1.1 (values of 64) and 1.7 times (of 32) the time.
     """
     nodes, affected = padded_width(graph.dim), graph.product.name == "tf32x3" and graph.arch == "sm_90"
-    if affected and kernel == "graph_gradients" and padded_width(*widths) > nodes:
+    if affected and kernel.endswith("_gradients") and padded_width(*widths) > nodes:
         return max(LEAST_TF32X3_WIDTH, nodes)
     return nodes
 

@@ -55,7 +55,7 @@ def _degrees_of_kind(graphs: Sequence[Graph]) -> list[Tensor]:
             grid, *node_arguments(graphs, constants["WIDTH"]), tuple(found), variances(graphs), graph.row_count,
             graph.column_count, graph.offset, parts,
         )  # fmt: skip
-    return _complete(graphs, [0] * len(graphs), parts, found, found, None, ONE)[1]
+    return complete(graphs, [0] * len(graphs), parts, found, found, None, ONE)[1]
 
 
 def graph_conv(
@@ -86,27 +86,27 @@ def convolutions(
     """Outputs and degrees; messages: the columns'. degrees: known ones, of rows and columns."""
     if is_row:
         values, powers = convolved_values(graphs, messages, [None] * len(graphs))
-        return _kernel_times(graphs, values, powers, messages, None, INVERSE)
+        return weighted_sums(graphs, values, powers, messages, None, INVERSE)
     rows, columns = degrees or [_degrees(graphs)] * 2
     values, powers = convolved_values(graphs, messages, factors_of(columns, INVERSE_ROOT))
-    return _kernel_times(graphs, values, powers, messages, rows, INVERSE_ROOT)
+    return weighted_sums(graphs, values, powers, messages, rows, INVERSE_ROOT)
 
 
-def _kernel_times(
+def weighted_sums(
     graphs: Sequence[Graph], values: Sequence[Operand], powers, like: Sequence[Tensor], row_degrees, row_factor: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """f_i Σ_j K_ij values_j, as wide as ``like``, and the degrees, which are found where they are not known."""
 
     def of_kind(graphs, values, powers, like, degrees):
         known = None if row_degrees is None else degrees
-        return zip(*_kernel_times_of_kind(graphs, values, powers, like, known, row_factor), strict=True)
+        return zip(*_sums_of_kind(graphs, values, powers, like, known, row_factor), strict=True)
 
     widths = [x.shape[1] for x in like]
     outputs, degrees = zip(*by_kind(of_kind, graphs, widths, values, powers, like, row_degrees or like), strict=True)
     return list(outputs), list(degrees)
 
 
-def _kernel_times_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
+def _sums_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
     graph, widths = graphs[0], [x.shape[1] for x in like]
     if graph.is_wide(widths[0]):
         of_stages = [strips.kernel_sums(*stage) for stage in zip(graphs, values, powers, widths, strict=True)]
@@ -122,17 +122,18 @@ def _kernel_times_of_kind(graphs, values, powers, like, row_degrees, row_factor:
     sums = [of_parts(x, parts, graph.row_count) for x in like] if with_degrees else outputs
     with on_device(graph.nodes):
         launch(
-            graph_sums, DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled, **constants
+            graph_sums, DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled,
+            DIAGONAL=graph.diagonal, **constants,
         )(
             grid, *node_arguments(graphs, constants["WIDTH"]), tuple(x.rows for x in values),
             tuple(x.centre for x in values), tuple(row_degrees or like), tuple(outputs), tuple(sums),
             tuple(x if p is None else p for x, p in zip(like, powers, strict=True)), variances(graphs), tuple(widths),
             graph.row_count, graph.column_count, graph.offset, parts,
         )  # fmt: skip
-    return _complete(graphs, widths, parts, outputs, sums if with_degrees else None, row_degrees, row_factor)
+    return complete(graphs, widths, parts, outputs, sums if with_degrees else None, row_degrees, row_factor)
 
 
-def _complete(graphs, widths, parts: int, outputs, sums, row_degrees, row_factor: int):
+def complete(graphs, widths, parts: int, outputs, sums, row_degrees, row_factor: int):
     """Outputs and degrees, as ``of_parts`` allocates them, with their parts added; width 0: degrees alone."""
     degrees = row_degrees
     if parts == 1:
@@ -184,7 +185,7 @@ def convolution_gradients(
     needs: of each graph's nodes and messages. given: the node terms of a graph with a column set, and the columns'.
     """
     powers = [value_powers(graph, *sides) for graph, *sides in zip(graphs, own, other, strict=True)]
-    columns = both_values(graphs, other, is_row, powers)
+    columns = both_values(graphs, other, powers, *_factors(other, is_row))
     of_nodes: list[Tensor | None] = [None] * len(graphs)
     of_messages: list[Tensor | None] = [None] * len(graphs)
     read = given is None and not is_row
@@ -200,7 +201,7 @@ def convolution_gradients(
         if given is None:
             terms = column_terms = _terms(some, sides, values, read_outputs, read_gradients, is_row)
         else:
-            rows = both_values(some, sides, is_row, _at(moved, powers)[0], values)
+            rows = both_values(some, sides, _at(moved, powers)[0], *_factors(sides, is_row), values)
             of_columns = given[1] if given[1] is not None else given[0].new_zeros(some[0].column_count)
             terms, column_terms = [rows[0].with_numbers(given[0])], [values[0].with_numbers(of_columns)]
         widths = [side.messages.shape[1] for side in sides]
@@ -214,6 +215,13 @@ def _at(places: Sequence[int], *lists: Sequence) -> list[list]:
     return [[values[k] for k in places] for values in lists]
 
 
+def _factors(sides: Sequence[Side], is_row: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """What H and G are multiplied by."""
+    degrees = [side.degrees for side in sides]
+    of_messages = factors_of(degrees, ONE if is_row else INVERSE_ROOT)
+    return of_messages, factors_of(degrees, INVERSE) if is_row and sides[0].upstream is not None else of_messages
+
+
 def _messages_gradients(graphs, own: Sequence[Side], columns: Sequence[Values], is_row: bool) -> list[Tensor]:
     """dH of the rows."""
     messages = [side.messages for side in own]
@@ -221,7 +229,7 @@ def _messages_gradients(graphs, own: Sequence[Side], columns: Sequence[Values], 
         return [torch.zeros_like(x) for x in messages]
     upstream, powers = [x.upstream for x in columns], [x.powers[1] for x in columns]
     row_factor = ONE if is_row else INVERSE_ROOT
-    return _kernel_times(graphs, upstream, powers, messages, [side.degrees for side in own], row_factor)[0]
+    return weighted_sums(graphs, upstream, powers, messages, [side.degrees for side in own], row_factor)[0]
 
 
 def _terms(graphs, own: Sequence[Side], values: Sequence[Values], outputs, of_messages, is_row: bool) -> list[Tensor]:
@@ -263,4 +271,4 @@ def _nodes_gradients(
             tuple(gradients), tuple(powers), variances(graphs), dims, graph.row_count, graph.column_count,
             graph.offset, parts,
         )  # fmt: skip
-    return _complete(graphs, dims, parts, gradients, None, None, ONE)[0]
+    return complete(graphs, dims, parts, gradients, None, None, ONE)[0]

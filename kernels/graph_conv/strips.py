@@ -19,9 +19,9 @@ def _strip(graph, rows: Operand, columns: Operand, strip: slice, piece: slice, s
     weights = torch.empty_like(similarities, dtype=graph.product.torch_type)
     products, terms, column_terms, powers = gradient or (sums, sums, sums, sums)
     constants = {
-        "GRADIENT": gradient is not None, "SCALED": graph.product.scaled, "BLOCK_ROWS": config.rows,
-        "BLOCK_COLUMNS": config.columns, "TYPE": graph.product.TYPE, "SUM": graph.product.SUM,
-        "num_warps": config.warps, "num_stages": config.stages,
+        "GRADIENT": gradient is not None, "SCALED": graph.product.scaled, "DIAGONAL": graph.diagonal,
+        "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns, "TYPE": graph.product.TYPE,
+        "SUM": graph.product.SUM, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     launch(graph_strip, **constants)(
         (cdiv(len(sums), config.rows),), similarities, products, weights, sums, rows.numbers, columns.numbers,

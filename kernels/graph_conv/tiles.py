@@ -116,13 +116,13 @@ def row_factor(degrees, FACTOR: tl.constexpr):
 @triton.jit
 def add_values(
     total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope,
-    EDGE: tl.constexpr, BOOST: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, EDGE: tl.constexpr, BOOST: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ K_ij values_j and Σ K_ij with those of the tile at (i, j) added."""
     columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
     v = load_block(values, j, BLOCK_COLUMNS, VALUE_WIDTH)
-    k = walked_adjacency(rows, level, columns, column_numbers, i, j, column_count, offset, slope, 1.0, BOOST,
+    k = walked_adjacency(rows, level, columns, column_numbers, i, j, column_count, offset, slope, DIAGONAL, BOOST,
                          BLOCK_ROWS, BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
     return add_product(convert(k, TYPE), v, total, PRECISION), degrees + tl.sum(k, 1)
 
@@ -131,13 +131,14 @@ def add_values(
 def graph_sums(
     nodes, numbers, column_nodes, column_numbers, values, centres, row_degrees, outputs, sums, powers,
     inverse_variances, widths, row_count, column_count, offset, parts, DEGREES: tl.constexpr, ROW_FACTOR: tl.constexpr,
-    SCALED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, DIAGONAL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output_i = f_i Σ_j K_ij values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij, of every stage.
 
     The row factor f is applied to complete sums alone. centres: the values'. powers: what they were multiplied by if
-    SCALED.
+    SCALED. DIAGONAL: K_ii.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part, stage = tl.program_id(1), tl.program_id(2)
@@ -160,14 +161,14 @@ def graph_sums(
     for k in range(0, whole - crossed):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
-            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope, False,
-            BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope,
+            DIAGONAL, False, BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
         total, degrees = add_values(
-            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope, True,
-            BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope,
+            DIAGONAL, True, BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     if SCALED:
         total = total * (2.0**-BOOST / tl.load(power))
@@ -340,7 +341,8 @@ def graph_gradients(
 def graph_strip(
     similarities, products, weights, sums, numbers, column_numbers, terms, column_terms, powers, inverse_variance,
     row_count, column_count, offset, accumulate, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    DIAGONAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """Wide rows: weights K, or with GRADIENT M, from strips [row_count, column_count], and their sums over columns.
 
@@ -355,7 +357,7 @@ def graph_strip(
     for j in range(0, column_count, BLOCK_COLUMNS):
         c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
         near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
-        k = adjacency(c * slope - near, i, j, offset, column_count, 0.0 if GRADIENT else 1.0, BOOST, BLOCK_ROWS,
+        k = adjacency(c * slope - near, i, j, offset, column_count, 0.0 if GRADIENT else DIAGONAL, BOOST, BLOCK_ROWS,
                       BLOCK_COLUMNS, None)  # fmt: skip
         if GRADIENT:
             m = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)

@@ -71,16 +71,14 @@ def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Op
     return operands(values, product, widths, centres, factors=factors, powers=powers), powers
 
 
-def both_values(graphs, sides: Sequence[Side], is_row: bool, powers, columns=None) -> list[Values]:
-    """H' and G' of the sides, about the centres of the ``columns``, or of their own where the sides are the columns."""
+def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream, columns=None) -> list[Values]:
+    """H' and G' of the sides, about the centres of the ``columns``, or of their own where the sides are the columns.
+
+    of_messages, of_upstream: the factors of H and of G.
+    """
     has_upstream = sides[0].upstream is not None
     kinds = 2 if has_upstream else 1
     values = [x for side in sides for x in (side.messages, side.upstream)[:kinds]]
-    degrees = [side.degrees for side in sides]
-    of_messages = factors_of(degrees, ONE if is_row else INVERSE_ROOT)
-    of_upstream = of_messages
-    if is_row and has_upstream:
-        of_upstream = factors_of(degrees, INVERSE)
     factors = [x for both in zip(of_messages, of_upstream, strict=True) for x in both[:kinds]]
     widths = [
         _value_width(graph, side.messages.shape[1])
@@ -94,9 +92,7 @@ def both_values(graphs, sides: Sequence[Side], is_row: bool, powers, columns=Non
             of_other = torch.zeros_like(x.messages.centre) if x.upstream is None else x.upstream.centre
             centres += [x.messages.centre, of_other][:kinds]
     # Where there is no G' of columns, nothing is added to products for H'.
-    others = [torch.zeros_like(x) for x in centres]
-    if has_upstream:
-        others = [centres[k ^ 1] for k in range(len(centres))]
+    others = [centres[k ^ 1] if has_upstream else torch.zeros_like(x) for k, x in enumerate(centres)]
     made = operands(
         values, graphs[0].product, widths, centres, others=others, factors=factors,
         powers=[x for both in powers for x in both[:kinds]],

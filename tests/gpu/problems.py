@@ -15,7 +15,11 @@ from tests.second_order_cases import second_order
 from .target import TARGET
 
 DEVICE = TARGET.device
-OPS = ("relation_kl", "node_contrast", "graph_conv symmetric", "graph_conv row")
+OPS = (
+    "relation_kl", "node_contrast", "graph_conv symmetric", "graph_conv row", "neighbor_conv symmetric",
+    "neighbor_conv row",
+)  # fmt: skip
+SELF_WEIGHT = 0.3
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 D64 = torch.float64
 # How products are made: the inputs' type and PyTorch's setting for float32 products.
@@ -129,14 +133,17 @@ def problem(
             return wide[::2, ::3]
         return x.to(DEVICE, dtype)
 
-    if op.startswith("graph_conv"):
-        normalization = op.split()[1]
+    if "conv" in op:
+        self_weight = SELF_WEIGHT if op.startswith("neighbor_conv") else None
+        form = {"normalization": op.split()[1], "self_weight": self_weight}
         sigma = "auto" if cosine else bandwidth  # of rows that are nearly alike the one that suits them
 
         def convolve(backend: str, inputs: list[Tensor]) -> Tensor:
-            return functional.graph_conv(*inputs, bandwidth=sigma, normalization=normalization, backend=backend)
+            return functional.graph_conv(*inputs, bandwidth=sigma, backend=backend, **form)
 
-        return Problem({"nodes": matrix(0), "messages": matrix(1, 0.0)}, 2, convolve)
+        # What a node that has one neighbour gives is a difference of terms of 1/σ².
+        terms = 0.1 if self_weight is None else bandwidth**-2
+        return Problem({"nodes": matrix(0), "messages": matrix(1, 0.0)}, 2, convolve, terms)
     num_students, num_teachers = stages
     students = [matrix(k) for k in range(num_students)]
     teachers = [matrix(k + num_students) for k in range(num_teachers)]

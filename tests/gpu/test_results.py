@@ -46,7 +46,7 @@ def test_temperatures(op, temperature):
     assert_no_worse_than_due(problem(op, 200, 40, temperature=temperature), slack=2e-5)
 
 
-@pytest.mark.parametrize("op", ["relation_kl", "graph_conv symmetric", "graph_conv row"])
+@pytest.mark.parametrize("op", ["relation_kl", *OPS[2:]])
 @pytest.mark.parametrize("bandwidth", [0.05, 3.0])
 def test_bandwidths(op, bandwidth):
     """At 0.05 the rounding of a similarity is multiplied by 1/σ² = 400."""

@@ -24,12 +24,15 @@ WIDE_LOADS = r"LDG\.E\.128|LDG\.E\.\w*\.?128|LDGSTS\.E\.(\w+\.)*128|UTMALDG|(glo
 
 FULL_TYPES, FULL_WIDTHS = ("bfloat16", "float16", "tf32"), (64, 128, 256)
 OTHER_TYPES = ("tf32x3", "float32", "float64")
-# Six operands of 32 bits a row leave graph_gradients no larger tile in the registers (sm_80, 64) or the memory of these
-# three; on an H200 128×32 took three quarters (relation_gradients) and half (contrast_sums) of the time of 64×64.
+# Six operands of 32 bits a row leave graph_gradients and neighbor_gradients no larger tile in the registers (sm_80, 64)
+# or the memory of these; in the short types the two exponentials of neighbor_gradients take those registers too (64).
+# On an H200 128×32 took three quarters (relation_gradients) and half (contrast_sums) of the time of 64×64.
+_NEIGHBORS = (*((a, t, 64) for a in ("sm_80", "sm_86") for t in FULL_TYPES), ("sm_80", "tf32", 128))
 SMALLER_TILES = (
     ("sm_80", "tf32", 64, "graph_gradients"),
     ("sm_80", "tf32", 128, "graph_gradients"),
     ("sm_86", "tf32", 64, "graph_gradients"),
+    *((*key, f"neighbor_gradients, {kind}") for key in _NEIGHBORS for kind in ("symmetric", "row")),
     ("sm_90", "tf32", 128, "relation_gradients"),
     ("sm_90", "tf32", 128, "contrast_sums"),
     ("sm_90", "tf32", 128, "contrast_sums without weighted"),

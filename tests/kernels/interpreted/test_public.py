@@ -47,6 +47,12 @@ LOSSES = {
     "node_contrast": lambda a, b, t: functional.node_contrast([a, b], t, temperature=0.4, backend="triton"),
     "graph_conv symmetric": lambda a, b, t: functional.graph_conv(a, b, bandwidth=0.7, backend="triton"),
     "graph_conv row": lambda a, b, t: functional.graph_conv(a, t, bandwidth=0.7, normalization="row", backend="triton"),
+    "neighbor_conv symmetric": lambda a, b, t: functional.graph_conv(
+        a, b, bandwidth=0.7, self_weight=0.3, backend="triton"
+    ),
+    "neighbor_conv row": lambda a, b, t: functional.graph_conv(
+        a, t, bandwidth=0.7, self_weight=0.3, normalization="row", backend="triton"
+    ),
 }
 
 
@@ -89,11 +95,12 @@ def test_nan_in_gives_nan_out():
         assert functional.graph_conv(x, y, bandwidth=0.5, backend="triton")[1].isnan().all()
 
 
-def test_a_whole_loss_on_interpreted_kernels():
+@pytest.mark.parametrize("graph", [{}, {"neighbors": 8, "self_weight": 0.8}], ids=["old", "neighbors"])
+def test_a_whole_loss_on_interpreted_kernels(graph):
     losses = []
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
-        criterion = GraphKDLoss([6, 5], [7, 7], num_classes=3, embed_dim=8, backend=backend)
+        criterion = GraphKDLoss([6, 5], [7, 7], num_classes=3, embed_dim=8, backend=backend, **graph)
         students, teachers = [torch.randn(20, d) for d in (6, 5)], [torch.randn(20, 7) for _ in range(2)]
         loss = criterion(students, teachers, torch.randint(3, (20,)))
         losses.append([loss, *torch.autograd.grad(loss, list(criterion.parameters()))])

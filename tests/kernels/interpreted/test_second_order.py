@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradgradcheck
 
+from gkd_fast import functional
 from gkd_fast.kernels.common import table
 from tests.second_order_cases import (
     FUNCTIONS,
@@ -81,6 +82,18 @@ def test_batches(name, batch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_types_in_strips(name, dtype, division):
     judge_second_order(name, 37, [16 for _ in ALL[name][1]], division("strips"), dtype)
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_neighbors_of_rounded_rows_at_a_small_bandwidth(normalization, dtype):
+    """Where the first order's weights are those of rounded rows and the second order's are not."""
+
+    def function(*inputs, backend):
+        options = {"bandwidth": 0.1, "self_weight": 0.3, "normalization": normalization, "backend": backend}
+        return functional.graph_conv(*inputs, **options)
+
+    judge(function, features(20, 9, 9, dtype=dtype), results=second_order)
 
 
 @pytest.mark.parametrize("name", ["graph_conv row", *EACH])

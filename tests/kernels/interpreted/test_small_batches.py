@@ -115,6 +115,30 @@ def test_graph_conv_is_one_launch_and_its_gradients_two(launches, precision, nor
     assert names == ["graph_small_sums", "graph_small_gradients"] and len(gradients) == 2
 
 
+@pytest.mark.parametrize(("large", "launched"), [
+    (False, (["neighbor_small_sums"], ["neighbor_small_weighted"], ["neighbor_small_gradients"])),
+    (True, (
+        ["row_sums", "round_rows", "neighbor_sums"],
+        ["row_sums", "round_rows", "neighbor_levels", "row_sums", "round_rows", "graph_sums"],
+        ["row_sums", "round_rows", "row_sums", "round_rows", "neighbor_levels", "neighbor_gradients"],
+    )),
+])  # fmt: skip
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_the_launches_of_neighbor_conv(launches, monkeypatch, normalization, large, launched):
+    """Of larger batches also those that make operands; sums of 20 numbers around them are PyTorch's."""
+    nodes, messages = unit_rows(launches, 2, 9, "bfloat16")
+    settings = torch.ones((), dtype=nodes.dtype), normalization, "bfloat16"
+    if large:
+        monkeypatch.setattr(small, "SMALL_BATCH", 0)
+    with table.forced(16, 16):
+        sums, (log_sums, *_) = launches("neighbor_sums", nodes, settings[0], "bfloat16")
+        forward, output = launches("neighbor_conv", nodes, messages, log_sums, *settings)
+        terms = -(output * output).sum(1)
+        backward, _ = launches("neighbor_conv_backward", output, nodes, messages, log_sums, terms, *settings)
+    of_pytorch = ("add", "to_copy", "_to_copy")
+    assert (sums, forward, [name for name in backward if name not in of_pytorch]) == launched
+
+
 @pytest.mark.parametrize("function", [relation_kl(1), node_contrast(1), graph_conv("symmetric")])
 def test_several_tiles_of_weights_of_the_default_size(function):
     inputs = features(130, 9, 9, dtype=torch.float32)

@@ -1,0 +1,108 @@
+"""neighbor_conv of small batches, of all stages at once: outputs and gradients are a launch each."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gkd_fast.kernels.common import small
+from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.small import centred_product, negative_distances, store_weighted
+from gkd_fast.kernels.common.tile import COUNTS, load_vector, pick
+from gkd_fast.kernels.graph_conv.small import Stages
+from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
+from gkd_fast.kernels.neighbor_conv.tiles import gradient_weights, half_exponentials
+
+
+@triton.jit
+def shares(log_sums, i, count, share, BLOCK: tl.constexpr, SUM: tl.constexpr):
+    """share·l in base 2."""
+    return (load_vector(log_sums, i, count, BLOCK) * (share * LOG2E)).to(SUM)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def neighbor_small_weighted(
+    nodes, values, log_sums, outputs, inverse_variances, dims, widths, count, ROW_SHARE: tl.constexpr,
+    COLUMN_SHARE: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """output_i = Σ_j A_ij values_j, A with these shares of l_i and l_j in its exponent."""
+    i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    nodes, values, output, log_sums = (
+        pick(nodes, stage), pick(values, stage), pick(outputs, stage), pick(log_sums, stage)
+    )  # fmt: skip
+    dim, width = pick(dims, stage), pick(widths, stage)
+    slope = tl.load(pick(inverse_variances, stage)).to(SUM) * LOG2E
+    for j in range(0, count, BLOCK_COLUMNS):
+        x = slope * negative_distances(nodes, i, j, count, dim, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                                       PRECISION)  # fmt: skip
+        if ROW_SHARE != 0:
+            x -= shares(log_sums, i, count, ROW_SHARE, BLOCK_ROWS, SUM)[:, None]
+        if COLUMN_SHARE != 0:
+            x -= shares(log_sums, j, count, COLUMN_SHARE, BLOCK_COLUMNS, SUM)[None, :]
+        weights = adjacency(x, i, j, 0, count, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS)
+        store_weighted(output, weights, values, i, j, count, width, tl.minimum(j, 1), SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
+                       BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def neighbor_small_gradients(
+    nodes, messages, upstream, log_sums, terms, gradients, inverse_variances, dims, widths, count,
+    SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dE_i = Σ_j M_ij e_j, M as ``gradient_weights`` says."""
+    i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    nodes, messages, upstream, gradient = (
+        pick(nodes, stage), pick(messages, stage), pick(upstream, stage), pick(gradients, stage)
+    )  # fmt: skip
+    log_sums, terms, dim, width = pick(log_sums, stage), pick(terms, stage), pick(dims, stage), pick(widths, stage)
+    v = tl.load(pick(inverse_variances, stage)).to(SUM)
+    half = v * (0.5 * LOG2E)
+    level = shares(log_sums, i, count, 0.5, BLOCK_ROWS, SUM)
+    d = load_vector(terms, i, count, BLOCK_ROWS)
+    none, column_none = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_COLUMNS], SUM)
+    for j in range(0, count, BLOCK_COLUMNS):
+        ahead = centred_product(upstream, messages, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+                                TYPE, SUM, PRECISION)  # fmt: skip
+        behind = centred_product(messages, upstream, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+                                 TYPE, SUM, PRECISION)  # fmt: skip
+        if SYMMETRIC:
+            ahead += behind
+        c = negative_distances(nodes, i, j, count, dim, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
+                               PRECISION)  # fmt: skip
+        column_level = shares(log_sums, j, count, 0.5, BLOCK_COLUMNS, SUM)
+        u, t = half_exponentials(c, none, level, column_none, column_level, i, j, count, 0, half, True, BLOCK_ROWS,
+                                 BLOCK_COLUMNS, True)  # fmt: skip
+        column_d = load_vector(terms, j, count, BLOCK_COLUMNS)
+        weights = gradient_weights(u, t, ahead, behind, d, none, column_d, column_none, SYMMETRIC, True) * v
+        store_weighted(gradient, weights, nodes, i, j, count, dim, tl.minimum(j, 1), SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
+                       BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
+
+
+def weighted(stages: Stages, values: Sequence[Tensor], log_sums, shares: tuple[float, float]) -> list[Tensor]:
+    """Σ_j A_ij values_j of every stage; shares: of l_i and l_j in A's exponent."""
+    outputs, count = [x.new_empty(x.shape) for x in values], values[0].shape[0]
+    constants = small.gradient_constants(stages.arch, stages.product)
+    with on_device(values[0]):
+        launch(neighbor_small_weighted, ROW_SHARE=shares[0], COLUMN_SHARE=shares[1], **constants)(
+            (small.row_blocks(count), len(values)), tuple(stages.nodes), tuple(values), tuple(log_sums), tuple(outputs),
+            tuple(stages.inverse_variances), tuple([x.shape[1] for x in stages.nodes]),
+            tuple([x.shape[1] for x in values]), count,
+        )  # fmt: skip
+    return outputs
+
+
+def nodes_gradients(stages: Stages, upstream, messages, log_sums, terms, symmetric: bool) -> list[Tensor]:
+    """Of every stage's nodes; terms: the node terms."""
+    gradients, count = [x.new_empty(x.shape) for x in stages.nodes], stages.nodes[0].shape[0]
+    constants = small.gradient_constants(stages.arch, stages.product)
+    with on_device(stages.nodes[0]):
+        launch(neighbor_small_gradients, SYMMETRIC=symmetric, **constants)(
+            (small.row_blocks(count), len(gradients)), tuple(stages.nodes), tuple(messages), tuple(upstream),
+            tuple(log_sums), tuple(terms), tuple(gradients), tuple(stages.inverse_variances),
+            tuple([x.shape[1] for x in stages.nodes]), tuple([x.shape[1] for x in messages]), count,
+        )  # fmt: skip
+    return gradients

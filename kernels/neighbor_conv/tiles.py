@@ -1,0 +1,219 @@
+"""neighbor_conv's kernels beside ``graph_conv``'s, which sum over the columns once numbers have their log-sums in them.
+
+A row's number h gives x_ij/v = x̂_i·x̂_j − h_i − h_j, and its level h + share·l/v has l taken from the exponent: A_ij is
+2^((x̂_i·x̂_j − level_i − level_j)·slope), never above 1. With levels of share 1,
+
+    u = exp((x_ij − l_i)/2),  t = exp((x_ij − l_j)/2):  p_ij = u²,  p_ji = t²,  w_ij = u t.
+"""
+
+import triton
+import triton.language as tl
+
+from gkd_fast.kernels.common.tile import (
+    COUNTS,
+    add_product,
+    column_range,
+    convert,
+    divide_walk,
+    edge_tile,
+    inner_tile,
+    load_block,
+    load_numbers,
+    load_tile,
+    load_vector,
+    number,
+    pick,
+    product,
+    store_rows,
+    store_tile,
+    store_vector,
+)  # fmt: skip
+from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def neighbor_levels(
+    numbers, log_sums, inverse_variances, levels, count, SHARE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    SUM: tl.constexpr,
+):  # fmt: skip
+    """h + SHARE·l/v of the rows of every stage, whole blocks of them."""
+    i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
+    v = tl.load(pick(inverse_variances, stage)).to(tl.float64)
+    z = load_vector(pick(log_sums, stage), i, count, BLOCK_ROWS)
+    level = load_numbers(pick(numbers, stage), i, BLOCK_ROWS).to(tl.float64) + z * (SHARE / v)
+    tl.store(pick(levels, stage) + i + tl.arange(0, BLOCK_ROWS), level.to(SUM))
+
+
+@triton.jit
+def half_exponentials(
+    c, own_number, own_level, numbers, levels, i, j, column_count, offset, half, BOTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """u, and if BOTH t, of a tile of products c, 0 on the diagonal and in missing columns; half: slope/2, with which
+    numbers and levels are multiplied."""
+    x = c * half
+    u = adjacency(x - (own_level[:, None] + numbers[None, :]), i, j, offset, column_count, 0.0, 0, BLOCK_ROWS,
+                  BLOCK_COLUMNS, EDGE)  # fmt: skip
+    t = u
+    if BOTH:
+        t = adjacency(x - (own_number[:, None] + levels[None, :]), i, j, offset, column_count, 0.0, 0, BLOCK_ROWS,
+                      BLOCK_COLUMNS, EDGE)  # fmt: skip
+    return u, t
+
+
+@triton.jit
+def gradient_weights(
+    u, t, ahead, behind, d, e, column_d, column_e, SYMMETRIC: tl.constexpr, HAS_UPSTREAM: tl.constexpr
+):
+    """M/v of a tile: u t (ahead + e_i + e_j) + u² d_i + t² d_j if SYMMETRIC, ``ahead`` with what is behind in it; else
+    u² (ahead + d_i + e_j) + t² (behind + e_i + d_j). Without HAS_UPSTREAM the terms with t² are 0.
+    """
+    if SYMMETRIC:
+        m = u * t * (ahead + (e[:, None] + column_e[None, :])) + u * u * d[:, None]
+        if HAS_UPSTREAM:
+            m += t * t * column_d[None, :]
+    else:
+        m = u * u * (ahead + (d[:, None] + column_e[None, :]))
+        if HAS_UPSTREAM:
+            m += t * t * (behind + (e[:, None] + column_d[None, :]))
+    return m
+
+
+@triton.jit
+def add_nodes(
+    total, sums, rows, own_number, own_level, h, g, d, e, column_nodes, column_numbers, column_levels, column_messages,
+    column_upstream, column_terms, column_others, i, j, column_count, offset, half, v, unscale, EDGE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ M_ij e_j and Σ M_ij with those of the tile at (i, j) added."""
+    BOTH: tl.constexpr = SYMMETRIC or HAS_UPSTREAM
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)  # first, as in graph_conv
+    other = load_block(column_messages, j, BLOCK_COLUMNS, VALUE_WIDTH)
+    ahead = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    behind = ahead
+    if HAS_UPSTREAM:
+        other = load_block(column_upstream, j, BLOCK_COLUMNS, VALUE_WIDTH)
+        if SYMMETRIC:
+            ahead = add_product(h, tl.trans(other), ahead, PRECISION)
+        else:
+            behind = product(h, tl.trans(other), PRECISION)
+    if SCALED:
+        ahead = ahead * unscale
+        behind = behind * unscale
+    c = product(rows, tl.trans(columns), PRECISION)
+    numbers = load_numbers(column_numbers, j, BLOCK_COLUMNS) * half
+    levels = numbers
+    if BOTH:
+        levels = load_numbers(column_levels, j, BLOCK_COLUMNS) * half
+    u, t = half_exponentials(c, own_number, own_level, numbers, levels, i, j, column_count, offset, half, BOTH,
+                             BLOCK_ROWS, BLOCK_COLUMNS, EDGE)  # fmt: skip
+    column_d = load_vector(column_terms, j, column_count, BLOCK_COLUMNS)
+    column_e = load_vector(column_others, j, column_count, BLOCK_COLUMNS)
+    weights = gradient_weights(u, t, ahead, behind, d, e, column_d, column_e, SYMMETRIC, HAS_UPSTREAM) * v
+    return add_product(convert(weights, TYPE), columns, total, PRECISION), sums + tl.sum(weights, 1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def neighbor_gradients(
+    nodes, numbers, levels, column_nodes, column_numbers, column_levels, centres, messages, upstream, column_messages,
+    column_upstream, terms, others, column_terms, column_others, gradients, powers, inverse_variances, dims, row_count,
+    column_count, offset, parts, SYMMETRIC: tl.constexpr, HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dE_i = Σ_j M_ij e_j, M as ``gradient_weights`` says, over the part's columns, of every stage.
+
+    powers: those of the messages, of the upstream and of M. Without HAS_UPSTREAM the columns' upstream is zero.
+    """
+    i = tl.program_id(0) * BLOCK_ROWS
+    part, stage = tl.program_id(1), tl.program_id(2)
+    nodes, numbers, levels, column_nodes, column_numbers, column_levels = (
+        pick(nodes, stage), pick(numbers, stage), pick(levels, stage), pick(column_nodes, stage),
+        pick(column_numbers, stage), pick(column_levels, stage),
+    )  # fmt: skip
+    messages, upstream, column_messages, column_upstream = (
+        pick(messages, stage), pick(upstream, stage), pick(column_messages, stage), pick(column_upstream, stage)
+    )  # fmt: skip
+    terms, others, column_terms, column_others = (
+        pick(terms, stage), pick(others, stage), pick(column_terms, stage), pick(column_others, stage)
+    )  # fmt: skip
+    powers, inverse_variance, dim = pick(powers, stage), pick(inverse_variances, stage), pick(dims, stage)
+    start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
+    v = tl.load(inverse_variance).to(SUM)
+    half = v * (0.5 * LOG2E)
+    unscale = v
+    if SCALED:
+        unscale = 1 / (tl.load(powers) * tl.load(powers + 1))
+        v = v * tl.load(powers + 2)
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    own_number = load_numbers(numbers, i, BLOCK_ROWS) * half
+    own_level = load_numbers(levels, i, BLOCK_ROWS) * half
+    g = load_block(upstream, i, BLOCK_ROWS, VALUE_WIDTH)
+    h = g
+    if HAS_UPSTREAM:
+        h = load_block(messages, i, BLOCK_ROWS, VALUE_WIDTH)
+    d, e = load_vector(terms, i, row_count, BLOCK_ROWS), load_vector(others, i, row_count, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
+    sums = tl.zeros([BLOCK_ROWS], SUM)
+    whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
+    for k in tl.range(0, whole - crossed, disable_licm=True):
+        j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
+        total, sums = add_nodes(
+            total, sums, rows, own_number, own_level, h, g, d, e, column_nodes, column_numbers, column_levels,
+            column_messages, column_upstream, column_terms, column_others, i, j, column_count, offset, half, v, unscale,
+            False, SYMMETRIC, HAS_UPSTREAM, SCALED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        )  # fmt: skip
+    for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
+        j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
+        total, sums = add_nodes(
+            total, sums, rows, own_number, own_level, h, g, d, e, column_nodes, column_numbers, column_levels,
+            column_messages, column_upstream, column_terms, column_others, i, j, column_count, offset, half, v, unscale,
+            True, SYMMETRIC, HAS_UPSTREAM, SCALED, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        )  # fmt: skip
+    total += sums[:, None] * load_numbers(pick(centres, stage), 0, WIDTH)[None, :]
+    if SCALED:
+        total = total * (1 / tl.load(powers + 2))
+    out = pick(gradients, stage) + number(part, tl.int64) * row_count * dim
+    store_rows(out, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def neighbor_strip(
+    similarities, products, products_behind, weights, sums, numbers, levels, column_numbers, column_levels, terms,
+    others, column_terms, column_others, powers, inverse_variance, row_count, column_count, offset, accumulate,
+    SYMMETRIC: tl.constexpr, HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Wide rows: weights M from strips [row_count, column_count], and their sums over columns."""
+    i = tl.program_id(0) * BLOCK_ROWS
+    v = tl.load(inverse_variance).to(SUM)
+    half = v * (0.5 * LOG2E)
+    own_number = load_numbers(numbers, i, BLOCK_ROWS) * half
+    own_level = load_numbers(levels, i, BLOCK_ROWS) * half
+    d, e = load_vector(terms, i, row_count, BLOCK_ROWS), load_vector(others, i, row_count, BLOCK_ROWS)
+    total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
+    for j in range(0, column_count, BLOCK_COLUMNS):
+        c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        u, t = half_exponentials(
+            c, own_number, own_level, load_numbers(column_numbers, j, BLOCK_COLUMNS) * half,
+            load_numbers(column_levels, j, BLOCK_COLUMNS) * half, i, j, column_count, offset, half, True, BLOCK_ROWS,
+            BLOCK_COLUMNS, None,
+        )  # fmt: skip
+        ahead = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        behind = ahead
+        if HAS_UPSTREAM and not SYMMETRIC:
+            behind = load_tile(products_behind, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        if SCALED:
+            unscale = 1 / (tl.load(powers) * tl.load(powers + 1))
+            ahead = ahead * unscale
+            behind = behind * unscale
+        column_d = load_vector(column_terms, j, column_count, BLOCK_COLUMNS)
+        column_e = load_vector(column_others, j, column_count, BLOCK_COLUMNS)
+        m = gradient_weights(u, t, ahead, behind, d, e, column_d, column_e, SYMMETRIC, HAS_UPSTREAM) * v
+        if SCALED:
+            m = m * tl.load(powers + 2)
+        total += tl.sum(m, 1)
+        store_tile(weights, convert(m, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    store_vector(sums, total, i, row_count, BLOCK_ROWS)
