@@ -192,7 +192,8 @@ def pkt(students: Tensor, teachers: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def distances(x: Tensor) -> Tensor:
-    """d_ij = ‖x_i − x_j‖, at least 1e-6 off the diagonal."""
+    """d_ij = ‖x_i − x_j‖, at least 1e-6 off the diagonal; of rows about their mean, which are as far from each other."""
+    x = x - x.mean(dim=0)
     squares = x.square().sum(dim=1)
     d = (squares[:, None] + squares[None, :] - 2 * x @ x.T).clamp(min=LEAST_SQUARE).sqrt()
     return d.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
