@@ -97,9 +97,8 @@ def _of_distances(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, 
 
     d² = n_i + n_j − 2x_ij, n = ‖x‖² of rows about their mean, so that δ_ij = ε (n_i + n_j)/d²_ij, at most 1: of all of
     its direction. A row's sums have the means of its partners' errors, not the largest. With κ the distances' inverse
-    mean, rkd_distance's output errs by κ d δ and its gradients by κ δ (1 + κ d), which change by (1/d + κ) times two
-    directions' differences, up to 8, for rows and for partners of either side; rkd_angle's cosines err by δ, their
-    gradients by δ/d.
+    mean, rkd_distance's output errs by κ d δ and its gradients by κ δ (1 + κ d), which change by (1/d + κ) times a
+    direction's entries, up to 4; rkd_angle's cosines err by δ and their gradients by δ/d. Twice that: of either side.
     """
     mask = mask_of(case) if case["within"] == "tokens" else None
     output, gradients, seconds = 0.0, 0.0, 0.0
@@ -119,16 +118,16 @@ def _of_distances(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, 
             return torch.where(apart, errors, 0).sum(dim=-1) / number
 
         if case["function"] == "rkd_angle":
-            output = max(output, LUCK * of_rows(lost).max().item())
+            output = max(output, 2 * of_rows(lost).max().item())
             errors = of_rows(lost / distance) + of_rows(lost).amax(dim=-1, keepdim=True) * of_rows(1 / distance)
-            gradients = max(gradients, LUCK * errors.max().item())
+            gradients = max(gradients, 2 * errors.max().item())
             continue
         pairs = (number * (number - 1)).clamp(min=1)[..., None]
         means = (torch.where(apart, distance, 0).sum(dim=(-1, -2), keepdim=True) / pairs).clamp(min=1e-6)
-        output = max(output, LUCK * of_rows(lost * distance / means).max().item())
-        gradients = max(gradients, LUCK * of_rows(lost * (1 + distance / means) / means).max().item())
+        output = max(output, 2 * of_rows(lost * distance / means).max().item())
+        gradients = max(gradients, 2 * of_rows(lost * (1 + distance / means) / means).max().item())
         growth = 1 / distance + 1 / means
-        seconds = max(seconds, 32 * LUCK * of_rows(lost * (1 + distance / means) * growth / means).max().item())
+        seconds = max(seconds, 4 * LUCK * of_rows(lost * (1 + distance / means) * growth / means).max().item())
     return output, gradients, seconds
 
 
