@@ -192,7 +192,7 @@ def pkt(students: Tensor, teachers: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def distances(x: Tensor) -> Tensor:
-    """d_ij = ‖x_i − x_j‖, at least 1e-6 off the diagonal; of rows about their mean, which are as far from each other."""
+    """d_ij = ‖x_i − x_j‖, at least 1e-6 off the diagonal; rows about their mean are as far from each other."""
     x = x - x.mean(dim=0)
     squares = x.square().sum(dim=1)
     d = (squares[:, None] + squares[None, :] - 2 * x @ x.T).clamp(min=LEAST_SQUARE).sqrt()
