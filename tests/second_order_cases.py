@@ -77,7 +77,10 @@ def second_order(
     moving = wanted if moving is None else [inputs[k] for k in moving]
     gradients = torch.autograd.grad(output, moving, upstream, create_graph=True)
     # Transposed, so that the cotangents are not contiguous.
-    cotangents = [(length * torch.randn(x.shape[::-1], dtype=D64, generator=generator)).to(x).T for x in moving]
+    cotangents = [
+        (length * torch.randn(x.shape[::-1], dtype=D64, generator=generator)).to(x).permute(*range(x.ndim)[::-1])
+        for x in moving
+    ]
     return list(torch.autograd.grad(gradients, [*wanted, upstream], cotangents, materialize_grads=True))
 
 
