@@ -25,9 +25,14 @@ WIDE_LOADS = r"LDG\.E\.128|LDG\.E\.\w*\.?128|LDGSTS\.E\.(\w+\.)*128|UTMALDG|(glo
 FULL_TYPES, FULL_WIDTHS = ("bfloat16", "float16", "tf32"), (64, 128, 256)
 OTHER_TYPES = ("tf32x3", "float32", "float64")
 # Six operands of 32 bits a row leave graph_gradients and neighbor_gradients no larger tile in the registers (sm_80, 64)
-# or the memory of these; in the short types the two exponentials of neighbor_gradients take those registers too (64).
+# or the memory of these; in the short types the two exponentials of neighbor_gradients take them too (64; gfx942: 128).
 # On an H200 128×32 took three quarters (relation_gradients) and half (contrast_sums) of the time of 64×64.
-_NEIGHBORS = (*((a, t, 64) for a in ("sm_80", "sm_86") for t in FULL_TYPES), ("sm_80", "tf32", 128))
+_NEIGHBORS = (
+    *((a, t, 64) for a in ("sm_80", "sm_86") for t in FULL_TYPES),
+    *(("gfx942", t, 128) for t in ("bfloat16", "float16")),
+    ("gfx942", "tf32", 64),
+    ("sm_80", "tf32", 128),
+)
 SMALLER_TILES = (
     ("sm_80", "tf32", 64, "graph_gradients"),
     ("sm_80", "tf32", 128, "graph_gradients"),
