@@ -197,3 +197,25 @@ def test_blocks_of_columns_give_what_strips_give(tile_rows, variance, normalizat
                 rest = (upstream[own], *given[:3], terms[own], *given[3:], *others)
                 expected = strips.neighbor_conv_backward(*rest)
                 torch.testing.assert_close(calls.neighbor_conv_backward(*rest), expected, rtol=1e-9, atol=1e-7)
+
+
+@requires_cpp
+@both_normalizations
+def test_the_second_order_of_rounded_products_is_of_one_set_of_weights(normalization):
+    # Narrow weights: the node terms cancel only where output and log-sums are of the weights that are differentiated.
+    generator = torch.Generator().manual_seed(1)
+    x, m, u = (torch.randn(96, d, generator=generator, dtype=D64) for d in (32, 24, 24))
+    cotangents = [torch.randn(96, d, generator=generator, dtype=D64) for d in (32, 24)]
+
+    def second(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        nodes, messages, upstream = (y.to(dtype).requires_grad_() for y in (x, m, u))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            output = graph_conv(
+                nodes, messages, bandwidth=0.1, normalization=normalization, self_weight=0.5, backend=backend
+            )
+        gradients = torch.autograd.grad(output, (nodes, messages), upstream.to(output.dtype), create_graph=True)
+        along = [y.to(dtype) for y in cotangents]
+        return list(torch.autograd.grad(gradients, (nodes, messages, upstream), along))
+
+    for found, truth in zip(second("cpp", torch.float32), second("reference", D64)):
+        assert (found.double() - truth).abs().max() <= 1e-2 * truth.abs().max()

@@ -58,13 +58,13 @@ def node_terms(
 ) -> Tensor:
     """d_i = −(p G_i·Y_i + q H_i·dH_i)/deg_i, ``[I]``; the messages' gradient dH is needed for "symmetric" alone."""
     left_power, right_power = POWERS[normalization]
-    total = left_power * _dots(upstream, output)
+    total = left_power * dots(upstream, output)
     if right_power:
-        total = total + right_power * _dots(messages, messages_gradient)
+        total = total + right_power * dots(messages, messages_gradient)
     return -total / degrees
 
 
-def _dots(x: Tensor, y: Tensor) -> Tensor:
+def dots(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=1)
 
 
@@ -211,7 +211,7 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
             - growth * terms
         )
         if right_power and messages_tangent is not None:
-            term_tangents = term_tangents - right_power * _dots(messages_tangent, messages_gradient) / degrees
+            term_tangents = term_tangents - right_power * dots(messages_tangent, messages_gradient) / degrees
         (nodes_gradient_tangent,) = over(
             columns,
             lambda **block: run(

@@ -9,7 +9,7 @@ from torch import Tensor
 from gkd_fast.ops.autograd import flags, last_derivative, scatter
 from gkd_fast.ops.backends import has_kernels
 from gkd_fast.ops.columns import Columns, run
-from gkd_fast.ops.graph_conv_columns import MESSAGES, NODES, UPSTREAM, over
+from gkd_fast.ops.graph_conv_columns import MESSAGES, NODES, UPSTREAM, dots, over
 
 SHORT = ("bfloat16", "float16")
 TRANSPOSED = {"row": "column", "symmetric": "symmetric"}
@@ -63,12 +63,8 @@ def node_terms(
 ) -> Tensor:
     """d_i, ``[I]``; the messages' gradient is needed for "symmetric" alone."""
     if normalization == "row":
-        return -_dots(upstream, output)
-    return -(_dots(upstream, output) + _dots(messages, messages_gradient)) / 2
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(dim=1)
+        return -dots(upstream, output)
+    return -(dots(upstream, output) + dots(messages, messages_gradient)) / 2
 
 
 def _messages_gradient(columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision,
@@ -171,14 +167,11 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
     upstream, nodes, messages, output, log_sums, inverse_variance, messages_gradient = saved
     needs_upstream, needs_nodes, needs_messages = needs
     normalization, precision = ctx.normalization, ctx.product_precision
-    if precision in ("bfloat16", "float16"):
-        # These passes do not round nodes, and what they sum cancels only under log-sums of the same exponents.
-        precision = "float32"
-        log_sums = neighbor_sums(nodes, inverse_variance, precision, columns)[0]
     symmetric = normalization == "symmetric"
     calls = torch.ops.gkd_fast
     if precision in SHORT and _only_first_order_rounds(nodes.device):
-        # Log-sums of rounded rows would not normalise the weights of unrounded ones.
+        # These passes do not round nodes; what they sum cancels only where log-sums, output and the messages' gradient
+        # are of the same weights.
         precision = "float32"
         log_sums = neighbor_sums(nodes, inverse_variance, precision, columns)[0]
         output = convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, precision)
@@ -218,7 +211,7 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
         # d˙ = −G·Ẏ (row), −(G·Ẏ + ṁ·dM + m·dṀ)/2 (symmetric)
         term_tangents = node_terms(upstream, output_tangent, messages, messages_gradient_tangent, normalization)
         if symmetric and messages_tangent is not None:
-            term_tangents = term_tangents - _dots(messages_tangent, messages_gradient) / 2
+            term_tangents = term_tangents - dots(messages_tangent, messages_gradient) / 2
         (nodes_gradient_tangent,) = over(
             columns,
             lambda **block: run(
