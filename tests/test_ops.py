@@ -91,7 +91,6 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("graph_conv", (columns, column_messages, variance, "row", "float64", x, messages, 2)),
         ("graph_conv_keep", (x, messages, variance, "symmetric", "float64")),
         ("graph_conv_backward", (messages, x, messages, *conv, variance, "symmetric", "float64", both)),
-        ("kept_similarities", (x, "float64")),
         ("neighbor_sums", (x, variance, "float64")),
         ("neighbor_sums", (columns, variance, "float64", x, 2)),
         ("neighbor_conv", (x.clone().requires_grad_(), messages, log_sums, *of_others)),

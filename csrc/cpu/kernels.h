@@ -157,17 +157,15 @@ struct WideTerms {
 template <class T>
 struct NeighborSums {
   Sides<T> sides;
-  T scale;                // log2(e)/σ²
-  const T* similarities;  // kept, of the upper tiles, or null
-  T* shifts;              // [row_count]: at last each row's largest exponent, in base 2; at first below all of them
-  double* sums;           // [4][row_count], cleared by the caller: of w, w², w x and w² x; x in base 2, w = exp2(x − shift)
+  T scale;       // log2(e)/σ²
+  T* shifts;     // [row_count]: at last each row's largest exponent, in base 2; at first below all of them
+  double* sums;  // [4][row_count], cleared by the caller: of w, w², w x and w² x; x in base 2, w = exp2(x − shift)
 };
 
 template <class T>
 struct NeighborConv {
   Sides<T> sides;
-  T scale;                // log2(e)/σ²
-  const T* similarities;  // kept, of the upper tiles, or null
+  T scale;  // log2(e)/σ²
   // What is taken from the exponents of A_ij, in base 2, and in the symmetric case from those of A_ji if that differs.
   WideTerms<T> shares, transposed_shares;
   bool transposes;
@@ -179,9 +177,8 @@ struct NeighborConv {
 template <class T>
 struct NeighborGradient {
   Sides<T> sides;
-  T scale;                // log2(e)/σ²
+  T scale;  // log2(e)/σ²
   T inverse_variance;
-  const T* similarities;  // kept, of the upper tiles, or null
   bool symmetric;         // the normalization
   WideTerms<T> log_sums;  // in base 2
   Terms<T> left, right;   // G and m, [count, width]
@@ -293,7 +290,6 @@ struct Kernels {
   void (*neighbor_sums)(const Host&, const NeighborSums<T>&);
   void (*neighbor_conv)(const Host&, const NeighborConv<T>&);
   void (*neighbor_gradient)(const Host&, const NeighborGradient<T>&);
-  void (*neighbor_similarities)(const Host&, const Sides<T>&, T* out);
   void (*relation_kl_tangent)(const Host&, const RelationKlTangent<T>&);
   void (*relation_kl_double_backward)(const Host&, const RelationKlTangent<T>&);
   void (*softmax_tangent)(const Host&, const SoftmaxTangent<T>&);

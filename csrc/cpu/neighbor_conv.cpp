@@ -23,13 +23,9 @@ Shares shares_of(c10::string_view normalization) {
 // of it cancellation.
 constexpr int64_t kFewestRounded = 32;
 
-// With similarities that are kept.
-Graph graph_with(const at::Tensor& nodes, const std::optional<at::Tensor>& column_nodes, int64_t offset,
-                 const at::Tensor& inverse_variance, c10::string_view product_precision,
-                 const std::optional<at::Tensor>& similarities) {
+Graph graph_of_others(const at::Tensor& nodes, const std::optional<at::Tensor>& column_nodes, int64_t offset,
+                      const at::Tensor& inverse_variance, c10::string_view product_precision) {
   Graph graph = graph_of(nodes, column_nodes, offset, inverse_variance, product_precision);
-  TORCH_CHECK(graph.symmetric() || !similarities, "similarities are kept where the columns are the rows");
-  if (similarities) graph.affinities = *similarities;
   if (graph.column_count < kFewestRounded) graph.product = Product::own;
   return graph;
 }
@@ -40,7 +36,6 @@ Arguments arguments(const Graph& graph) {
   Arguments args{};
   args.sides = graph.sides<T>();
   args.scale = T(graph.inverse_variance * kLog2E);
-  args.similarities = kept<T>(graph.affinities, graph.rows, 1);
   return args;
 }
 
@@ -94,8 +89,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sums_of(const Graph& 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> neighbor_sums(
     const at::Tensor& nodes, const at::Tensor& inverse_variance, c10::string_view product_precision,
-    const std::optional<at::Tensor>& column_nodes, int64_t offset, const std::optional<at::Tensor>& similarities) {
-  const Graph graph = graph_with(nodes, column_nodes, offset, inverse_variance, product_precision, similarities);
+    const std::optional<at::Tensor>& column_nodes, int64_t offset) {
+  const Graph graph = graph_of_others(nodes, column_nodes, offset, inverse_variance, product_precision);
   return GKD_DISPATCH(graph.type, [&] { return sums_of<scalar_t>(graph); });
 }
 
@@ -121,10 +116,9 @@ at::Tensor neighbor_conv(const at::Tensor& nodes, const at::Tensor& messages, co
                          const at::Tensor& inverse_variance, c10::string_view normalization,
                          c10::string_view product_precision, const std::optional<at::Tensor>& column_nodes,
                          const std::optional<at::Tensor>& column_messages, int64_t offset,
-                         const std::optional<at::Tensor>& column_log_sums,
-                         const std::optional<at::Tensor>& similarities) {
+                         const std::optional<at::Tensor>& column_log_sums) {
   const Shares shares = shares_of(normalization);
-  const Graph graph = graph_with(nodes, column_nodes, offset, inverse_variance, product_precision, similarities);
+  const Graph graph = graph_of_others(nodes, column_nodes, offset, inverse_variance, product_precision);
   TORCH_CHECK(column_nodes.has_value() == column_messages.has_value(), "column_nodes and column_messages go together");
   TORCH_CHECK(graph.symmetric() || column_log_sums || shares.column == 0, "column_log_sums are missing");
   const at::Tensor own = matrix("messages", messages, graph.type, graph.rows);
@@ -166,12 +160,11 @@ at::Tensor neighbor_conv_backward(
     const at::Tensor& node_terms, const at::Tensor& inverse_variance, c10::string_view normalization,
     c10::string_view product_precision, const std::optional<at::Tensor>& column_nodes,
     const std::optional<at::Tensor>& column_messages, int64_t offset, const std::optional<at::Tensor>& column_upstream,
-    const std::optional<at::Tensor>& column_log_sums, const std::optional<at::Tensor>& column_node_terms,
-    const std::optional<at::Tensor>& similarities) {
+    const std::optional<at::Tensor>& column_log_sums, const std::optional<at::Tensor>& column_node_terms) {
   TORCH_CHECK(normalization == "row" || normalization == "symmetric", "normalization must be row or symmetric, got ",
               normalization);
   const bool symmetric = normalization == "symmetric";
-  const Graph graph = graph_with(nodes, column_nodes, offset, inverse_variance, product_precision, similarities);
+  const Graph graph = graph_of_others(nodes, column_nodes, offset, inverse_variance, product_precision);
   const auto type = graph.type;
   const int64_t rows = graph.rows, count = graph.column_count, width = messages.size(-1);
   const Side own{matrix("upstream", upstream, type, rows, width), matrix("messages", messages, type, rows),

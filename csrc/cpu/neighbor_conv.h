@@ -4,26 +4,21 @@
 
 namespace gkd::GKD_ISA {
 
-// The exponents of tiles, of similarities that are kept or made.
+// The exponents of tiles.
 template <class T>
 struct NeighborTiles {
   static constexpr int N = Lanes<T>::count;
 
   int64_t stride;
   UnitSides<T> units;
-  const T* kept;
   T scale, one;  // one: what a cosine of 1 is in a tile, times the scale
 
-  NeighborTiles(const Host& host, const Sides<T>& sides, T scale, const T* kept)
-      : stride(block_rows(host, sides.row_count)), units(host, sides, stride, kept != nullptr), kept(kept), scale(scale),
-        one(scale * units.one) {}
+  NeighborTiles(const Host& host, const Sides<T>& sides, T scale)
+      : stride(block_rows(host, sides.row_count)), units(host, sides, stride), scale(scale), one(scale * units.one) {}
 
-  // The tile's similarities; `room` is for those that are made.
-  GKD_INLINE const T* similarities_of(const Tile& t, T* room) const {
-    if (kept) return kept + t.place * stride * stride;
-    similarities(t, units.rows, units.columns, room, stride);
-    put_own_columns_far(t, room, stride);
-    return room;
+  GKD_INLINE void similarities_of(const Tile& t, T* out) const {
+    similarities(t, units.rows, units.columns, out, stride);
+    put_own_columns_far(t, out, stride);
   }
 
   GKD_INLINE Vec<T> exponents(const T* c) const { return load(c) * scale - one; }
@@ -40,7 +35,7 @@ struct NeighborSumTiles : NeighborTiles<T> {
   T *tiles, *partial;  // partial: sums of one tile's columns
 
   NeighborSumTiles(const Host& host, const NeighborSums<T>& args)
-      : NeighborTiles<T>(host, args.sides, args.scale, args.similarities), args(args),
+      : NeighborTiles<T>(host, args.sides, args.scale), args(args),
         tiles(allocate<T>(host, host.workers * tile_elements(stride))),
         partial(allocate<T>(host, host.workers * kSums * stride)) {}
 
@@ -123,7 +118,8 @@ struct NeighborSumTiles : NeighborTiles<T> {
   }
 
   void tile(const Tile& t, int64_t worker) const {
-    const T* c = this->similarities_of(t, tiles + worker * tile_elements(stride));
+    T* c = tiles + worker * tile_elements(stride);
+    this->similarities_of(t, c);
     T* below = partial + worker * kSums * stride;
     raise_shifts(t, c, below);
     if (!t.mirror) {
@@ -154,7 +150,7 @@ struct NeighborConvTiles : NeighborTiles<T> {
   T* tiles;
 
   NeighborConvTiles(const Host& host, const NeighborConv<T>& args)
-      : NeighborTiles<T>(host, args.sides, args.scale, args.similarities), args(args),
+      : NeighborTiles<T>(host, args.sides, args.scale), args(args),
         values(values_of(host, args.values, args.sides.column_count, args.width, args.sides.row_count,
                          centre_of(host, args.values, args.sides.column_count, args.width))),
         tiles(allocate<T>(host, host.workers * 2 * tile_elements(stride))) {}
@@ -179,8 +175,8 @@ struct NeighborConvTiles : NeighborTiles<T> {
 
   void tile(const Tile& t, int64_t worker) const {
     const Sides<T>& sides = args.sides;
-    T *w = tiles + worker * 2 * tile_elements(stride), *room = w + tile_elements(stride);
-    const T* c = this->similarities_of(t, room);
+    T *w = tiles + worker * 2 * tile_elements(stride), *c = w + tile_elements(stride);
+    this->similarities_of(t, c);
     weigh(t, c, args.shares, w);
     add_to_rows(t, w, stride, values, sides.column_count, args.width, args.output);
     if (!t.mirror) return;
@@ -213,7 +209,7 @@ struct NeighborGradientTiles : NeighborTiles<T> {
   T* tiles;
 
   NeighborGradientTiles(const Host& host, const NeighborGradient<T>& args)
-      : NeighborTiles<T>(host, args.sides, args.scale, args.similarities), args(args),
+      : NeighborTiles<T>(host, args.sides, args.scale), args(args),
         centre(centre_of(host, args.right.column, args.sides.column_count, args.width)),
         centre_dots(dots_of(host)),
         left_columns(columns_of(host, args.left.column, args.sides.column_count, args.width, stride)),
@@ -272,7 +268,8 @@ struct NeighborGradientTiles : NeighborTiles<T> {
   void tile(const Tile& t, int64_t worker) const {
     const Sides<T>& sides = args.sides;
     T *m = tiles + worker * 3 * tile_elements(stride), *back = m + tile_elements(stride);
-    const T* c = this->similarities_of(t, back + tile_elements(stride));
+    T* c = back + tile_elements(stride);
+    this->similarities_of(t, c);
     auto multiply = [&](const T* rows, const Centre<T>& of_rows, const Operand<T>& columns, T* out, bool accumulate) {
       multiply_own_rows(t, worker, tile_rows, rows, static_cast<const T*>(nullptr), args.width, of_rows, columns, out,
                         stride, accumulate);
@@ -293,29 +290,6 @@ void neighbor_gradient(const Host& host, const NeighborGradient<T>& args) {
   NeighborGradientTiles<T> op(host, args);
   walk(host, args.sides, op);
   add_centre(host, op.values, args.sides.row_count, args.sides.dim, args.gradient);
-}
-
-// Of the upper tiles, as they are kept.
-template <class T>
-struct NeighborSimilarityTiles : NeighborTiles<T> {
-  using NeighborTiles<T>::stride;
-
-  T* out;
-
-  NeighborSimilarityTiles(const Host& host, const Sides<T>& sides, T* out)
-      : NeighborTiles<T>(host, sides, T(1), nullptr), out(out) {}
-
-  void tile(const Tile& t, int64_t) const {
-    T* c = out + t.place * stride * stride;
-    this->similarities_of(t, c);
-    clear_beyond(t, c, stride);
-  }
-};
-
-template <class T>
-void neighbor_similarities(const Host& host, const Sides<T>& sides, T* out) {
-  NeighborSimilarityTiles<T> op(host, sides, out);
-  walk(host, sides, op);
 }
 
 }  // namespace gkd::GKD_ISA

@@ -11,31 +11,28 @@ underflow. They are inputs of all ops but the first, each side's own, so that wh
 up; no exponential of a log-sum stands alone, which might overflow. Columns are nodes; row i's own column, i + offset,
 is left out. Without a column set (``column_nodes``) the columns are the rows and no ``column_…`` is given.
 
-    neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0, similarities=None)
+    neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0)
                -> (log_sums, sharp_log_sums, means, sharp_means)
         nodes: unit rows [I, D], float32 or float64, contiguous.  inverse_variance: v, a 0-dim tensor of their type.
         column_nodes: [J, D].
         l_i(v), l_i(2v), Σ_j p_ij x_ij and Σ_j q_ij x_ij with q_ij = exp(2 x_ij − l_i(2v)): [I] each, float64; without
         another column −∞, −∞, 0 and 0.  Without gradient.
     neighbor_conv(nodes, messages, log_sums, inverse_variance, normalization, product_precision, column_nodes=None,
-               column_messages=None, offset=0, column_log_sums=None, similarities=None) -> output
+               column_messages=None, offset=0, column_log_sums=None) -> output
         messages: [I, K], of the nodes' type, contiguous.  log_sums: l, [I].  column_messages, column_log_sums: the
         columns', which with a column set are read instead of the rows' messages; "column" reads l of the columns alone,
         "row" of the rows alone.
         output: Y, [I, K].  Its derivative by the nodes is that of l too.
     neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization,
                product_precision, column_nodes=None, column_messages=None, offset=0, column_upstream=None,
-               column_log_sums=None, column_node_terms=None, similarities=None) -> nodes' gradient
+               column_log_sums=None, column_node_terms=None) -> nodes' gradient
         upstream: G, [I, K].  normalization: "row" or "symmetric".  node_terms: d, [I], functions of the row alone:
         −G_i·Y_i (row) or −(G_i·Y_i + m_i·dM_i)/2 (symmetric).  With a column set the columns' own, where upstream and
         terms may be None: zero.  The gradient of the ROW set, complete, [I, D]:
         dE_i = Σ_j≠i v (A_ij G_i·m_j + A_ji G_j·m_i + p_ij d_i + p_ji d_j) e_j.
         The messages' gradient dM is Y of the upstream with the transposed normalization.
-    kept_similarities(nodes, product_precision) -> similarities
-        e_i·e_j in an order of the kernels' own, which ops without a column set then read instead of multiplying nodes;
-        [0] where they are not kept (``gkd_fast.ops.affinities``), which they take too.
     neighbor_conv_gradients(upstream, nodes, messages, output, log_sums, inverse_variance, normalization,
-               product_precision, needs, similarities=None) -> gradients
+               product_precision, needs) -> gradients
         What the ops above make of nodes and messages, in that order, those that ``needs`` asks for.
 
 Second order: the tangents of the output and of both gradients along the gradients' cotangents, as in ``graph_conv``.
@@ -64,7 +61,6 @@ computed in strips of rows (``neighbor_conv_strips``).
 import torch
 from torch import Tensor
 
-from gkd_fast.ops import affinities as kept
 from gkd_fast.ops import neighbor_conv_strips as strips
 from gkd_fast.ops.autograd import (
     PT2,
@@ -83,17 +79,15 @@ from gkd_fast.ops.unit_rows import unit_rows
 
 _SETTINGS = "Tensor inverse_variance, str normalization, str product_precision"
 _SCHEMAS = {
-    "kept_similarities": "(Tensor nodes, str product_precision) -> Tensor",
     "neighbor_sums": "(Tensor nodes, Tensor inverse_variance, str product_precision, Tensor? column_nodes=None, "
-    "int offset=0, Tensor? similarities=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int offset=0) -> (Tensor, Tensor, Tensor, Tensor)",
     "neighbor_conv": f"(Tensor nodes, Tensor messages, Tensor log_sums, {_SETTINGS}, Tensor? column_nodes=None, "
-    "Tensor? column_messages=None, int offset=0, Tensor? column_log_sums=None, Tensor? similarities=None) -> Tensor",
+    "Tensor? column_messages=None, int offset=0, Tensor? column_log_sums=None) -> Tensor",
     "neighbor_conv_backward": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor log_sums, Tensor node_terms, "
     f"{_SETTINGS}, Tensor? column_nodes=None, Tensor? column_messages=None, int offset=0, "
-    "Tensor? column_upstream=None, Tensor? column_log_sums=None, Tensor? column_node_terms=None, "
-    "Tensor? similarities=None) -> Tensor",
+    "Tensor? column_upstream=None, Tensor? column_log_sums=None, Tensor? column_node_terms=None) -> Tensor",
     "neighbor_conv_gradients": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor output, Tensor log_sums, "
-    f"{_SETTINGS}, bool[] needs, Tensor? similarities=None) -> Tensor[]",
+    f"{_SETTINGS}, bool[] needs) -> Tensor[]",
     "neighbor_sums_tangent": "(Tensor nodes, Tensor tangent, Tensor log_sums, Tensor inverse_variance, "
     "str product_precision, Tensor? column_nodes=None, Tensor? column_tangent=None, int offset=0) -> Tensor",
     "neighbor_conv_tangent": "(Tensor nodes, Tensor? tangent, Tensor messages, Tensor? messages_tangent, "
@@ -115,11 +109,6 @@ for _name, _schema in _SCHEMAS.items():
         )
 
 
-@torch.library.register_fake("gkd_fast::kept_similarities")
-def _(nodes, product_precision):
-    return nodes.new_empty(0)
-
-
 @torch.library.register_fake("gkd_fast::neighbor_sums")
 def _(nodes, *arguments, **named):
     sums = [nodes.new_empty(nodes.shape[0], dtype=torch.float64) for _ in range(4)]
@@ -137,8 +126,7 @@ def _(upstream, nodes, *arguments, **named):
 
 
 @torch.library.register_fake("gkd_fast::neighbor_conv_gradients")
-def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs,
-      similarities=None):  # fmt: skip
+def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs):
     return needed_like((nodes, messages), needs)
 
 
@@ -158,10 +146,9 @@ def _(upstream, nodes, *arguments, **named):
 
 
 @torch.library.impl("gkd_fast::neighbor_conv_gradients", "CompositeExplicitAutograd")
-def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs,
-      similarities=None):  # fmt: skip
+def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs):
     rows = upstream, nodes, messages, output, log_sums, inverse_variance
-    gradients, _ = gradients_of_rows(None, rows, normalization, product_precision, needs, similarities)
+    gradients, _ = gradients_of_rows(None, rows, normalization, product_precision, needs)
     # Of an op, no result may be another's alias.
     return [x for x in gradients if x is not None]
 
@@ -180,14 +167,14 @@ def _backward(ctx, upstream):
     settings = inverse_variance, ctx.normalization, ctx.product_precision
     results = output.detach(), log_sums
     gradients = gradients_of(torch.ops.gkd_fast, upstream.contiguous(), (nodes, messages), results, settings, needs)
-    return *gradients, *[None] * 9
+    return *gradients, *[None] * 8
 
 
 register_autograd("gkd_fast::neighbor_conv", _backward, setup_context=_setup_context)
 
 
 def _setup_double_context(ctx, inputs, output):
-    *rows, ctx.normalization, ctx.product_precision, ctx.needed, _ = inputs
+    *rows, ctx.normalization, ctx.product_precision, ctx.needed = inputs
     ctx.set_materialize_grads(False)
     messages_gradient = scatter(output, ctx.needed)[1]
     if messages_gradient is not None:
@@ -198,7 +185,7 @@ def _setup_double_context(ctx, inputs, output):
 def _double_backward(ctx, cotangents):
     nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
     saved = ctx.saved_tensors
-    return *second_order(None, saved, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 7
+    return *second_order(None, saved, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 6
 
 
 register_autograd("gkd_fast::neighbor_conv_gradients", _double_backward, setup_context=_setup_double_context)
@@ -214,10 +201,7 @@ def _results(ops, inputs, settings, keep):
 
 
 def gradients_of(ops, upstream, inputs, results, settings, needs):
-    output, log_sums, *similarities = results
-    gradients = torch.ops.gkd_fast.neighbor_conv_gradients(
-        upstream, *inputs, output, log_sums, *settings, needs, similarities=similarities[0] if similarities else None
-    )
+    gradients = torch.ops.gkd_fast.neighbor_conv_gradients(upstream, *inputs, *results, *settings, needs)
     return scatter(gradients, needs)
 
 
@@ -239,6 +223,6 @@ def neighbor_conv(
     messages = messages.to(dtype).contiguous()
     settings = inverse_variance, normalization, product_precision
     if columns is None:
-        call = Call(_OP, settings, kept.keeps((nodes, messages)))
+        call = Call(_OP, settings, keep=False)
         return on_unit_rows([call], [nodes], [messages], dtype)[0]
     return NeighborConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)

@@ -67,23 +67,22 @@ def node_terms(
     return -(dots(upstream, output) + dots(messages, messages_gradient)) / 2
 
 
-def _messages_gradient(columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision,
-                       similarities=None) -> Tensor:  # fmt: skip
+def _messages_gradient(
+    columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision
+) -> Tensor:
     """dM of this rank's rows; ``columns``: nodes, messages and upstream, of which the last are the values."""
     settings = inverse_variance, TRANSPOSED[normalization], product_precision
 
     def convolved(column_messages=None, column_upstream=None, **block):
         if column_upstream is not None:
             block["column_messages"] = column_upstream
-        else:
-            block["similarities"] = similarities
         return run(torch.ops.gkd_fast.neighbor_conv, nodes, upstream, log_sums, *settings, **block)
 
     return over(columns, convolved, UPSTREAM, column_log_sums=log_sums)[0]
 
 
 def gradients_of_rows(
-    columns, rows, normalization: str, product_precision: str, needs, similarities: Tensor | None = None
+    columns, rows, normalization: str, product_precision: str, needs
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """The gradients of nodes and messages, None where not needed, and the messages' where it was found.
 
@@ -96,17 +95,16 @@ def gradients_of_rows(
     with torch.no_grad():
         if needs_messages or normalization == "symmetric":
             messages_gradient = _messages_gradient(
-                columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision, similarities
+                columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision
             )
         if needs_nodes:
             terms = node_terms(upstream, output, messages, messages_gradient, normalization)
             settings = inverse_variance, normalization, product_precision
-            own = {"similarities": similarities} if columns is None else {}
             (gradient,) = over(
                 columns,
                 lambda **block: run(
                     torch.ops.gkd_fast.neighbor_conv_backward, upstream, nodes, messages, log_sums, terms, *settings,
-                    **block, **own,
+                    **block,
                 ),
                 UPSTREAM, column_log_sums=log_sums, column_node_terms=terms,
             )  # fmt: skip

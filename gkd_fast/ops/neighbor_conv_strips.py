@@ -77,11 +77,7 @@ def _half_exponentials(x: Tensor, log_sums, column_log_sums, rows: slice) -> tup
     return _take(x, log_sums[rows, None]).mul_(0.5).exp_(), t
 
 
-def kept_similarities(nodes, product_precision):
-    return nodes.new_empty(0)
-
-
-def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0, similarities=None):
+def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0):
     sums = [nodes.new_empty(len(nodes), dtype=torch.float64) for _ in range(4)]
     for rows, x in _exponents(nodes, inverse_variance, column_nodes, offset):
         largest = x.amax(dim=1).clamp(min=torch.finfo(x.dtype).min)
@@ -96,7 +92,7 @@ def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None,
 
 
 def neighbor_conv(nodes, messages, log_sums, inverse_variance, normalization, product_precision, column_nodes=None,
-                  column_messages=None, offset=0, column_log_sums=None, similarities=None):  # fmt: skip
+                  column_messages=None, offset=0, column_log_sums=None):  # fmt: skip
     values, others = _of_columns(column_nodes, (messages, log_sums), (column_messages, column_log_sums))
     output = messages.new_empty(len(nodes), messages.shape[1])
     for rows, x in _exponents(nodes, inverse_variance, column_nodes, offset):
@@ -106,7 +102,7 @@ def neighbor_conv(nodes, messages, log_sums, inverse_variance, normalization, pr
 
 def neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization,
                            product_precision, column_nodes=None, column_messages=None, offset=0, column_upstream=None,
-                           column_log_sums=None, column_node_terms=None, similarities=None):  # fmt: skip
+                           column_log_sums=None, column_node_terms=None):  # fmt: skip
     columns, values, others, other_upstream, other_terms = _of_columns(
         column_nodes, (nodes, messages, log_sums, upstream, node_terms),
         (column_nodes, column_messages, column_log_sums, column_upstream, column_node_terms),

@@ -48,7 +48,7 @@ def _shares(normalization: str, among: Sequence[str] = tuple(SHARES)) -> tuple[f
 
 def neighbor_conv(
     nodes, messages, log_sums, inverse_variance, normalization, product_precision, column_nodes=None,
-    column_messages=None, offset=0, column_log_sums=None, similarities=None,
+    column_messages=None, offset=0, column_log_sums=None,
 ) -> Tensor:  # fmt: skip
     shares = _shares(normalization)
     graph = NeighborGraph(nodes, inverse_variance, product_precision, column_nodes, offset)
@@ -94,7 +94,7 @@ def _levels(graphs: Sequence[Graph], sides: Sequence[Operand], log_sums, share: 
 def neighbor_conv_backward(
     upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization, product_precision,
     column_nodes=None, column_messages=None, offset=0, column_upstream=None, column_log_sums=None,
-    column_node_terms=None, similarities=None,
+    column_node_terms=None,
 ) -> Tensor:  # fmt: skip
     _shares(normalization, ("row", "symmetric"))
     symmetric = normalization == "symmetric"

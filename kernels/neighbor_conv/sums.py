@@ -22,9 +22,7 @@ PARTS_ROWS = 128
 Sums = tuple[tuple[Tensor, ...], ...]
 
 
-def neighbor_sums(
-    nodes, inverse_variance, product_precision, column_nodes=None, offset=0, similarities=None
-) -> tuple[Tensor, ...]:
+def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0) -> tuple[Tensor, ...]:
     graph = Graph(nodes, inverse_variance, product_precision, column_nodes, offset)
     found = small_sums(graph.stages()) if graph.is_small(1) else sums([graph])
     return tuple(of_stages[0] for of_stages in found)
