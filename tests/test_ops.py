@@ -418,3 +418,10 @@ def test_the_package_builds_without_the_extension_where_that_is_asked_for(tmp_pa
     (package,) = tmp_path.glob("lib*/gkd_fast")
     assert (package / "functional.py").exists() and (package / "kernels" / "__init__.py").exists()
     assert not list(package.glob("_C*"))
+
+
+@requires_cpp
+@pytest.mark.parametrize("name", ["neighbor_sums", "neighbor_conv", "neighbor_conv_backward"])
+def test_kernels_stand_before_the_strips(name):
+    # Ops with a default for any device would give the right values without them.
+    assert ops.has_kernels(name, torch.device("cpu")) and not ops.has_kernels(name, torch.device("xpu"))
