@@ -72,7 +72,7 @@ def search(
         middle = (low + high) / 2
         lost = (distance < -math.log(2)) & (low > _LOWEST)  # n is far below, where the slope says little
         new = torch.where(lost, middle, t + step).clamp(_LOWEST, _HIGHEST)
-        outside = ((new <= low) & (low > _LOWEST)) | ((new >= high) & (high < _HIGHEST))
+        outside = (new < low) | (new > high)  # not on them: where n is found to the last digit the step is 0
         before, slope_before = t, slope
         t = torch.where(outside, middle, new)
     return (-t / 2).exp()

@@ -1,12 +1,10 @@
-"""The graph over the others: its convolution against the definition, and the bandwidth for so many neighbours."""
-
-import math
+"""The graph over the others: its convolution against the definition."""
 
 import pytest
 import torch
 
-from gkd_fast import functional, reference
-from gkd_fast.functional import effective_neighbors, graph_conv, neighbor_bandwidth
+from gkd_fast import reference
+from gkd_fast.functional import graph_conv, neighbor_bandwidth
 from gkd_fast.ops import neighbor_conv_strips as strips
 from tests.ops_cases import D64, DTYPES, FUSED, KINDS, check, requires_cpp, requires_fused, rows
 
@@ -76,77 +74,6 @@ def test_a_node_without_others_keeps_its_message(backend):
     output = graph_conv(torch.randn(1, 3), messages, neighbors=8, self_weight=0.5, backend=backend)
     assert torch.equal(output, messages)
     assert torch.equal(torch.autograd.grad(output.sum(), messages)[0], torch.ones(1, 4))
-
-
-def digits(batch: int) -> torch.Tensor:
-    from sklearn.datasets import load_digits
-
-    images = torch.tensor(load_digits().data, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(batch)
-    return images[torch.randint(len(images), (batch,), generator=generator)] + torch.rand(
-        batch, 64, generator=generator
-    )
-
-
-def noise(width: int):
-    return lambda batch: torch.randn(batch, width, generator=torch.Generator().manual_seed(width)).relu()
-
-
-def two_classes(spread: float):
-    def data(batch: int) -> torch.Tensor:
-        centres = torch.eye(2, 32)[torch.arange(batch) % 2]
-        return centres + spread * torch.randn(batch, 32, generator=torch.Generator().manual_seed(3)) / math.sqrt(32)
-
-    return data
-
-
-def ten_classes(batch: int) -> torch.Tensor:
-    """Like the features of a trained network: clusters of classes after a ReLU."""
-    generator = torch.Generator().manual_seed(4)
-    centres = torch.randn(10, 64, generator=generator)[torch.randint(10, (batch,), generator=generator)]
-    return (centres + 0.5 * torch.randn(batch, 64, generator=generator)).relu()
-
-
-DATA = {"digits": digits, "noise 16": noise(16), "noise 128": noise(128), "noise 512": noise(512)}
-DATA |= {"two classes": two_classes(0.3), "two tight classes": two_classes(0.1), "ten classes": ten_classes}
-
-
-@pytest.mark.parametrize("batch", [64, 256, 1024])
-@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
-def test_neighbors_are_as_many_as_wanted(data, batch):
-    nodes = data(batch)
-    for k in (4, 8, 16):
-        if k < batch / 4:
-            sigma = neighbor_bandwidth(nodes, k)
-            assert effective_neighbors(nodes, sigma, others=True).mean() == pytest.approx(k, rel=0.15)
-            # Started a little off, one pass is enough.
-            sigma = neighbor_bandwidth(nodes, k, start=1.02 * sigma)
-            assert effective_neighbors(nodes, sigma, others=True).mean() == pytest.approx(k, rel=0.03)
-
-
-@requires_fused
-def test_backends_find_the_same_bandwidth():
-    nodes = rows(40, 6)[0]
-    found = [neighbor_bandwidth(nodes, 5.5, backend=backend) for backend in ("reference", FUSED)]
-    assert found[0].dtype == D64 and not found[0].requires_grad
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_the_nearest_where_nodes_cannot_have_so_many(backend):
-    """All rows alike, zero rows, and as many neighbours as there are others."""
-    same = torch.ones(12, 3)
-    assert neighbor_bandwidth(same, 4, backend=backend) == pytest.approx(functional.MIN_BANDWIDTH)
-    assert effective_neighbors(same, 0.01, others=True, backend=backend).tolist() == pytest.approx([11.0] * 12)
-    zeros = torch.zeros(12, 3)
-    assert neighbor_bandwidth(zeros, 4, backend=backend).isfinite()
-    for batch in (1, 2, 9):
-        nodes = torch.randn(batch, 3)
-        messages = torch.randn(batch, 2)
-        output = graph_conv(nodes, messages, neighbors=8, self_weight=0.0, normalization="row", backend=backend)
-        uniform = (messages.sum(dim=0) - messages) / max(batch - 1, 1) if batch > 1 else messages
-        torch.testing.assert_close(output, uniform, rtol=1e-4, atol=1e-5)
-        assert effective_neighbors(nodes, 0.5, others=True, backend=backend).isfinite().all()
 
 
 @requires_fused
