@@ -34,20 +34,18 @@ def pair_losses(build) -> Iterator:
         if kind in OF_OWN_TYPE and not has_tangents:
             continue
         logarithms = LOGARITHMS.get(kind, (0, 0))
-        yield _sums(build, "pair_row_sums", "forward", kind, 0, logarithms[0])
-        if kind != "distances":  # those that rkd_distance divides by; their slopes are in its own
-            yield _weights(build, "pair_weights", "backward", kind, 0, logarithms[1])
-        if kind in OF_GRAPHS:
-            yield _sums(build, "pair_row_sums, of graphs", "forward", kind, 0, logarithms[0])
-            yield _weights(build, "pair_weights, of graphs", "backward", kind, 0, logarithms[1])
-        if not has_tangents:
-            continue
-        for name, moving in MOVING.items():
-            if moving >> sides:
+        movements = [(name, moving) for name, moving in MOVING.items() if has_tangents and not moving >> sides]
+        for of in ("", ", of graphs") if kind in OF_GRAPHS else ("",):
+            yield _sums(build, f"pair_row_sums{of}", "forward", kind, 0, logarithms[0])
+            for name, moving in movements:
+                yield _sums(build, f"pair_sum_tangents, {name} moving{of}", DIRECTION, kind, moving, logarithms[0])
+            if kind == "distances":  # those that rkd_distance divides by; their slopes are in its own
                 continue
-            yield _sums(build, f"pair_sum_tangents, {name} moving", DIRECTION, kind, moving, logarithms[0])
-            if kind != "distances":
-                yield _weights(build, f"pair_weight_tangents, {name} moving", DIRECTION, kind, moving, logarithms[1])
+            yield _weights(build, f"pair_weights{of}", "backward", kind, 0, logarithms[1])
+            for name, moving in movements:
+                yield _weights(
+                    build, f"pair_weight_tangents, {name} moving{of}", DIRECTION, kind, moving, logarithms[1]
+                )
 
 
 def _sums(build, name: str, direction: str, kind: str, moving: int, logarithms: int):

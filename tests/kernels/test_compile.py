@@ -7,6 +7,7 @@ import pytest
 from bench.gpu import disassembly
 from bench.gpu.devices import LIMITS
 from gkd_fast.kernels import ARCHITECTURES, Specialization, compile, specializations
+from gkd_fast.kernels.catalog.pairs import OF_GRAPHS
 
 # Shared memory that one program may take, in bytes.
 SHARED_MEMORY = {arch: limits.shared_memory - limits.reserved_shared for arch, limits in LIMITS.items()}
@@ -96,6 +97,18 @@ def test_exemptions_are_few_and_named():
         for spec in specializations(arch, dtype, dim):
             exempt_type = (dtype == "float32" and arch != "gfx942") or (dtype == "float64" and arch == "sm_86")
             assert (spec.exemption is not None) == (spec.products == 0 or exempt_type), spec.kernel
+
+
+def test_losses_over_pairs_come_for_many_graphs_too():
+    """Each kind whose tokens make a graph per sample has the same kernels for these, the second order's among them."""
+    for dtype in ("bfloat16", "float32", "float64"):
+        kernels = {False: set(), True: set()}
+        for spec in specializations("sm_90", dtype, 64):
+            if spec.op == "pair_sums" and spec.constexprs["KIND"] in OF_GRAPHS:
+                constants = tuple(spec.constexprs[key] for key in ("KIND", "MOVING", "TANGENT"))
+                kernels[spec.constexprs["GRAPHS"]].add((spec.fn.__name__, *constants))
+        assert kernels[True] == kernels[False]
+        assert any(tangent for *_, tangent in kernels[True]) == (dtype != "bfloat16")
 
 
 def test_stages_share_a_launch():
