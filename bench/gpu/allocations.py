@@ -51,9 +51,9 @@ def extra_peak(run: Callable[[], list[torch.Tensor]]) -> int:
 
 def op_peak(
     op: str, batch: int, dim: int, stages: int, precision: str, *, normalization: str = "symmetric",
-    keep_weighted: bool = True,
+    keep_weighted: bool = True, teachers_wanted: bool = False,
 ) -> int:  # fmt: skip
-    """Extra bytes of forward and backward of one op, gradients to students (nodes and messages).
+    """Extra bytes of forward and backward of one op, gradients to students (nodes and messages) or all.
 
     ``keep_weighted``: whether node_contrast keeps its weighted sums, which count as extra.
     """
@@ -75,7 +75,7 @@ def op_peak(
 
         return extra_peak(run)
     students, teachers, upstream = matrices(stages), matrices(stages), torch.empty(batch, stages, stages, dtype=rows)
-    needs = [True] * stages + [False] * stages
+    needs = [True] * stages + [teachers_wanted] * stages
     forward, backward = kernels.OPS[op], kernels.OPS[f"{op}_backward"]
 
     def relation() -> list[torch.Tensor]:
@@ -108,8 +108,11 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _kernels_left_out():
+    """cuBLAS adds what is multiplied in place."""
     with ExitStack() as replaced:
         replaced.enter_context(mock.patch.object(Launch, "__call__", lambda self, grid, *arguments: None))
         for module in (graph_conv_strips, node_contrast_strips, relation_kl, row_maxima):
             replaced.enter_context(mock.patch.object(module, "multiply", _product))
+        for module in (graph_conv_strips, node_contrast_strips, relation_kl):
+            replaced.enter_context(mock.patch.object(module, "add_products", lambda total, a, b: None))
         yield

@@ -25,7 +25,7 @@ def graph_losses(
     refuse_forward_mode(stages)
     calls = [
         node_contrast_call(
-            students, dtype, [True] * (len(students) * len(teachers)), node_temperature, product_precision
+            students, teachers, dtype, [True] * (len(students) * len(teachers)), node_temperature, product_precision
         ),
         relation_kl_call(students, teachers, relation_temperature, bandwidth, product_precision),
     ]

@@ -68,6 +68,8 @@ from gkd_fast.ops.unit_rows import unit_rows
 
 # Weighted sums up to this size are kept for the backward pass; beyond it they are recomputed there.
 KEEP_WEIGHTED_BYTES = 256 * 2**20
+# On a GPU wider rows whose gradients are wanted on both sides have both of the same weights: keeping spares no product.
+WIDEST_TILES = 256
 
 torch.library.define(
     "gkd_fast::node_contrast",
@@ -207,6 +209,7 @@ _OP = Op(_results, _gradients, reads_output=False)
 
 def node_contrast_call(
     students: list[Tensor],
+    teachers: list[Tensor],
     dtype: torch.dtype,
     wanted: list[bool],
     temperature: float,
@@ -216,9 +219,11 @@ def node_contrast_call(
     x = students[0]
     # All ranks must do the same.
     rows = x.shape[0] if columns is None else max(columns.shards.counts)
+    wide = columns is None and x.is_cuda and x.shape[1] > WIDEST_TILES
     keep = (
         torch.is_grad_enabled()
         and any(s.requires_grad for s in students)
+        and not (wide and any(t.requires_grad for t in teachers))
         and sum(wanted) * rows * x.shape[1] * dtype.itemsize <= KEEP_WEIGHTED_BYTES
     )
     return Call(_OP, (len(students), wanted, temperature, product_precision), keep)
@@ -238,7 +243,7 @@ def node_contrast(
     stages = [*students, *teachers]
     refuse_forward_mode(stages)
     settings = wanted, temperature, product_precision
-    call = node_contrast_call(students, dtype, *settings, columns)
+    call = node_contrast_call(students, teachers, dtype, *settings, columns)
     if columns is None:
         return on_unit_rows([call], stages, [], dtype)[0]
     refuse_transforms("node_contrast over a bank")

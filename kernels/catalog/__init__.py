@@ -37,10 +37,12 @@ from gkd_fast.kernels.graph_conv.tiles import (
 )  # fmt: skip
 from gkd_fast.kernels.graph_conv.values import INVERSE, INVERSE_ROOT
 from gkd_fast.kernels.node_contrast.launches import EPILOGUE_ROWS
+from gkd_fast.kernels.node_contrast.strips import COLUMNS, NONE, ROWS
 from gkd_fast.kernels.node_contrast.tiles import (
     contrast_differences,
     contrast_gradients,
     contrast_losses,
+    contrast_strip,
     contrast_sums,
     cross_numbers,
 )  # fmt: skip
@@ -212,7 +214,7 @@ class _Builder:
         yield self._small("node_contrast", cross_numbers, "forward", constants, of_both, OPERAND_ROWS,
                           3 * students * teachers)  # fmt: skip
         for keep in (True, False):
-            constants = sides | {"KEEP": keep, "OWN_SHIFT": False, "STRIP": False}
+            constants = sides | {"KEEP": keep, "OWN_SHIFT": False}
             yield self._walk(
                 "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep,
                 exponentials=1, name="contrast_sums" if keep else "contrast_sums without weighted",
@@ -228,7 +230,6 @@ class _Builder:
         for by_column, stages, partners in ((False, students, teachers), (True, teachers, students)):
             constants = {
                 "STAGES": stages, "PARTNERS": partners, "BY_COLUMN": by_column, "SCALED": self.product.scaled,
-                "STRIP": False,
             }  # fmt: skip
             lists = dict.fromkeys(("rows", "gradients"), stages)
             lists |= dict.fromkeys(("partners", "columns", "centres"), partners)
@@ -298,17 +299,15 @@ class _Builder:
         lists = dict.fromkeys((*of_stages, "centres", "dims"), 2) | {"gradients": 1}
         constants = {"S": 1, "T": 1, "WANTED": 1, "OWN_SHIFT": False, "SCALED": scaled}
         yield self._strip("relation_kl", relation_gradients, "backward", constants, lists, ("gradients",))
-        lists = {"rows": S, "partners": T, "columns": T, "centres": T}
-        constants = {"S": S, "T": T, "KEEP": True, "OWN_SHIFT": False}
-        of_products = ("rows", "centres", "partners", "weighted")
-        yield self._strip("node_contrast", contrast_sums, "forward", constants, lists, of_products)
-        for by_column, stages, partners in ((False, S, T), (True, T, S)):
-            constants = {"STAGES": stages, "PARTNERS": partners, "BY_COLUMN": by_column, "SCALED": scaled}
-            lists = {"rows": stages, "gradients": 1}
-            lists |= dict.fromkeys(("partners", "columns", "centres"), partners)
-            of_products = ("rows", "partners", "centres", "gradients")
-            name = f"contrast_gradients of {'teachers' if by_column else 'students'}"
-            yield self._strip("node_contrast", contrast_gradients, "backward", constants, lists, of_products, name)
+        for name, direction, keep, factors, both in (
+            ("contrast_sums", "forward", True, NONE, False),
+            ("contrast_sums without weighted", "forward", False, NONE, False),
+            ("contrast_gradients of students", "backward", True, ROWS, False),
+            ("contrast_gradients of teachers", "backward", True, COLUMNS, False),
+            ("contrast_gradients of both", "backward", True, ROWS, True),
+        ):  # fmt: skip
+            constants = {"KEEP": keep, "FACTORS": factors, "COLUMN_SUMS": both}
+            yield self._strip("node_contrast", contrast_strip, direction, constants, {}, ("weights",), name)
         for gradient in (False, True):
             constants, name = (
                 {"GRADIENT": gradient, "SCALED": scaled, "DIAGONAL": 1.0},

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.common.launch import Product, architecture, column_pieces, on_device, padded_width
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.strips import multiply, row_strips, strip_columns
+from gkd_fast.kernels.common.strips import entry_bytes, multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.common.tile import (
     COUNTS,
@@ -64,10 +64,12 @@ def _maxima_of_strips(out, rows, columns, offset, except_own, product: Product) 
     out.fill_(-1e30)
     for strip in row_strips(len(rows), rows.shape[1]):
         largest, own = out[strip], rows[strip].to(product.torch_type)
-        for piece in column_pieces([columns], product.torch_type, most=strip_columns(len(own), 1)):
+        most = strip_columns(len(own), entry_bytes(product, 1))
+        for piece in column_pieces([columns], product.torch_type, most=most):
             similarities = multiply(own, piece.matrices[0].T)
             first = offset + strip.start - piece.start
             if except_own and -len(own) < first < piece.count:
                 similarities.diagonal(first).fill_(-1e30)
             torch.maximum(largest, similarities.amax(dim=1), out=largest)
+            del similarities  # before the next ones are made
     return out

@@ -16,15 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkd_fast.kernels.common import strips, table
+from gkd_fast.kernels.common import table
 from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, Product, matrices, power_of_two
 from gkd_fast.kernels.common.operands import Operand
-from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips
-from gkd_fast.kernels.common.tile import add_product, add_tile_product, convert, load_numbers, load_tile, store_tile
+from gkd_fast.kernels.common.strips import add_products, column_strips, entry_bytes, row_strips, strip_columns
+from gkd_fast.kernels.common.tile import add_product, add_tile_product, load_numbers, load_tile
 
-# Strips of weights of one launch.
-STRIP_BYTES = 32 * 2**20
-ALIGNMENT = tl.constexpr(16)
 # No exponential goes to the float units: beside so many products it costs little, and the hardware's errs less.
 HARDWARE_ONLY = tl.constexpr(0)
 
@@ -71,26 +68,6 @@ def both_sides_numbers(numbers, column_numbers, i, j, BLOCK_ROWS: tl.constexpr, 
     return load_numbers(numbers, i, BLOCK_ROWS)[:, None] + load_numbers(column_numbers, j, BLOCK_COLUMNS)[None, :]
 
 
-@triton.jit
-def store_strip(
-    strip, weights, i, j, row_count, column_count, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    TYPE: tl.constexpr,
-):  # fmt: skip
-    """A tile of a strip of ``new_strip``."""
-    store_tile(strip, convert(weights, TYPE), i, j, row_count, strip_stride(column_count), BLOCK_ROWS, BLOCK_COLUMNS)
-
-
-@triton.jit
-def strip_stride(column_count):
-    """From row to row of a strip of ``new_strip``."""
-    return tl.cdiv(column_count, ALIGNMENT) * ALIGNMENT
-
-
-def new_strip(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty strip of weights of the type of ``like``; its rows begin at multiples of ``ALIGNMENT`` entries."""
-    return like.new_empty(rows, triton.cdiv(columns, int(ALIGNMENT)) * int(ALIGNMENT))[:, :columns]
-
-
 def tiling(kernel: str, arch: str, product: Product, rows: int, columns: int) -> tuple[tuple[int, int], dict]:
     """The grid, columns first, of one program per tile; and the compile-time arguments."""
     config = table.tiles(kernel, arch, product.name, 0)
@@ -109,8 +86,7 @@ def column_pieces_of(count: int, product: Product, rows: int, weights: int) -> I
 
 def columns_at_a_time(product: Product, rows: int, weights: int) -> int:
     """The columns of ``weights`` strips of ``rows`` rows."""
-    row_bytes = rows * weights * product.torch_type.itemsize
-    return max(strips.LEAST, STRIP_BYTES // row_bytes // strips.LEAST * strips.LEAST)
+    return strip_columns(rows, entry_bytes(product, 0, weights))
 
 
 def row_blocks(count: int, width: int) -> list[slice]:
@@ -121,14 +97,9 @@ def row_blocks(count: int, width: int) -> list[slice]:
 def add_gathered(total: Tensor, weights: Tensor, columns: Operand, piece: slice, sums: Tensor | None = None) -> None:
     """total_i += Σ_j weights_ij columns_j; of columns about a centre with ``sums`` of the weights by column block."""
     width = total.shape[1]
-    total += multiply(weights, columns.rows[piece])[:, :width]
+    add_products(total, weights, columns.rows[piece])
     if sums is not None:
         total.addcmul_(sums.sum(dim=0)[:, None], columns.centre[:width])
-
-
-def add_weighted(total: Tensor, weights: Tensor, columns: Tensor) -> None:
-    """total_i += Σ_j weights_ij columns_j."""
-    total += multiply(weights, columns)
 
 
 def converted(x: Tensor, product: Product) -> Tensor:

@@ -6,15 +6,26 @@ from torch import Tensor
 from gkd_fast.kernels.common.launch import cdiv, on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.operands import Operand, stored_width
-from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
+from gkd_fast.kernels.common.strips import (
+    add_products,
+    aligned,
+    column_strips,
+    entry_bytes,
+    multiply,
+    row_strips,
+    strip_columns,
+    strip_parts,
+)  # fmt: skip
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv.tiles import graph_strip
 
 
 def _strip(graph, rows: Operand, columns: Operand, strip: slice, piece: slice, sums, gradient=None) -> Tensor:
-    """Weights of one strip, whose sums are added to ``sums``; ``gradient``: (products, terms, column terms, powers)."""
+    """Weights of one strip, whose sums are added to ``sums``, those of parts; ``gradient``: (products, terms, column
+    terms, powers).
+    """
     config = tiles("strip", graph.arch, graph.product.name, 16)
-    rows, columns = rows[strip], columns[piece]
+    rows, columns = rows[strip], columns[aligned(piece)]
     similarities = multiply(rows.rows, columns.rows.T)
     weights = torch.empty_like(similarities, dtype=graph.product.torch_type)
     products, terms, column_terms, powers = gradient or (sums, sums, sums, sums)
@@ -24,11 +35,20 @@ def _strip(graph, rows: Operand, columns: Operand, strip: slice, piece: slice, s
         "SUM": graph.product.SUM, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     launch(graph_strip, **constants)(
-        (cdiv(len(sums), config.rows),), similarities, products, weights, sums, rows.numbers, columns.numbers,
-        terms, column_terms, powers, graph.inverse_variance, *similarities.shape,
+        (cdiv(sums.shape[1], config.rows), len(sums)), similarities, products, weights, sums, rows.numbers,
+        columns.numbers, terms, column_terms, powers, graph.inverse_variance, sums.shape[1], piece.stop - piece.start,
         graph.offset + strip.start - piece.start, int(piece.start > 0),
     )  # fmt: skip
     return weights
+
+
+def _pieces(graph, strip: slice, similarities: int) -> tuple[list[slice], Tensor]:
+    """The columns that go with a strip of rows at a time, and room for the parts of the weights' sums."""
+    rows = strip.stop - strip.start
+    step = strip_columns(rows, entry_bytes(graph.product, similarities, 1))
+    config = tiles("strip", graph.arch, graph.product.name, 16)
+    parts = strip_parts(graph.nodes, config, rows, min(step, graph.column_count))
+    return list(column_strips(graph.column_count, step)), graph.nodes.new_empty(parts, rows)
 
 
 def kernel_sums(graph, values: Operand | None, power: Tensor | None, width: int) -> tuple[Tensor | None, Tensor]:
@@ -38,34 +58,38 @@ def kernel_sums(graph, values: Operand | None, power: Tensor | None, width: int)
     rows, columns = graph.operands(stored_width(graph.dim, True))
     with on_device(graph.nodes):
         for strip in row_strips(graph.row_count, max(graph.dim, width)):
-            of_strip = sums[strip]
-            for piece in column_strips(graph.column_count, strip_columns(len(of_strip), 2)):
-                weights = _strip(graph, rows, columns, strip, piece, of_strip)
+            pieces, parts = _pieces(graph, strip, 1)
+            for piece in pieces:
+                weights = _strip(graph, rows, columns, strip, piece, parts)
                 if values is not None:
-                    product = multiply(weights, values.rows[piece])[:, :width]
-                    # Float16 weights are scaled by 2^14 and its values by ``power``.
-                    output[strip] += product if power is None else product * (2.0**-14 / power)
+                    add_products(output[strip], weights, values.rows[aligned(piece)])
+                del weights  # before the next ones are made
+            torch.sum(parts, dim=0, out=sums[strip])
             if values is not None:
-                output[strip].addcmul_(of_strip[:, None], values.centre[:width])
+                if power is not None:
+                    # Float16 weights are scaled by 2^14 and its values by ``power``.
+                    output[strip] *= 2.0**-14 / power
+                output[strip].addcmul_(sums[strip][:, None], values.centre[:width])
     return output, sums
 
 
 def nodes_gradient(graph, own, other, terms, column_terms, powers, width: int) -> Tensor:
     """dE_i = Σ_j M_ij e_j; own, other: ``Values`` of the rows and of the columns."""
     gradient = torch.zeros_like(graph.nodes)
-    sums = gradient.new_empty(graph.row_count)
     rows, columns = graph.operands(stored_width(graph.dim, True))
     with on_device(graph.nodes):
         for strip in row_strips(graph.row_count, max(graph.dim, width)):
-            of_strip = sums[strip]
-            for piece in column_strips(graph.column_count, strip_columns(len(of_strip), 3)):
-                products = multiply(own.upstream.rows[strip], other.messages.rows[piece].T)
+            pieces, parts = _pieces(graph, strip, 2)
+            for piece in pieces:
+                here = aligned(piece)
+                products = multiply(own.upstream.rows[strip], other.messages.rows[here].T)
                 if other.upstream is not None:
-                    products += multiply(own.messages.rows[strip], other.upstream.rows[piece].T)
-                weights = _strip(graph, rows, columns, strip, piece, of_strip,
+                    add_products(products, own.messages.rows[strip], other.upstream.rows[here].T)
+                weights = _strip(graph, rows, columns, strip, piece, parts,
                                  (products, terms[strip], column_terms[piece], powers))  # fmt: skip
-                gradient[strip] += multiply(weights, columns.rows[piece])[:, : graph.dim]
-            gradient[strip].addcmul_(of_strip[:, None], columns.centre[: graph.dim])
+                add_products(gradient[strip], weights, columns.rows[here])
+                del products, weights
+            gradient[strip].addcmul_(parts.sum(dim=0)[:, None], columns.centre[: graph.dim])
             if graph.product.scaled:
                 gradient[strip] /= powers[2]
     return gradient

@@ -9,11 +9,11 @@ from torch import Tensor
 from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, matrices, on_device, power_of_two
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.operands import Operand, centred, operands, stored_width
+from gkd_fast.kernels.common.strips import new_strip
 from gkd_fast.kernels.common.tangents import (
     Directions,
     add_gathered,
     column_pieces_of,
-    new_strip,
     row_blocks,
     spread,
     tiling,

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from gkd_fast.kernels.common.tangents import both_sides_numbers, similarities, store_strip
+from gkd_fast.kernels.common.strips import store_strip
+from gkd_fast.kernels.common.tangents import both_sides_numbers, similarities
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     add_tile_product,

@@ -7,6 +7,7 @@ a factor of their row, 1/deg or deg^-1/2, then called H' or G'.
 import triton
 import triton.language as tl
 
+from gkd_fast.kernels.common.strips import store_strip, strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     add_product,
@@ -344,23 +345,27 @@ def graph_strip(
     DIAGONAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
-    """Wide rows: weights K, or with GRADIENT M, from strips [row_count, column_count], and their sums over columns.
+    """Wide rows: weights K, or with GRADIENT M, from strips of products, and their sums over each part's columns
+    [parts, row_count].
 
     products: strips of G'_i·H'_j + H'_i·G'_j.
     """
     i = tl.program_id(0) * BLOCK_ROWS
+    start, stop = column_range(column_count, tl.program_id(1), tl.num_programs(1), BLOCK_COLUMNS)
+    sums += number(tl.program_id(1), tl.int64) * row_count
+    length = strip_stride(column_count)
     v = tl.load(inverse_variance).to(SUM)
     slope = v * LOG2E
     BOOST: tl.constexpr = 14 if SCALED and not GRADIENT else 0
     level = load_numbers(numbers, i, BLOCK_ROWS) * slope
     total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
-    for j in range(0, column_count, BLOCK_COLUMNS):
-        c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    for j in range(start, stop, BLOCK_COLUMNS):
+        c = load_tile(similarities, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
         near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
         k = adjacency(c * slope - near, i, j, offset, column_count, 0.0 if GRADIENT else DIAGONAL, BOOST, BLOCK_ROWS,
                       BLOCK_COLUMNS, None)  # fmt: skip
         if GRADIENT:
-            m = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+            m = load_tile(products, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
             if SCALED:
                 m = m * (1 / (tl.load(powers) * tl.load(powers + 1)))
             m += load_vector(terms, i, row_count, BLOCK_ROWS)[:, None]
@@ -369,5 +374,5 @@ def graph_strip(
             if SCALED:
                 k = k * tl.load(powers + 2)
         total += tl.sum(k, 1) * 2.0**-BOOST
-        store_tile(weights, convert(k, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        store_strip(weights, k, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
     store_vector(sums, total, i, row_count, BLOCK_ROWS)

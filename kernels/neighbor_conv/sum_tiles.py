@@ -12,6 +12,7 @@ import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2, LOG2E, log_sum
 from gkd_fast.kernels.common.small import negative_distances
+from gkd_fast.kernels.common.strips import strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     NOWHERE,
@@ -83,11 +84,11 @@ def walked_exponents(
     STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """L of the tile at (i, j), ``NOWHERE`` on the diagonal and in missing columns; with STRIP the columns are products
-    [row_count, column_count].
+    """L of the tile at (i, j), ``NOWHERE`` on the diagonal and in missing columns; with STRIP the columns are a strip
+    of products.
     """
     if STRIP:
-        c = load_tile(column_nodes, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        c = load_tile(column_nodes, i, j, row_count, strip_stride(column_count), BLOCK_ROWS, BLOCK_COLUMNS)
     else:
         columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
         c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]

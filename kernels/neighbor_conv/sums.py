@@ -9,7 +9,7 @@ from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import cdiv, on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.operands import stored_width
-from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
+from gkd_fast.kernels.common.strips import aligned, column_strips, entry_bytes, multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, variances, walk
 from gkd_fast.kernels.graph_conv.small import Stages
@@ -86,18 +86,19 @@ def _of_strips(graph: Graph) -> tuple[Tensor, ...]:
         "num_warps": config.warps, "num_stages": config.stages, **graph.product.constants(),
     }  # fmt: skip
     strips = list(row_strips(graph.row_count, graph.dim))
-    pieces = list(column_strips(graph.column_count, strip_columns(strips[0].stop, 1)))
+    pieces = list(column_strips(graph.column_count, strip_columns(strips[0].stop, entry_bytes(graph.product, 1))))
     partial = _empty([graph], len(pieces))
     with on_device(graph.nodes):
         for strip in strips:
             own, count = rows[strip], strip.stop - strip.start
             for part, piece in enumerate(pieces):
-                other = columns[piece]
+                other = columns[aligned(piece)]
                 similarities = multiply(own.rows, other.rows.T)
                 out = [(x.view(len(pieces), -1)[part, strip],) for (x,) in partial]
                 launch(neighbor_sums_kernel, **constants)(
                     (cdiv(count, config.rows), 1, 1), (similarities,), (own.numbers,), (similarities,),
-                    (other.numbers,), *out, (graph.inverse_variance,), *similarities.shape,
+                    (other.numbers,), *out, (graph.inverse_variance,), count, piece.stop - piece.start,
                     graph.offset + strip.start - piece.start, 1, graph.row_count,
                 )  # fmt: skip
+                del similarities  # before the next ones are made
     return tuple(x for (x,) in _complete([graph], partial, len(pieces)))

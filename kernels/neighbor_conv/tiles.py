@@ -9,6 +9,7 @@ A row's number h gives x_ij/v = x̂_i·x̂_j − h_i − h_j, and its level h + 
 import triton
 import triton.language as tl
 
+from gkd_fast.kernels.common.strips import store_strip, strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     add_product,
@@ -25,7 +26,6 @@ from gkd_fast.kernels.common.tile import (
     pick,
     product,
     store_rows,
-    store_tile,
     store_vector,
 )  # fmt: skip
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
@@ -186,25 +186,28 @@ def neighbor_strip(
     SYMMETRIC: tl.constexpr, HAS_UPSTREAM: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Wide rows: weights M from strips [row_count, column_count], and their sums over columns."""
+    """Wide rows: weights M from strips of products, and their sums over each part's columns [parts, row_count]."""
     i = tl.program_id(0) * BLOCK_ROWS
+    start, stop = column_range(column_count, tl.program_id(1), tl.num_programs(1), BLOCK_COLUMNS)
+    sums += number(tl.program_id(1), tl.int64) * row_count
+    length = strip_stride(column_count)
     v = tl.load(inverse_variance).to(SUM)
     half = v * (0.5 * LOG2E)
     own_number = load_numbers(numbers, i, BLOCK_ROWS) * half
     own_level = load_numbers(levels, i, BLOCK_ROWS) * half
     d, e = load_vector(terms, i, row_count, BLOCK_ROWS), load_vector(others, i, row_count, BLOCK_ROWS)
     total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
-    for j in range(0, column_count, BLOCK_COLUMNS):
-        c = load_tile(similarities, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+    for j in range(start, stop, BLOCK_COLUMNS):
+        c = load_tile(similarities, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
         u, t = half_exponentials(
             c, own_number, own_level, load_numbers(column_numbers, j, BLOCK_COLUMNS) * half,
             load_numbers(column_levels, j, BLOCK_COLUMNS) * half, i, j, column_count, offset, half, True, BLOCK_ROWS,
             BLOCK_COLUMNS, None,
         )  # fmt: skip
-        ahead = load_tile(products, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        ahead = load_tile(products, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
         behind = ahead
         if HAS_UPSTREAM and not SYMMETRIC:
-            behind = load_tile(products_behind, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+            behind = load_tile(products_behind, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
         if SCALED:
             unscale = 1 / (tl.load(powers) * tl.load(powers + 1))
             ahead = ahead * unscale
@@ -215,5 +218,5 @@ def neighbor_strip(
         if SCALED:
             m = m * tl.load(powers + 2)
         total += tl.sum(m, 1)
-        store_tile(weights, convert(m, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        store_strip(weights, m, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
     store_vector(sums, total, i, row_count, BLOCK_ROWS)

@@ -89,7 +89,7 @@ class Problem:
 
     def constants(self, config) -> dict:
         return {
-            "STRIP": self.is_wide, "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+            "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
             "num_warps": config.warps, "num_stages": config.stages, **self.product.constants(),
         }  # fmt: skip
 
@@ -169,7 +169,7 @@ def node_contrast(
             (row_blocks, num_pairs * parts), tuple(x.rows for x in sides.students),
             tuple(y.rows for y in sides.teachers), centres, tuple(problem.teachers), *sides.numbers, own_similarities,
             sums, partial, shifts, losses, log_sums, problem.dim, rows, len(columns[0]), offset, int(owned),
-            problem.wanted, parts, 0, 1, problem.scale, shift,
+            problem.wanted, parts, problem.scale, shift,
         )  # fmt: skip
         if parts > 1:
             launch(contrast_losses, **keep, **problem.epilogue_constants())(
@@ -285,9 +285,8 @@ def _gradients(problem, sides, column_count, owned, offset, own_side, side, grad
     )(
         (row_blocks, parts * len(gradients)), tuple(x.rows for x in rows), tuple(y.rows for y in columns),
         tuple(y.centre for y in columns), tuple(partners), *numbers, sides.own_similarities, *side, *own_side,
-        tuple(partial), power, power, problem.dim, problem.row_count, count, offset, int(owned), problem.wanted,
-        _bits(needs), parts, 0, 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
-        1 / problem.temperature,
+        tuple(partial), power, problem.dim, problem.row_count, count, offset, int(owned), problem.wanted, _bits(needs),
+        parts, 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
     )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):

@@ -9,11 +9,11 @@ from gkd_fast.kernels.common.launch import on_device, power_of_two
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.operands import stored_width
+from gkd_fast.kernels.common.strips import new_strip
 from gkd_fast.kernels.common.tangents import (
     Directions,
     add_gathered,
     column_pieces_of,
-    new_strip,
     row_blocks,
     spread,
     tiling,

@@ -5,7 +5,8 @@ softmax are the row's or the column's, move at ẇ_ij = w_ij (ċ_ij/τ − ż), 
 import triton
 import triton.language as tl
 
-from gkd_fast.kernels.common.tangents import similarities, store_strip
+from gkd_fast.kernels.common.strips import store_strip
+from gkd_fast.kernels.common.tangents import similarities
 from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, load_vector, number, replace_edges, store_vector
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2, log_sum
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE
+from gkd_fast.kernels.common.strips import store_strip, strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     NOWHERE,
@@ -33,7 +34,6 @@ from gkd_fast.kernels.common.tile import (
     replace_diagonal,
     replace_missing,
     store_rows,
-    store_tile,
     store_vector,
 )  # fmt: skip
 
@@ -99,37 +99,37 @@ def cross_numbers(
 
 @triton.jit
 def others_similarities(
-    rows, columns, i, j, row_count, column_count, offset, EDGE: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    rows, columns, i, j, column_count, offset, EDGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x_i·ŷ_j of the tile at (i, j), at an EDGE without own and missing columns, and ŷ_j; of a STRIP as it is."""
-    if STRIP:
-        c = load_tile(columns, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-        values = c
-    else:
-        values = load_block(columns, j, BLOCK_COLUMNS, WIDTH)
-        c = product(rows, tl.trans(values), PRECISION)
+    """x_i·ŷ_j of the tile at (i, j), at an EDGE without own and missing columns, and ŷ_j."""
+    values = load_block(columns, j, BLOCK_COLUMNS, WIDTH)
+    c = product(rows, tl.trans(values), PRECISION)
     if EDGE:
-        c = replace_diagonal(c, i, j, offset, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS)
-        c = replace_missing(c, j, column_count, NOWHERE, BLOCK_COLUMNS)
+        c = without_own(c, i, j, column_count, offset, BLOCK_ROWS, BLOCK_COLUMNS)
     return c, values
 
 
 @triton.jit
+def without_own(c, i, j, column_count, offset, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The similarities of the tile at (i, j), those of own and missing columns so small that they weigh nothing."""
+    c = replace_diagonal(c, i, j, offset, NOWHERE, BLOCK_ROWS, BLOCK_COLUMNS)
+    return replace_missing(c, j, column_count, NOWHERE, BLOCK_COLUMNS)
+
+
+@triton.jit
 def add_weights(
-    z, total, rows, teacher, numbers, weighted, level, i, j, row_count, column_count, offset, scale, EDGE: tl.constexpr,
-    KEEP: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    z, total, rows, teacher, numbers, level, i, j, column_count, offset, scale, EDGE: tl.constexpr,
+    KEEP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z and, with KEEP, W with those of the tile at (i, j) added."""
-    c, columns = others_similarities(rows, teacher, i, j, row_count, column_count, offset, EDGE, STRIP, WIDTH,
-                                     BLOCK_ROWS, BLOCK_COLUMNS, PRECISION)  # fmt: skip
+    c, columns = others_similarities(rows, teacher, i, j, column_count, offset, EDGE, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
+                                     PRECISION)  # fmt: skip
     column_level = load_vector(numbers, j, column_count, BLOCK_COLUMNS) * scale
     weights = tl.exp2(c * scale + (column_level[None, :] - level[:, None]))
     z += tl.sum(weights, 1)
-    if KEEP and STRIP:
-        store_tile(weighted, convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-    elif KEEP:
+    if KEEP:
         total = add_product(convert(weights, TYPE), columns, total, PRECISION)
     return z, total
 
@@ -137,18 +137,15 @@ def add_weights(
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_sums(
     rows, columns, centres, partners, numbers, column_numbers, own_similarities, sums, weighted, shifts, losses,
-    log_sums, dim, row_count, column_count, offset, owned, wanted, parts, accumulate, is_last, scale: tl.float64,
-    shift: tl.float64, S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr,
-    STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr,
+    log_sums, dim, row_count, column_count, offset, owned, wanted, parts, scale: tl.float64, shift: tl.float64,
+    S: tl.constexpr, T: tl.constexpr, KEEP: tl.constexpr, OWN_SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z and, with KEEP, W of one wanted pair over the part's columns; complete, they become losses and log-sums.
 
     rows, columns: x̂ and ŷ; centres: n; numbers, column_numbers: p and q of every pair.
     partners: y as they are; row i's is its own column i + offset, if ``owned``, and ``own_similarities`` is x·y.
-    With STRIP the columns are strips of x̂·ŷ [row_count, column_count], of the columns from the first one on if not
-    ``accumulate``, up to the last one if ``is_last``; numbers are of that pair alone and W is a strip of weights of all
-    columns but the own one.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     place = tl.program_id(1) // parts
@@ -161,42 +158,37 @@ def contrast_sums(
         row_shift = load_vector(shifts + number(place, tl.int64) * row_count, i, row_count, BLOCK_ROWS)
     else:
         row_shift = tl.zeros([BLOCK_ROWS], SUM) + number(shift, SUM)
-    of_pair = number(0, tl.int64) if STRIP else number(pair, tl.int64)
+    of_pair = number(pair, tl.int64)
     numbers += of_pair * length_of(row_count)
     column_numbers += of_pair * length_of(column_count)
     own_similarity = load_vector(own_similarities + of_pair * row_count, i, row_count, BLOCK_ROWS)
-    is_first = (part == 0) & (accumulate == 0)
-    own_weight = tl.where(is_first & (owned != 0), tl.exp2(own_similarity * scale - row_shift), 0.0)
+    own_weight = tl.where((part == 0) & (owned != 0), tl.exp2(own_similarity * scale - row_shift), 0.0)
     pair_rows = (number(part, tl.int64) * (tl.num_programs(1) // parts) + place) * row_count
-    z = load_vector(sums + pair_rows, i, row_count * accumulate, BLOCK_ROWS) + own_weight
-    mine = z
+    z = own_weight
     total = z
-    if not STRIP:
-        if KEEP:
-            y = load_rows(pick(partners, pair % T), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
-            total = own_weight[:, None] * (y - load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :])
-        mine = load_block(pick(rows, pair // T), i, BLOCK_ROWS, WIDTH)
+    if KEEP:
+        y = load_rows(pick(partners, pair % T), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
+        total = own_weight[:, None] * (y - load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :])
+    mine = load_block(pick(rows, pair // T), i, BLOCK_ROWS, WIDTH)
     level = row_shift - load_vector(numbers, i, row_count, BLOCK_ROWS) * scale
     whole, first, crossed, ragged = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in range(whole - crossed):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
-        z, total = add_weights(z, total, mine, teacher, column_numbers, weighted, level, i, j, row_count, column_count,
-                               offset, scale, False, KEEP, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
-                               PRECISION)  # fmt: skip
+        z, total = add_weights(z, total, mine, teacher, column_numbers, level, i, j, column_count, offset, scale, False,
+                               KEEP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION)  # fmt: skip
     for k in tl.range(0, crossed + ragged, num_stages=1):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
-        z, total = add_weights(z, total, mine, teacher, column_numbers, weighted, level, i, j, row_count, column_count,
-                               offset, scale, True, KEEP, STRIP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
-                               PRECISION)  # fmt: skip
-    if (is_last != 0) & (parts == 1):
+        z, total = add_weights(z, total, mine, teacher, column_numbers, level, i, j, column_count, offset, scale, True,
+                               KEEP, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION)  # fmt: skip
+    if parts == 1:
         store_contrast(z, row_shift, own_similarity * scale, losses + pair,
                        log_sums + number(place, tl.int64) * row_count, i, row_count, owned, S * T,
                        BLOCK_ROWS)  # fmt: skip
-        if KEEP and not STRIP:
+        if KEEP:
             total = total / z[:, None] + load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :]
     else:
         store_vector(sums + pair_rows, z, i, row_count, BLOCK_ROWS)
-    if KEEP and not STRIP:
+    if KEEP:
         store_rows(weighted + pair_rows * dim, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
 
 
@@ -266,16 +258,15 @@ def contrast_differences(
 
 @triton.jit
 def add_pair(
-    total, sums, rows, level, g, columns, numbers, upstream, shifts, ratios, strip, i, j, row_count, column_count,
-    offset, scale, unit, EDGE: tl.constexpr, PAIRS: tl.constexpr, BY_COLUMN: tl.constexpr, STRIP: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    total, sums, rows, level, g, columns, numbers, upstream, shifts, ratios, i, j, column_count, offset, scale, unit,
+    EDGE: tl.constexpr, PAIRS: tl.constexpr, BY_COLUMN: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w_ij ŷ_j and Σ_j w_ij, w = g P/τ, with those of the tile at (i, j) added; upstream, shifts and ratios: from
     the pair's place on.
     """
-    c, values = others_similarities(rows, columns, i, j, row_count, column_count, offset, EDGE, STRIP, WIDTH,
-                                    BLOCK_ROWS, BLOCK_COLUMNS, PRECISION)  # fmt: skip
+    c, values = others_similarities(rows, columns, i, j, column_count, offset, EDGE, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
+                                    PRECISION)  # fmt: skip
     column_level = load_vector(numbers, j, column_count, BLOCK_COLUMNS) * scale
     if BY_COLUMN:
         column = j + tl.arange(0, BLOCK_COLUMNS)
@@ -286,19 +277,15 @@ def add_pair(
     else:
         weights = tl.exp2(c * scale + (column_level[None, :] - level[:, None])) * g[:, None]
     sums += tl.sum(weights, 1)
-    if STRIP:
-        store_tile(strip, convert(weights, TYPE), i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
-    else:
-        total = add_product(convert(weights, TYPE), values, total, PRECISION)
-    return total, sums
+    return add_product(convert(weights, TYPE), values, total, PRECISION), sums
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def contrast_gradients(
     rows, columns, centres, partners, numbers, column_numbers, own_similarities, upstream, shifts, ratios, own_upstream,
-    own_shifts, own_ratios, gradients, weight_sums, power, dim, row_count, column_count, offset, owned, wanted, needed,
-    parts, accumulate, stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64, STAGES: tl.constexpr,
-    PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    own_shifts, own_ratios, gradients, power, dim, row_count, column_count, offset, owned, wanted, needed, parts,
+    stride, partner_stride, scale: tl.float64, inverse_temperature: tl.float64, STAGES: tl.constexpr,
+    PARTNERS: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -308,8 +295,7 @@ def contrast_gradients(
     those of the column (teachers); of the own column i + offset, if ``owned``, they are those of the row's losses, and
     P is 0 where there are no columns.
     Pair (stage, partner) is bit stage·stride + partner·partner_stride of ``wanted`` and that place in the upstream
-    [count, pairs]; ``needed`` says which stages have a gradient; the other arguments are as in ``contrast_sums``. With
-    STRIP the gradient is a strip of the weights g P/τ of all columns but the own one, whose sums are ``weight_sums``.
+    [count, pairs]; ``needed`` says which stages have a gradient; the other arguments are as in ``contrast_sums``.
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part = tl.program_id(1) % parts
@@ -321,16 +307,13 @@ def contrast_gradients(
     if SCALED:
         unit = unit * tl.load(power)
     row = i + tl.arange(0, BLOCK_ROWS)
-    mine = tl.zeros([BLOCK_ROWS], SUM)
-    total = mine
-    if not STRIP:
-        mine = load_block(pick(rows, stage), i, BLOCK_ROWS, WIDTH)
-        total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
+    mine = load_block(pick(rows, stage), i, BLOCK_ROWS, WIDTH)
+    total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
     for n in range(PARTNERS):
         pair = stage * stride + n * partner_stride
         is_wanted = (bits >> pair) & 1
         place = set_bits_below(bits, pair, STAGES * PARTNERS)
-        of_pair = number(0, tl.int64) if STRIP else number(pair, tl.int64)
+        of_pair = number(pair, tl.int64)
         along = load_vector(numbers + of_pair * length_of(row_count), i, row_count, BLOCK_ROWS)
         of_columns = column_numbers + of_pair * length_of(column_count)
         g, level, count = along, -along * scale, column_count
@@ -345,37 +328,67 @@ def contrast_gradients(
         for k in range(whole - crossed):
             total, sums = add_pair(
                 total, sums, mine, level, g, pick(columns, n), of_columns, upstream + pair, shifts + place * count,
-                ratios + place * count, gradients[0], i, inner_tile(k, start, first, crossed, BLOCK_COLUMNS),
-                row_count, column_count, offset, scale, unit, False, STAGES * PARTNERS, BY_COLUMN, STRIP, WIDTH,
-                BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+                ratios + place * count, i, inner_tile(k, start, first, crossed, BLOCK_COLUMNS), column_count,
+                offset, scale, unit, False, STAGES * PARTNERS, BY_COLUMN, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+                PRECISION,
             )  # fmt: skip
         for k in tl.range(0, crossed + ragged, num_stages=1):
             total, sums = add_pair(
                 total, sums, mine, level, g, pick(columns, n), of_columns, upstream + pair, shifts + place * count,
-                ratios + place * count, gradients[0], i, edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS),
-                row_count, column_count, offset, scale, unit, True, STAGES * PARTNERS, BY_COLUMN, STRIP, WIDTH,
-                BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+                ratios + place * count, i, edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS), column_count,
+                offset, scale, unit, True, STAGES * PARTNERS, BY_COLUMN, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE,
+                PRECISION,
             )  # fmt: skip
-        if STRIP:
-            if is_wanted == 1:
-                sums += load_vector(weight_sums, i, row_count * accumulate, BLOCK_ROWS)
-                store_vector(weight_sums, sums, i, row_count, BLOCK_ROWS)
-        else:
-            total += sums[:, None] * load_numbers(pick(centres, n), 0, WIDTH)[None, :]
-    if not STRIP:
-        if SCALED:
-            total = total * (1.0 / tl.load(power))
-        if part == 0:
-            for n in range(PARTNERS):
-                pair = stage * stride + n * partner_stride
-                place = set_bits_below(bits, pair, STAGES * PARTNERS)
-                inside = (row < row_count) & (((bits >> pair) & 1) == 1)
-                g = tl.load(own_upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0)
-                c = tl.load(own_similarities + number(pair, tl.int64) * row_count + row, mask=inside, other=0)
-                own = load_rows(pick(partners, n), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
-                shift = tl.load(own_shifts + place * row_count + row, mask=inside, other=0)
-                ratio = tl.load(own_ratios + place * row_count + row, mask=inside & (column_count > 0), other=0)
-                weight = ratio * tl.exp2(c * scale - shift)
-                total += (g * number(inverse_temperature, SUM) * (weight - 1))[:, None] * own
-        out = pick(gradients, tl.program_id(1) // parts) + number(part, tl.int64) * row_count * dim
-        store_rows(out, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
+        total += sums[:, None] * load_numbers(pick(centres, n), 0, WIDTH)[None, :]
+    if SCALED:
+        total = total * (1.0 / tl.load(power))
+    if part == 0:
+        for n in range(PARTNERS):
+            pair = stage * stride + n * partner_stride
+            place = set_bits_below(bits, pair, STAGES * PARTNERS)
+            inside = (row < row_count) & (((bits >> pair) & 1) == 1)
+            g = tl.load(own_upstream + row.to(tl.int64) * (STAGES * PARTNERS) + pair, mask=inside, other=0)
+            c = tl.load(own_similarities + number(pair, tl.int64) * row_count + row, mask=inside, other=0)
+            own = load_rows(pick(partners, n), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
+            shift = tl.load(own_shifts + place * row_count + row, mask=inside, other=0)
+            ratio = tl.load(own_ratios + place * row_count + row, mask=inside & (column_count > 0), other=0)
+            weight = ratio * tl.exp2(c * scale - shift)
+            total += (g * number(inverse_temperature, SUM) * (weight - 1))[:, None] * own
+    out = pick(gradients, tl.program_id(1) // parts) + number(part, tl.int64) * row_count * dim
+    store_rows(out, total, i, row_count, dim, BLOCK_ROWS, WIDTH)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def contrast_strip(
+    similarities, weights, sums, column_sums, levels, column_levels, factors, row_count, column_count, offset,
+    accumulate, scale: tl.float64, KEEP: tl.constexpr, FACTORS: tl.constexpr, COLUMN_SUMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Wide rows: weights w_ij = f·2^(c_ij·scale + level_i + level_j) from a strip of x̂·ŷ, 0 of own and missing
+    columns; their sums over each part's columns [parts, row_count] and, with COLUMN_SUMS, over each block's rows
+    [blocks, column_count].
+
+    FACTORS: f is 1 (0), the row's (1) or the column's (2).
+    """
+    i = tl.program_id(0) * BLOCK_ROWS
+    start, stop = column_range(column_count, tl.program_id(1), tl.num_programs(1), BLOCK_COLUMNS)
+    scale = number(scale, SUM)
+    level = load_vector(levels, i, row_count, BLOCK_ROWS)
+    sums += number(tl.program_id(1), tl.int64) * row_count
+    total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
+    for j in range(start, stop, BLOCK_COLUMNS):
+        c = load_tile(similarities, i, j, row_count, strip_stride(column_count), BLOCK_ROWS, BLOCK_COLUMNS)
+        c = without_own(c, i, j, column_count, offset, BLOCK_ROWS, BLOCK_COLUMNS)
+        column_level = load_vector(column_levels, j, column_count, BLOCK_COLUMNS)
+        w = tl.exp2(c * scale + (column_level[None, :] + level[:, None]))
+        if FACTORS == 1:
+            w = w * load_vector(factors, i, row_count, BLOCK_ROWS)[:, None]
+        elif FACTORS == 2:
+            w = w * load_vector(factors, j, column_count, BLOCK_COLUMNS)[None, :]
+        total += tl.sum(w, 1)
+        if COLUMN_SUMS:
+            of_block = column_sums + number(tl.program_id(0), tl.int64) * column_count
+            store_vector(of_block, tl.sum(w, 0), j, column_count, BLOCK_COLUMNS)
+        if KEEP:
+            store_strip(weights, w, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
+    store_vector(sums, total, i, row_count, BLOCK_ROWS)

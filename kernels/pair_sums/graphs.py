@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common import tangents
+from gkd_fast.kernels.common import strips
 from gkd_fast.kernels.common.launch import on_device
-from gkd_fast.kernels.common.strips import MOST_GRAPHS, column_strips, graph_strips
-from gkd_fast.kernels.common.tangents import add_weighted
+from gkd_fast.kernels.common.strips import MOST_GRAPHS, add_products, column_strips, graph_strips
 from gkd_fast.kernels.pair_sums.launches import Problem, Rows
 
 
@@ -73,7 +72,7 @@ class Graphs(Problem):
         wanted = sum(1 << q for q, needed in enumerate(needs) if needed)
         weights = wanted.bit_count() + (wanted & self.moving).bit_count()
         row_bytes = self.length * weights * self.product.torch_type.itemsize
-        graphs, rows = graph_strips(row_bytes, self.length, tangents.STRIP_BYTES)
+        graphs, rows = graph_strips(row_bytes, self.length, strips.STRIP_BYTES)
         with on_device(upstream):
             for first in range(0, self.graphs, graphs):
                 here = slice(first, first + graphs)
@@ -95,9 +94,9 @@ class Graphs(Problem):
         for q, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            add_weighted(gradient, self.spread(moving[q]), self.spread(self.own.sides[q]))
+            add_products(gradient, self.spread(moving[q]), self.spread(self.own.sides[q]))
             if still[q] is not None:
-                add_weighted(gradient, self.spread(still[q]), self.spread(self.own.tangents[q]))
+                add_products(gradient, self.spread(still[q]), self.spread(self.own.tangents[q]))
         term_gradients += sums.sum(dim=0, dtype=torch.float64).unflatten(1, (self.graphs, -1))
 
 

@@ -17,11 +17,10 @@ from gkd_fast.kernels.common.launch import (
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.strips import add_products, new_strip
 from gkd_fast.kernels.common.tangents import (
-    add_weighted,
     column_pieces_of,
     converted,
-    new_strip,
     row_blocks,
     spread,
     tiling,
@@ -160,9 +159,9 @@ class Problem:
                         if gradient is None:
                             continue
                         moving, still = weights[0][q], weights[1][q]
-                        add_weighted(gradient[block], moving, columns.sides[q])
+                        add_products(gradient[block], moving, columns.sides[q])
                         if still is not None:
-                            add_weighted(gradient[block], still, columns.tangents[q])
+                            add_products(gradient[block], still, columns.tangents[q])
                     term_gradients[:, block] += weights[2].sum(dim=0, dtype=torch.float64)
         return [x for x in gradients if x is not None], term_gradients.to(self.type)
 

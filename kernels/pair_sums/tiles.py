@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.common.duals import tangent
-from gkd_fast.kernels.common.tangents import similarities, store_strip, strip_stride
+from gkd_fast.kernels.common.strips import store_strip, strip_stride
+from gkd_fast.kernels.common.tangents import similarities
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     column_range,

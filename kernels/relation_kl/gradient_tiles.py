@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2, LOG2E, shift_and_ratio
+from gkd_fast.kernels.common.strips import store_strip
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     add_product,
@@ -21,7 +22,6 @@ from gkd_fast.kernels.common.tile import (
     number,
     pick,
     store_rows,
-    store_tile,
     store_vector,
 )  # fmt: skip
 from gkd_fast.kernels.relation_kl.tiles import own_rows, walked_relations
@@ -159,12 +159,11 @@ def add_weighted_tile(
 ):  # fmt: skip
     """Sums and gradient of the wanted side at ``place`` with those of a tile of M; with STRIP that is stored."""
     sums = total[2 * place] + tl.sum(m, 1)
-    m = convert(m, TYPE)
     if STRIP:
-        store_tile(gradients[place], m, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        store_strip(gradients[place], m, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
         return (sums, total[2 * place + 1])
     else:
-        return (sums, add_product(m, columns, total[2 * place + 1], PRECISION))
+        return (sums, add_product(convert(m, TYPE), columns, total[2 * place + 1], PRECISION))
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -23,7 +23,16 @@ from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, Prepared, centred, operands, stored_width
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
-from gkd_fast.kernels.common.strips import column_strips, multiply, row_strips, strip_columns
+from gkd_fast.kernels.common.strips import (
+    add_products,
+    aligned,
+    column_strips,
+    entry_bytes,
+    multiply,
+    row_strips,
+    strip_columns,
+    strip_parts,
+)  # fmt: skip
 from gkd_fast.kernels.common.table import Tiles, largest_width, polynomials, sharing, teachers_at_once, tiles
 from gkd_fast.kernels.relation_kl import small
 from gkd_fast.kernels.relation_kl.gradient_tiles import FACTORS, add_slots, relation_factors, relation_gradients
@@ -94,19 +103,23 @@ class Problem:
     def tiles(self, kernel: str) -> Tiles:
         return tiles("strip" if self.is_wide else kernel, self.arch, self.product.name, self.width)
 
-    def parts(self, config: Tiles, rows: int, programs: int) -> int:
-        """Among how many programs the columns of a row block are divided, of which ``programs`` work on each."""
+    def parts(self, config: Tiles, rows: int, programs: int, columns: int) -> int:
+        """Among how many programs ``columns`` of a row block are divided, of which ``programs`` work on each."""
+        if self.is_wide:
+            return strip_parts(self.rows[0], config, rows, columns, programs)
         row_blocks = triton.cdiv(rows, config.rows) * programs
-        return divide(row_blocks, self.column_count, config.columns, multiprocessors(self.rows[0].device))
+        return divide(row_blocks, columns, config.columns, multiprocessors(self.rows[0].device))
 
     def row_strips(self) -> Iterator[slice]:
         """All rows, or of wide ones a strip after another."""
         return row_strips(self.row_count, self.widest) if self.is_wide else iter([slice(0, self.row_count)])
 
-    def pieces(self, rows: int, strips: int) -> Iterator[slice]:
-        """All columns, or of wide ones as many at a time as ``strips`` strips of so many rows may have."""
-        step = strip_columns(rows, strips) if self.is_wide else self.column_count
-        return column_strips(self.column_count, step)
+    def pieces(self, rows: int, similarities: int, weights: int = 0) -> list[slice]:
+        """All columns, or of wide ones as many at a time as so many strips of so many rows may have."""
+        step = self.column_count
+        if self.is_wide:
+            step = strip_columns(rows, entry_bytes(self.product, similarities, weights))
+        return list(column_strips(self.column_count, step))
 
     def constants(self, config: Tiles) -> dict:
         """Compile-time arguments of the two kernels that walk tiles."""
@@ -157,15 +170,16 @@ def _forward(problem: Problem, strip: slice, shifts: Tensor, losses: Tensor, *lo
     shared = 1 if problem.is_wide else teachers_at_once(problem.arch, problem.product.name, problem.width, teachers)
     groups = problem.num_students * triton.cdiv(teachers, shared)
     config = sharing(problem.tiles("relation_sums"), shared)
-    parts = problem.parts(config, count, groups)
+    rows, columns = problem.operands
+    pieces = problem.pieces(count, len(rows))
+    parts = problem.parts(config, count, groups, pieces[0].stop)
     sums = losses.new_empty(parts, groups, num_sums(shared), count)
     common = {"S": problem.num_students, "T": teachers, "TEACHERS": shared}
-    rows, columns = problem.operands
     if problem.is_wide:
         rows = [x[strip] for x in rows]
     own = _rows_of(rows), _numbers_of(rows)
-    for piece in problem.pieces(count, len(rows)):
-        others = [x[piece] for x in columns] if problem.is_wide else columns
+    for piece in pieces:
+        others = [x[aligned(piece)] for x in columns] if problem.is_wide else columns
         products = _products(rows, others, count) if problem.is_wide else _rows_of(others)
         launch(relation_sums, **common, **problem.constants(config))(
             (triton.cdiv(count, config.rows), parts, groups), products if problem.is_wide else own[0], own[1],
@@ -173,6 +187,7 @@ def _forward(problem: Problem, strip: slice, shifts: Tensor, losses: Tensor, *lo
             problem.offset + strip.start - piece.start, parts, int(piece.start > 0),
             int(piece.stop == problem.column_count), problem.row_count, problem.inner, problem.outer,
         )  # fmt: skip
+        del products  # before the next ones are made
     if parts > 1:
         launch(
             relation_losses, **common, OWN_SHIFT=problem.own_shift, BLOCK_ROWS=STATISTICS_BLOCK,
@@ -269,7 +284,7 @@ def _gradients(problem: Problem, row_factors, column_factors, needs, scale: Tens
     row_bytes = sum(partners[q] * problem.dims[q] for q in stages) * gradients[0].element_size()
     step = min(rows, max(ROW_MULTIPLE, SLOT_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE))
     config = problem.tiles("relation_gradients")
-    parts = problem.parts(config, step, problem.num_pairs)
+    parts = problem.parts(config, step, problem.num_pairs, problem.column_count)
     one_each = parts == 1 and all(partners[q] == 1 for q in stages)
     if one_each:
         step = rows
@@ -315,17 +330,18 @@ def _gradients_in_strips(problem: Problem, row_factors, column_factors, needs, s
 def _add_strip(problem: Problem, strip: slice, stages, row_factors, column_factors, gradients, scale: Tensor):
     """Adds the gradients of one pair's losses at a strip of rows."""
     count, config = strip.stop - strip.start, problem.tiles("relation_gradients")
-    parts = problem.parts(config, count, 1)
     rows, columns = ([x[q] for q in stages] for x in problem.operands)
     rows = [x[strip] for x in rows]
     needed = [k for k, q in enumerate(stages) if gradients[q] is not None]
     wanted = sum(1 << k for k in needed)
     dims = tuple([problem.dims[q] for q in stages])
     out = [gradients[stages[k]][strip] for k in needed]
-    for piece in problem.pieces(count, len(stages)):
-        others = [x[piece] for x in columns]
+    pieces = problem.pieces(count, len(stages), len(needed))
+    parts = problem.parts(config, count, 1, pieces[0].stop)
+    for piece in pieces:
+        others = [x[aligned(piece)] for x in columns]
         products, width = _products(rows, others, count), piece.stop - piece.start
-        weights = [x.new_empty(count, width, dtype=problem.product.torch_type) for x in out]
+        weights = [torch.empty_like(products[0], dtype=problem.product.torch_type) for _ in out]
         sums = row_factors.new_empty(parts, len(needed), count)
         launch(
             relation_gradients, S=1, T=1, WANTED=wanted, SCALED=problem.product.scaled, **problem.constants(config)
@@ -336,6 +352,9 @@ def _add_strip(problem: Problem, strip: slice, stages, row_factors, column_facto
         )  # fmt: skip
         of_rows = sums.sum(dim=0)
         for place, (k, x) in enumerate(zip(needed, out, strict=True)):
-            product = multiply(weights[place], others[k].rows)[:, : dims[k]]
-            product.addcmul_(of_rows[place][:, None], others[k].centre[: dims[k]])
-            x += product / scale if problem.product.scaled else product
+            total = torch.zeros_like(x) if problem.product.scaled else x
+            add_products(total, weights[place], others[k].rows)
+            total.addcmul_(of_rows[place][:, None], others[k].centre[: dims[k]])
+            if problem.product.scaled:
+                x += total / scale
+        del products, weights  # before the next ones are made

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2
-from gkd_fast.kernels.common.tangents import HARDWARE_ONLY, both_sides_numbers, similarities, store_strip
+from gkd_fast.kernels.common.strips import store_strip
+from gkd_fast.kernels.common.tangents import HARDWARE_ONLY, both_sides_numbers, similarities
 from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, load_vector, number, place_among, store_vector
 from gkd_fast.kernels.relation_kl.gradient_tiles import both_sides, column_factor, num_factors, relation_weights
 from gkd_fast.kernels.relation_kl.tiles import relations

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from gkd_fast.kernels.common.log_sums import LN2, log_sum
+from gkd_fast.kernels.common.strips import strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     NOWHERE,
@@ -61,10 +62,10 @@ def walked_relations(
 ):  # fmt: skip
     """R of a stage's tile at (i, j), and its block of columns; ``level`` is the rows' h·inner.
 
-    With STRIP ``columns`` are the products themselves, [row_count, column_count].
+    With STRIP ``columns`` are a strip of the products themselves.
     """
     if STRIP:
-        other = load_tile(columns, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS)
+        other = load_tile(columns, i, j, row_count, strip_stride(column_count), BLOCK_ROWS, BLOCK_COLUMNS)
         c = other
     else:
         other = load_block(columns, j, BLOCK_COLUMNS, WIDTH)

@@ -1,18 +1,16 @@
 """rkd_angle on GPUs: the launches of ``tiles``, of many graphs at once, of strips of G that stay within
-``STRIP_BYTES``. One graph is a batch of one."""
+``strips.STRIP_BYTES``. One graph is a batch of one."""
 
 import torch
 import triton
 from torch import Tensor
 
+from gkd_fast.kernels.common import strips
 from gkd_fast.kernels.common.launch import architecture, matrices, on_device, product_of
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.strips import column_strips, graph_strips, multiply
 from gkd_fast.kernels.common.table import block_width, tiles
 from gkd_fast.kernels.rkd_angle.tiles import angle_products, angle_sums, angle_weights
-
-# The strips of one launch: rows of G of both sides, or weights.
-STRIP_BYTES = 16 * 2**20
 
 
 class Graphs:
@@ -92,8 +90,9 @@ def _some_graphs(students: Tensor, teachers: Tensor, counts: Tensor):
     for name, x in (("students", students), ("teachers", teachers)):
         matrices(name, [x.flatten(0, 1)], rows)
     students, teachers, counts = students.contiguous(), teachers.contiguous(), counts.contiguous()
-    row_bytes = 2 * students.shape[1] * students.element_size()
-    graphs, step = graph_strips(row_bytes, students.shape[1], STRIP_BYTES)
+    # Of both sides rows of G and of weights.
+    row_bytes = 4 * students.shape[1] * students.element_size()
+    graphs, step = graph_strips(row_bytes, students.shape[1], strips.STRIP_BYTES)
     for here in column_strips(len(students), graphs):
         yield here, Graphs(students[here], teachers[here], counts[here], step)
 

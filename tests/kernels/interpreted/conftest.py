@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gkd_fast.kernels.common import launch, small, strips, tangents
+from gkd_fast.kernels.common import launch, small, strips
 from gkd_fast.kernels.graph_conv import graphs as graph_conv
 from gkd_fast.kernels.node_contrast import launches as node_contrast
 from gkd_fast.kernels.pair_sums import launches as pair_sums
@@ -42,7 +42,8 @@ def always_divided(monkeypatch):
 
 class Division:
     """How a batch is worked on: by the kernels of small batches, in a tile of 64 columns; or by the others with the
-    columns whole, among programs, in pieces of 16 or 32, or in strips of 16 × 16.
+    columns whole, among programs, in pieces of 16 or 32, in strips of 16 × 16, or in wider ones that are divided among
+    programs.
     """
 
     def __init__(self, monkeypatch):
@@ -62,7 +63,12 @@ class Division:
         if name == "strips":
             for constant, value in {"LEAST": 16, "MOST_ROWS": 16, "STRIP_BYTES": 1}.items():
                 self.monkeypatch.setattr(strips, constant, value)
-            self.monkeypatch.setattr(tangents, "STRIP_BYTES", 1)
+            return {"width": 8}
+        if name == "divided strips":
+            # Of 48 columns or fewer, the sums of each tile of columns apart.
+            for constant, value in {"LEAST": 16, "MOST_ROWS": 16, "STRIP_BYTES": 16 * 48 * 16}.items():
+                self.monkeypatch.setattr(strips, constant, value)
+            self.monkeypatch.setattr(strips, "multiprocessors", lambda device: 2)
             return {"width": 8}
         return {}
 

@@ -48,7 +48,7 @@ def test_messages_wider_than_nodes(normalization, dtype, division):
 
 
 @pytest.mark.parametrize("dtype", [D64, torch.float16])
-@pytest.mark.parametrize("name", ["pieces", "strips"])
+@pytest.mark.parametrize("name", ["pieces", "strips", "divided strips"])
 def test_divisions_of_the_columns(normalization, dtype, division, name):
     judge(graph_conv(normalization), features(37, 16, 12, dtype=dtype), division(name))
 
@@ -68,7 +68,7 @@ def test_bandwidths_zero_rows_and_frozen_inputs(normalization, small_or_large):
         judge(graph_conv(normalization), inputs)
 
 
-@pytest.mark.parametrize("name", ["whole", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["whole", "pieces", "strips", "divided strips"])
 def test_column_sets(normalization, division, name):
     """Rows 5 … 25 with all 37 columns give what the whole batch gives there."""
     rows, op = slice(5, 25), torch.ops.gkd_fast

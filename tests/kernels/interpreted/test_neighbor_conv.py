@@ -86,13 +86,13 @@ def test_rows_that_are_wide_by_default(normalization, dims, division):
 
 
 @pytest.mark.parametrize("precision", ["float64", "tf32x3", "tf32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["small", "programs", "strips"])
+@pytest.mark.parametrize("name", ["small", "programs", "strips", "divided strips"])
 def test_types(normalization, precision, division, name):
     with table.forced(16, 16, **division(name)):
         problem(normalization, 37, (16, 16), precision).judge()
 
 
-@pytest.mark.parametrize("name", ["small", "programs", "strips"])
+@pytest.mark.parametrize("name", ["small", "programs", "strips", "divided strips"])
 def test_far_nodes(normalization, division, name):
     """σ = 0.02, where a node and a zero row are far from all others: rounding exponents of up to v = 2,500 errs by v·ε,
     here and in the truth."""
@@ -119,7 +119,7 @@ def test_near_cosines_in_short_types(monkeypatch, normalization, division, name,
         Problem(unit, messages, upstream, 1 / distance, normalization, precision).judge()
 
 
-@pytest.mark.parametrize("name", ["whole", "programs", "strips"])
+@pytest.mark.parametrize("name", ["whole", "programs", "strips", "divided strips"])
 def test_column_sets(normalization, division, name):
     """Rows 5 … 25 with all 37 columns give what the whole batch gives there, as do the columns in two blocks."""
     rows, whole = slice(5, 25), problem(normalization, 37, (9, 6))
@@ -144,7 +144,7 @@ def test_column_sets(normalization, division, name):
             whole.check(total, rows)
 
 
-@pytest.mark.parametrize("name", ["whole", "strips"])
+@pytest.mark.parametrize("name", ["whole", "strips", "divided strips"])
 def test_columns_without_upstream(normalization, division, name):
     """A bank's columns: what their own outputs would give is left out."""
     whole = problem(normalization, 37, (9, 6))

@@ -47,19 +47,19 @@ def test_types(dtype, temperature, keep, small_or_large):
     judge(node_contrast(1, temperature=temperature), features(37, 16, 16, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", ["programs", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["programs", "pieces", "strips", "divided strips"])
 @pytest.mark.parametrize("dtype", [D64, torch.float16])
 def test_divisions_of_the_columns(division, name, dtype, keep):
     judge(node_contrast(1), features(37, 16, 16, dtype=dtype), division(name))
 
 
-@pytest.mark.parametrize("name", ["small", "whole", "programs", "strips"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "strips", "divided strips"])
 def test_wanted_stage_pairs(division, name, keep):
     judge(node_contrast(2, pairs=[(0, 1), (1, 0), (1, 2)]), features(20, *[9] * 5), division(name))
     judge(node_contrast(2, pairs=[(1, 0)]), features(20, *[9] * 3), division(name))
 
 
-@pytest.mark.parametrize("name", ["small", "whole", "programs", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "pieces", "strips", "divided strips"])
 def test_own_shifts_where_the_shared_one_would_underflow(division, name, keep):
     judge(node_contrast(1, temperature=0.01), features(20, 9, 9), division(name))
 
@@ -79,7 +79,7 @@ def test_zero_rows(small_or_large):
     judge(node_contrast(1), [x.requires_grad_(), y.requires_grad_()])
 
 
-@pytest.mark.parametrize("name", ["whole", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["whole", "pieces", "strips", "divided strips"])
 @pytest.mark.parametrize("kept", [True, False])
 def test_column_sets(division, name, kept):
     """Rows 5 … 25 with all 37 columns give what the whole batch gives there."""

@@ -30,7 +30,7 @@ def test_types(dtype, small_or_large):
     judge(relation_kl(1), features(37, 16, 16, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", ["programs", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["programs", "pieces", "strips", "divided strips"])
 @pytest.mark.parametrize("dtype", [D64, torch.float16])
 def test_divisions_of_the_columns(division, name, dtype):
     judge(relation_kl(1), features(37, 16, 16, dtype=dtype), division(name))
@@ -42,12 +42,12 @@ def test_all_stage_pairs(students, teachers, small_or_large):
     judge(relation_kl(students), features(20, *[9] * (students + teachers)))
 
 
-@pytest.mark.parametrize("name", ["small", "whole", "programs", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "pieces", "strips", "divided strips"])
 def test_own_shifts_where_the_shared_one_would_underflow(division, name):
     judge(relation_kl(1, temperature=0.01), features(20, 9, 9), division(name))
 
 
-@pytest.mark.parametrize("name", ["small", "whole", "programs", "strips"])
+@pytest.mark.parametrize("name", ["small", "whole", "programs", "strips", "divided strips"])
 @pytest.mark.parametrize(("temperature", "perturbation"), [(0.1, 1e-2), (0.05, 1e-3), (0.01, 1e-4)])
 def test_losses_of_a_converged_student_err_no_more_than_twice_plain_pytorch(division, name, temperature, perturbation):
     """ℓ is what two nearly equal terms leave; the mean over seeds, since the largest error of a few rows varies."""
@@ -84,7 +84,7 @@ def test_zero_rows_and_equal_networks(small_or_large):
     judge(relation_kl(1), [x.requires_grad_(), y.requires_grad_()])
 
 
-@pytest.mark.parametrize("name", ["whole", "pieces", "strips"])
+@pytest.mark.parametrize("name", ["whole", "pieces", "strips", "divided strips"])
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 def test_column_sets(division, name, temperature):
     """Rows 5 … 25 with all 37 columns give what the whole batch gives there."""

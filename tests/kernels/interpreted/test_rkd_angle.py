@@ -7,7 +7,6 @@ import torch
 
 from gkd_fast import functional, reference
 from gkd_fast.kernels.common import strips, table
-from gkd_fast.kernels.rkd_angle import launches
 from tests.ops_cases import DTYPES, check, rows
 from tests.test_relations import published
 
@@ -29,7 +28,7 @@ def test_batches_and_unequal_widths(batch):
 
 def test_strips_of_nodes(monkeypatch):
     monkeypatch.setattr(strips, "LEAST", 16)
-    monkeypatch.setattr(launches, "STRIP_BYTES", 1)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 1)
     judge(loss, features(20, 18, 5))
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gkd_fast.kernels.common import strips, table
-from gkd_fast.kernels.rkd_angle import launches as rkd_angle
 from tests.ops_cases import D64
 from tests.second_order_cases import second_order
 from tests.test_tokens import LOSSES, padding, tokens
@@ -36,7 +35,7 @@ def test_samples_and_tokens(name, samples, count, masked, division):
 
 def test_angles_of_some_nodes_and_rows_of_one_sample_at_a_time(monkeypatch):
     monkeypatch.setattr(strips, "LEAST", 16)
-    monkeypatch.setattr(rkd_angle, "STRIP_BYTES", 1)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 1)
     judge(within("rkd_angle", padding(3, 37)), inputs_of(3, 37, "rkd_angle"))
 
 
