@@ -9,7 +9,7 @@ from torch import nn
 
 from gkd_fast.train.models import available_networks, build_network, load_weights
 
-RESNETS = [f"resnet{size}" for size in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4")]
+RESNETS = [f"resnet{size}" for size in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4", "8x0.25")]
 
 
 def count(network):

@@ -1,4 +1,4 @@
-"""Residual networks for 32×32 images (He et al., 2016) and the field's four times wider variants.
+"""Residual networks for 32×32 images (He et al., 2016), four times wider variants, and one that is four times narrower.
 
 Parameters are named as in the field's common checkpoints: conv1, bn1, layer1 to layer3, fc.
 """
@@ -11,6 +11,7 @@ from gkd_fast.train.models.staged import ConvolutionalNetwork, initialize
 # name: (depth, channels of the first convolution and of the three stages)
 RESNETS = {f"resnet{depth}": (depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)}
 RESNETS |= {f"resnet{depth}x4": (depth, (32, 64, 128, 256)) for depth in (8, 32)}
+RESNETS["resnet8x0.25"] = (8, (4, 4, 8, 16))
 
 
 class ResNet(ConvolutionalNetwork):
