@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 class Snapshot:
     """The buffers and modes of some modules and PyTorch's random state, to be put back exactly.
 
+    Attributes that say on the host what is in a module's buffers go with them: those in its ``beside_buffers``.
+
     Args:
         modules: with all that is in them.
         inputs: of a forward pass; the random state is that of the CPU and of every device of these and the modules.
@@ -17,7 +20,11 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module], inputs: Iterable[Tensor] = ()):
         owners = list({id(m): m for root in modules for m in root.modules()}.values())
-        self.modes = [(owner, owner.training) for owner in owners]
+        self.attributes = [
+            (owner, name, getattr(owner, name))
+            for owner in owners
+            for name in ("training", *getattr(owner, "beside_buffers", ()))
+        ]
         # The tensor objects too: a forward pass may replace a buffer instead of writing into it.
         self.buffers = [
             (owner, name, buffer, None if buffer is None else buffer.detach().clone())
@@ -33,7 +40,7 @@ class Snapshot:
             owner._buffers[name] = buffer
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-        self._set_modes(self.modes)
+        _set(self.attributes)
         self.random_state.restore()
 
     @contextlib.contextmanager
@@ -43,25 +50,25 @@ class Snapshot:
         The modules see copies of the buffers: the originals are left alone, since autograd may have saved them.
         """
         buffers = [(owner, name, owner._buffers.get(name)) for owner, name, *_ in self.buffers]
-        modes = [(owner, owner.training) for owner, _ in self.modes]
+        attributes = [(owner, name, getattr(owner, name)) for owner, name, _ in self.attributes]
         random_state = _RandomState(self.random_state.devices)
         copies = {id(buffer): value.clone() for _, _, buffer, value in self.buffers if value is not None}
         try:
             for owner, name, buffer, _ in self.buffers:
                 owner._buffers[name] = copies.get(id(buffer))
-            self._set_modes(self.modes)
+            _set(self.attributes)
             self.random_state.restore()
             yield
         finally:
             for owner, name, buffer in buffers:
                 owner._buffers[name] = buffer
-            self._set_modes(modes)
+            _set(attributes)
             random_state.restore()
 
-    @staticmethod
-    def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-        for owner, mode in modes:
-            owner.training = mode
+
+def _set(attributes: Iterable[tuple[nn.Module, str, Any]]) -> None:
+    for owner, name, value in attributes:
+        setattr(owner, name, value)
 
 
 class _RandomState:

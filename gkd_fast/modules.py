@@ -45,6 +45,7 @@ class BatchGCN(nn.Module):
         ValueError: a width or the number of layers is not positive, or a name is unknown.
     """
 
+    beside_buffers = "_batch", "_before"  # gkd_fast._snapshot puts them back with the buffers.
     found_bandwidth: Tensor
     found_batch: Tensor
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gkd_fast import BatchGCN, GraphKDLoss
+from gkd_fast._snapshot import Snapshot
 from gkd_fast.functional import effective_neighbors
 from tests.ops_cases import Calls
 
@@ -90,3 +91,18 @@ def test_the_advice_is_about_the_neighbors():
     criterion = GraphKDLoss([12], [12], num_classes=3, neighbors=30, self_weight=0.5)
     with pytest.warns(UserWarning, match="neighbors=30 are nearly all of a batch of 16: try fewer, or a larger batch"):
         criterion([batch_of(16, 0)], [batch_of(16, 1)], torch.arange(16) % 3)
+
+
+@pytest.mark.parametrize("last", [None, 5])
+def test_a_look_that_is_undone_leaves_the_next_search_as_it_was(last):
+    plain, looked_at = head(), head()
+    for module in (plain, looked_at):
+        if last is not None:
+            module(batch_of(last, 7))  # an epoch's last batch, too small for six others: a bandwidth without bounds
+    snapshot = Snapshot([looked_at])
+    looked_at(batch_of(50, 0))
+    with Snapshot([looked_at]).replay():
+        looked_at(batch_of(50, 1))
+    snapshot.restore()
+    assert torch.equal(plain(batch_of(50, 0)), looked_at(batch_of(50, 0)))
+    assert torch.equal(plain.found_bandwidth, looked_at.found_bandwidth)
