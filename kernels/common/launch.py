@@ -107,13 +107,19 @@ def on_device(x: Tensor):
 def matrices(name: str, tensors: Sequence[Tensor], rows: int | None = None) -> list[Tensor]:
     """The matrices, contiguous, checked for one type (float32 or float64), device and number of rows."""
     first = tensors[0]
+    dtype, device = first.dtype, first.device
     rows = first.shape[0] if rows is None else rows
     for k, x in enumerate(tensors):
-        if x.dtype not in (torch.float32, torch.float64) or x.dtype != first.dtype or x.device != first.device:
-            raise ValueError(f"{name}[{k}] must be float32 or float64 like the others, got {x.dtype} on {x.device}")
         if x.dim() != 2 or x.shape[0] != rows:
             raise ValueError(f"{name}[{k}] must have shape [{rows}, width], got {tuple(x.shape)}")
-    return [x if x.is_contiguous() else x.contiguous() for x in tensors]
+        if x.dtype is not dtype or x.device != device or dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}[{k}] must be float32 or float64 like the others, got {x.dtype} on {x.device}")
+    return [x.contiguous() for x in tensors]
+
+
+def bits_of(flags: Sequence[bool]) -> int:
+    """Bit k says whether flag k is set."""
+    return sum([1 << k for k, flag in enumerate(flags) if flag])
 
 
 def cdiv(count: int, size: int) -> int:

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import cdiv, multiprocessors, on_device, padded_width
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.operands import Prepared
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.tile import COUNTS, load_tile, number, pick
 
@@ -88,30 +89,50 @@ def graph_bandwidths(
     tl.store(inverse_variances + stage, (1 / variance).to(SUM))
 
 
+class Shape:
+    """What follows from a call's numbers: places of the stages' sums, and how rows are divided among programs."""
+
+    def __init__(self, dims: tuple[int, ...], count: int, device: torch.device):
+        self.parts = max(1, min(MOST_PARTS, cdiv(count, BLOCK_ROWS), multiprocessors(device) // len(dims)))
+        self.places, self.sum = tuple([sum(dims[:k]) for k in range(len(dims))]), sum(dims)
+        self.widths = tuple([padded_width(dim) for dim in dims])
+
+
+_shape = planned(Shape)
+
+
+@planned
+def _moments(means: bool) -> Launch:
+    return launch(graph_moments, MEANS=means, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)
+
+
+@planned
+def _bandwidths(dtype: torch.dtype) -> Launch:
+    return launch(graph_bandwidths, BLOCK_WIDTH=BLOCK_WIDTH, SUM=tl.float64 if dtype == torch.float64 else tl.float32)
+
+
 def graph_inverse_variances(
     nodes: Sequence[Tensor], share: float, least: float, *, prepared: Prepared | None = None
 ) -> Tensor:
     """1/σ² of each stage, ``[stages]``; leaves the stages' means to the operands that are ``prepared``."""
-    x, count = nodes[0], nodes[0].shape[0]
-    parts = max(1, min(MOST_PARTS, cdiv(count, BLOCK_ROWS), multiprocessors(x.device) // len(nodes)))
-    dims = tuple([x.shape[1] for x in nodes])
-    places = tuple([sum(dims[:k]) for k in range(len(dims))])
-    sums = x.new_empty(parts, sum(dims), dtype=torch.float64)
-    squares = x.new_empty(parts, len(nodes), 2, dtype=torch.float64)
-    found = x.new_empty(len(nodes))
-    sum_type = tl.float64 if x.dtype == torch.float64 else tl.float32
+    x, dims = nodes[0], tuple([y.shape[1] for y in nodes])
+    count, stages = x.shape[0], len(dims)
+    shape = _shape(dims, count, x.device)
+    sums = x.new_empty(shape.parts, shape.sum, dtype=torch.float64)
+    squares = x.new_empty(shape.parts, stages, 2, dtype=torch.float64)
+    found = x.new_empty(stages)
     widths, centres = dims, nodes
     leaves_means = prepared is not None and not is_small(count, False, *dims)
     if leaves_means:
-        widths = tuple([padded_width(dim) for dim in dims])
-        centres = [x.new_empty(parts, width) for width in widths]
+        widths = shape.widths
+        centres = [x.new_empty(shape.parts, width) for width in widths]
         prepared.leave_means(centres)
     with on_device(x):
-        launch(graph_moments, MEANS=leaves_means, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)(
-            (parts, len(nodes)), tuple(nodes), dims, places, widths, tuple(centres), sums, squares, count, sum(dims),
-            parts,
+        _moments(leaves_means)(
+            (shape.parts, stages), tuple(nodes), dims, shape.places, widths, tuple(centres), sums, squares, count,
+            shape.sum, shape.parts,
         )  # fmt: skip
-        launch(graph_bandwidths, BLOCK_WIDTH=BLOCK_WIDTH, SUM=sum_type)(
-            (len(nodes),), dims, places, sums, squares, found, count, sum(dims), parts, share, least
+        _bandwidths(x.dtype)(
+            (stages,), dims, shape.places, sums, squares, found, count, shape.sum, shape.parts, share, least
         )
     return found

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import Product, on_device
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launch import PRODUCTS, Product, on_device
+from gkd_fast.kernels.common.launcher import Launch, launch
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import centred_product, negative_distances, store_weighted
 from gkd_fast.kernels.common.tile import COUNTS, load_tile, pick, store_vector
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
@@ -138,6 +139,18 @@ def graph_small_gradients(
                        BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
 
 
+@planned
+def _sums(is_row: bool, backward: bool, arch: str, name: str) -> Launch:
+    product = PRODUCTS[name]
+    constants = small.constants(arch, product, WEIGHT_COLUMNS=small.weight_columns(product))
+    return launch(graph_small_sums, SYMMETRIC=not is_row, BACKWARD=backward, **constants)
+
+
+@planned
+def _gradients(is_row: bool, arch: str, product: str) -> Launch:
+    return launch(graph_small_gradients, SYMMETRIC=not is_row, **small.gradient_constants(arch, PRODUCTS[product]))
+
+
 @dataclass(frozen=True)
 class Stages:
     """Unit rows of one number and type, 1/σ² of each stage, and how products are made."""
@@ -150,9 +163,8 @@ class Stages:
     def sums(self, values: Sequence[Tensor], degrees, is_row: bool, terms_of=None) -> list[Tensor]:
         """``terms_of``: the node terms, to be written, and messages, upstream and output."""
         outputs, count = [x.new_empty(x.shape) for x in values], values[0].shape[0]
-        constants = small.constants(self.arch, self.product, WEIGHT_COLUMNS=small.weight_columns(self.product))
         with on_device(values[0]):
-            launch(graph_small_sums, SYMMETRIC=not is_row, BACKWARD=terms_of is not None, **constants)(
+            _sums(is_row, terms_of is not None, self.arch, self.product.name)(
                 (small.row_blocks(count), len(values)), tuple(self.nodes), tuple(values), tuple(degrees),
                 tuple(outputs), *(tuple(x) for x in terms_of or (outputs,) * 4), tuple(self.inverse_variances),
                 tuple([x.shape[1] for x in self.nodes]), tuple([x.shape[1] for x in values]), count,
@@ -192,9 +204,8 @@ def graph_conv_backward(
             tuple(_at(x, moved)) for x in (stages.nodes, stages.inverse_variances, messages, upstream, degrees, terms)
         )
         gradients = [x.new_empty(x.shape) for x in nodes]
-        constants = small.gradient_constants(stages.arch, stages.product)
         with on_device(nodes[0]):
-            launch(graph_small_gradients, SYMMETRIC=not is_row, **constants)(
+            _gradients(is_row, stages.arch, stages.product.name)(
                 (small.row_blocks(nodes[0].shape[0]), len(nodes)), nodes, messages, upstream, degrees, terms,
                 tuple(gradients), variances, tuple([x.shape[1] for x in nodes]), tuple([x.shape[1] for x in messages]),
                 nodes[0].shape[0],

@@ -1,12 +1,16 @@
 """node_contrast on GPUs: the launches of ``tiles``, all wanted pairs or stages in one."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
+    PRODUCTS,
     Product,
     architecture,
+    bits_of,
     cdiv,
     divide,
     matrices,
@@ -19,6 +23,7 @@ from gkd_fast.kernels.common.launch import (
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.operands import BLOCK_ROWS, BLOCK_WIDTH, Prepared, centred, stored_width
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import largest_width, tiles
@@ -43,30 +48,43 @@ EPILOGUE_ROWS = 16
 LEAST_SAVED = 3
 
 
-class Problem:
+class Shape:
+    """What follows from a call's numbers."""
+
+    def __init__(
+        self, S: int, T: int, rows: int, dim: int, wanted: Sequence[bool], temperature: float, product: str, arch: str
+    ):  # fmt: skip
+        if len(wanted) != S * T:
+            raise ValueError(f"wanted must have {S * T} entries, got {len(wanted)}")
+        if len(wanted) > MOST_PAIRS:
+            raise ValueError(f"node_contrast takes at most {MOST_PAIRS} stage pairs, got {len(wanted)}")
+        self.S, self.T, self.row_count, self.dim = S, T, rows, dim
+        self.wanted = bits_of(wanted)
+        self.pairs = [divmod(p, T) for p, is_wanted in enumerate(wanted) if is_wanted]
+        self.product, self.arch = PRODUCTS[product], arch
+        self.temperature, self.scale = temperature, LOG2E / temperature
+        self.width = padded_width(dim)
+        self.is_wide = self.width > largest_width(arch, product)
+
+
+_shape = planned(Shape)
+
+
+class Problem(Shape):
     """Rows and constants of one call."""
 
     def __init__(self, students, teachers, wanted, temperature, product_precision, prepared=None):
         self.prepared: Prepared = prepared or Prepared()
         self.students = matrices("students", students)
         self.teachers = matrices("teachers", teachers, students[0].shape[0])
-        self.S, self.T, self.dim = len(students), len(teachers), students[0].shape[1]
-        if any(x.shape[1] != self.dim for x in (*students, *teachers)):
-            raise ValueError(f"all stages must have width {self.dim}")
-        if len(wanted) != self.S * self.T:
-            raise ValueError(f"wanted must have {self.S * self.T} entries, got {len(wanted)}")
-        if len(wanted) > MOST_PAIRS:
-            raise ValueError(f"node_contrast takes at most {MOST_PAIRS} stage pairs, got {len(wanted)}")
-        self.row_count, self.wanted = (
-            len(self.students[0]),
-            sum(1 << p for p, is_wanted in enumerate(wanted) if is_wanted),
-        )
-        self.pairs = [divmod(p, self.T) for p, is_wanted in enumerate(wanted) if is_wanted]
-        self.product = product_of(product_precision, students[0])
-        self.device, self.arch = students[0].device, architecture(students[0].device)
-        self.temperature, self.scale = temperature, LOG2E / temperature
-        self.width = padded_width(self.dim)
-        self.is_wide = self.width > largest_width(self.arch, self.product.name)
+        x = self.students[0]
+        rows, dim = x.shape
+        if any(y.shape[1] != dim for y in (*students, *teachers)):
+            raise ValueError(f"all stages must have width {dim}")
+        self.device = x.device
+        product, arch = product_of(product_precision, x).name, architecture(x.device)
+        shape = _shape(len(students), len(teachers), rows, dim, tuple(wanted), temperature, product, arch)
+        self.__dict__.update(shape.__dict__)
 
     def column_set(self, name: str, columns, rows: list[Tensor]) -> list[Tensor]:
         if columns is None:
@@ -250,15 +268,11 @@ def node_contrast_backward(
     return gradients
 
 
-def _bits(flags) -> int:
-    return sum(1 << k for k, flag in enumerate(flags) if flag)
-
-
 def _differences(problem, owned, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
     launch(contrast_differences, S=problem.S, T=problem.T, **problem.epilogue_constants())(
         (triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients)), tuple(problem.teachers), weighted, upstream,
-        tuple(gradients), problem.dim, problem.row_count, int(owned), problem.wanted, _bits(needs),
+        tuple(gradients), problem.dim, problem.row_count, int(owned), problem.wanted, bits_of(needs),
         1 / problem.temperature,
     )  # fmt: skip
 
@@ -285,8 +299,9 @@ def _gradients(problem, sides, column_count, owned, offset, own_side, side, grad
     )(
         (row_blocks, parts * len(gradients)), tuple(x.rows for x in rows), tuple(y.rows for y in columns),
         tuple(y.centre for y in columns), tuple(partners), *numbers, sides.own_similarities, *side, *own_side,
-        tuple(partial), power, problem.dim, problem.row_count, count, offset, int(owned), problem.wanted, _bits(needs),
-        parts, 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
+        tuple(partial), power, problem.dim, problem.row_count, count, offset, int(owned), problem.wanted,
+        bits_of(needs), parts, 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
+        1 / problem.temperature,
     )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):

@@ -5,9 +5,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import on_device
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launch import PRODUCTS, bits_of, on_device
+from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import centred_product, load_of_pair, mean_row, store_weighted
 from gkd_fast.kernels.common.tile import (
     COUNTS,
@@ -152,15 +153,27 @@ def contrast_small_gradients(
                 )  # fmt: skip
 
 
+@planned
+def _losses(S: int, T: int, keeps: bool, arch: str, name: str) -> Launch:
+    product = PRODUCTS[name]
+    constants = small.constants(arch, product, WEIGHT_COLUMNS=small.weight_columns(product))
+    return launch(contrast_small_losses, S=S, T=T, KEEP=keeps, **constants)
+
+
 def node_contrast(problem, losses: Tensor, log_sums: Tensor, weighted: Tensor):
     """Writes the results to the given memory, weighted sums where there is some for them."""
     count, S, T = problem.row_count, problem.S, problem.T
-    constants = small.constants(problem.arch, problem.product, WEIGHT_COLUMNS=small.weight_columns(problem.product))
     with on_device(losses):
-        launch(contrast_small_losses, S=S, T=T, KEEP=weighted.numel() > 0, **constants)(
+        _losses(S, T, weighted.numel() > 0, problem.arch, problem.product.name)(
             (small.row_blocks(count), S * T), tuple(problem.students), tuple(problem.teachers), losses, log_sums,
             weighted, problem.dim, count, problem.wanted, problem.scale,
         )  # fmt: skip
+
+
+@planned
+def _gradients(S: int, T: int, kept: bool, arch: str, name: str) -> Launch:
+    constants = small.gradient_constants(arch, PRODUCTS[name])
+    return launch(contrast_small_gradients, S=S, T=T, KEPT=kept, **constants)
 
 
 def node_contrast_backward(problem, upstream, log_sums, weighted, needs: list[bool]) -> list[Tensor]:
@@ -168,11 +181,10 @@ def node_contrast_backward(problem, upstream, log_sums, weighted, needs: list[bo
     gradients = [x.new_empty(x.shape) for x, needed in zip(rows, needs, strict=True) if needed]
     if not gradients:
         return []
-    needed = sum(1 << q for q, is_needed in enumerate(needs) if is_needed)
     with on_device(upstream):
-        constants = small.gradient_constants(problem.arch, problem.product)
-        launch(contrast_small_gradients, S=problem.S, T=problem.T, KEPT=weighted.numel() > 0, **constants)(
+        _gradients(problem.S, problem.T, weighted.numel() > 0, problem.arch, problem.product.name)(
             (small.row_blocks(problem.row_count), len(gradients)), tuple(rows), tuple(gradients), upstream, log_sums,
-            weighted, problem.dim, problem.row_count, problem.wanted, needed, problem.scale, 1 / problem.temperature,
+            weighted, problem.dim, problem.row_count, problem.wanted, bits_of(needs), problem.scale,
+            1 / problem.temperature,
         )  # fmt: skip
     return gradients

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
-    Product,
+    PRODUCTS,
     architecture,
     divide,
     matrices,
@@ -21,6 +21,7 @@ from gkd_fast.kernels.common.launch import (
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, Prepared, centred, operands, stored_width
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.strips import (
@@ -49,38 +50,51 @@ SLOT_BYTES = 64 * 2**20
 SLOT_BLOCK = 1024
 
 
-class Problem:
+class Shape:
+    """What follows from a call's numbers."""
+
+    def __init__(
+        self, dims: tuple[int, ...], num_students: int, row_count: int, column_count: int, temperature: float,
+        bandwidth: float, product: str, arch: str,
+    ):  # fmt: skip
+        self.dims, self.widest = dims, max(dims)
+        self.num_students, self.num_teachers = num_students, len(dims) - num_students
+        self.row_count, self.column_count = row_count, column_count
+        self.product, self.arch = PRODUCTS[product], arch
+        self.inner, self.outer = LOG2E / bandwidth**2, LOG2E / temperature
+        bounded = 2 * self.inner <= LARGEST_POLYNOMIAL_RANGE
+        self.polynomials = polynomials(arch, product) if bounded else 0
+        self.slope = 1 / (bandwidth**2 * temperature)
+        self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
+        self.is_wide = padded_width(self.widest) > largest_width(arch, product)
+        self.width = 16 if self.is_wide else padded_width(self.widest)
+
+
+_shape = planned(Shape)
+
+
+class Problem(Shape):
     """Rows, columns and constants of one call."""
 
     def __init__(self, students, teachers, temperature, bandwidth, product_precision, student_columns,
                  teacher_columns, offset, prepared=None):  # fmt: skip
         self.prepared: Prepared = prepared or Prepared()
-        self.num_students, self.num_teachers = len(students), len(teachers)
-        self.rows = matrices("students", students) + matrices("teachers", teachers, students[0].shape[0])
+        self.rows = matrices("stages", [*students, *teachers])
+        x = self.rows[0]
         if (student_columns is None) != (teacher_columns is None):
             raise ValueError("student_columns and teacher_columns go together")
         self.has_columns = student_columns is not None
         self.columns, self.offset = self.rows, 0
         if self.has_columns:
-            count = student_columns[0].shape[0]
-            self.columns = matrices("student_columns", student_columns) + matrices(
-                "teacher_columns", teacher_columns, count
-            )
+            self.columns = matrices("columns", [*student_columns, *teacher_columns])
             self.offset = offset
-            if [x.shape[1] for x in self.columns] != [x.shape[1] for x in self.rows]:
+            if [y.shape[1] for y in self.columns] != [y.shape[1] for y in self.rows]:
                 raise ValueError("rows and columns of a stage must share a width")
-        self.product: Product = product_of(product_precision, self.rows[0])
-        self.arch = architecture(self.rows[0].device)
-        self.inner, self.outer = LOG2E / bandwidth**2, LOG2E / temperature
-        bounded = 2 * self.inner <= LARGEST_POLYNOMIAL_RANGE
-        self.polynomials = polynomials(self.arch, self.product.name) if bounded else 0
-        self.slope = 1 / (bandwidth**2 * temperature)
-        self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
-        self.row_count, self.column_count = len(self.rows[0]), len(self.columns[0])
-        self.dims = tuple([x.shape[1] for x in self.rows])
-        self.widest = max(self.dims)
-        self.is_wide = padded_width(self.widest) > largest_width(self.arch, self.product.name)
-        self.width = 16 if self.is_wide else padded_width(self.widest)
+        shape = _shape(
+            tuple([y.shape[1] for y in self.rows]), len(students), x.shape[0], self.columns[0].shape[0], temperature,
+            bandwidth, product_of(product_precision, x).name, architecture(x.device),
+        )  # fmt: skip
+        self.__dict__.update(shape.__dict__)
 
     @property
     def num_pairs(self) -> int:

@@ -5,9 +5,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import on_device
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launch import PRODUCTS, bits_of, on_device
+from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.log_sums import LN2, log_sum, shift_and_ratio
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import load_of_pair, negative_distances, store_weighted
 from gkd_fast.kernels.common.tile import COUNTS, NOWHERE, number, pick, replace_edges, store_vector
 from gkd_fast.kernels.node_contrast.tiles import nth_set_bit
@@ -130,26 +131,34 @@ def relation_small_gradients(
                        BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
 
 
+@planned
+def _losses(S: int, T: int, arch: str, product: str) -> Launch:
+    return launch(relation_small_losses, S=S, T=T, **small.constants(arch, PRODUCTS[product]))
+
+
 def relation_kl(problem, losses: Tensor, student_log_sums: Tensor, teacher_log_sums: Tensor):
     """Writes the results to the given memory."""
     S, T, count = problem.num_students, problem.num_teachers, problem.row_count
     with on_device(losses):
-        launch(relation_small_losses, S=S, T=T, **small.constants(problem.arch, problem.product))(
+        _losses(S, T, problem.arch, problem.product.name)(
             (small.row_blocks(count), S * T), tuple(problem.rows), problem.dims, losses, student_log_sums,
             teacher_log_sums, count, problem.inner, problem.outer,
         )  # fmt: skip
+
+
+@planned
+def _gradients(S: int, T: int, arch: str, product: str) -> Launch:
+    return launch(relation_small_gradients, S=S, T=T, **small.gradient_constants(arch, PRODUCTS[product]))
 
 
 def relation_kl_backward(problem, upstream, losses, student_log_sums, teacher_log_sums, needs) -> list[Tensor]:
     gradients = [x.new_empty(x.shape) for x, needed in zip(problem.rows, needs, strict=True) if needed]
     if not gradients:
         return []
-    wanted = sum(1 << q for q, needed in enumerate(needs) if needed)
     with on_device(upstream):
-        constants = small.gradient_constants(problem.arch, problem.product)
-        launch(relation_small_gradients, S=problem.num_students, T=problem.num_teachers, **constants)(
+        _gradients(problem.num_students, problem.num_teachers, problem.arch, problem.product.name)(
             (small.row_blocks(problem.row_count), len(gradients)), tuple(problem.rows), problem.dims, tuple(gradients),
-            upstream, losses, student_log_sums, teacher_log_sums, problem.row_count, wanted, problem.inner,
+            upstream, losses, student_log_sums, teacher_log_sums, problem.row_count, bits_of(needs), problem.inner,
             problem.outer, problem.slope,
         )  # fmt: skip
     return gradients

@@ -7,18 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import on_device
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launcher import Launch, launch
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.unit_rows.tiles import unit_rows_forward, unit_rows_gradient
 
 BLOCK_ROWS, BLOCK_WIDTH = 8, 128
 
 
 def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    units = [x.new_empty(*x.shape, dtype=dtype) for x in rows]
-    norms = [x.new_empty(len(x), dtype=dtype) for x in units]
-    zero = torch.finfo(dtype).tiny ** 0.5
+    units = [x.new_empty(x.shape, dtype=dtype) for x in rows]
+    norms = [x.new_empty(x.shape[0]) for x in units]
+    kernel, zero = _forward(dtype), torch.finfo(dtype).tiny ** 0.5
     for x, e, n in _groups(rows, units, norms):
-        _launch(unit_rows_forward, dtype, x, e, n, x[0].shape[0], zero)
+        _launch(kernel, x, e, n, x[0].shape[0], zero)
     return units, norms
 
 
@@ -27,18 +28,31 @@ def unit_rows_backward(
 ) -> list[Tensor]:
     gradients = [torch.empty_like(e, dtype=dtype) for e in unit]
     for g, e, n, out in _groups(upstream, unit, inverse_norms, gradients):
-        _launch(unit_rows_gradient, e[0].dtype, g, e, n, out, g[0].shape[0])
+        _launch(_gradient(e[0].dtype), g, e, n, out, g[0].shape[0])
     return gradients
 
 
-def _launch(kernel, dtype: torch.dtype, rows: Sequence[Tensor], *arguments) -> None:
-    """``arguments``: lists of tensors, of one for each of the rows, and numbers."""
-    shapes, strides = zip(*[x.shape for x in rows]), zip(*[x.stride() for x in rows])
-    (count, *_), dims = shapes
+@planned
+def _forward(dtype: torch.dtype) -> Launch:
+    return launch(unit_rows_forward, **_constants(dtype))
+
+
+@planned
+def _gradient(dtype: torch.dtype) -> Launch:
+    return launch(unit_rows_gradient, **_constants(dtype))
+
+
+def _constants(dtype: torch.dtype) -> dict:
     sum_type = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"TYPE": sum_type, "ROWS": BLOCK_ROWS, "WIDTH": BLOCK_WIDTH}
+
+
+def _launch(kernel: Launch, rows: Sequence[Tensor], *arguments) -> None:
+    """``arguments``: lists of tensors, of one for each of the rows, and numbers."""
+    (counts, dims), strides = zip(*[x.shape for x in rows]), zip(*[x.stride() for x in rows])
     with on_device(rows[0]):
-        launch(kernel, TYPE=sum_type, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)(
-            (-(-count // BLOCK_ROWS), len(dims)), tuple(rows), *strides, dims,
+        kernel(
+            (-(-counts[0] // BLOCK_ROWS), len(dims)), tuple(rows), *strides, dims,
             *[tuple(x) if isinstance(x, list) else x for x in arguments],
         )  # fmt: skip
 
@@ -46,8 +60,9 @@ def _launch(kernel, dtype: torch.dtype, rows: Sequence[Tensor], *arguments) -> N
 def _groups(tensors: list[Tensor], *others: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
     """The lists, by what one launch can take: tensors of one type and one number of rows."""
     lists, first = (tensors, *others), tensors[0]
-    if all(x.dtype == first.dtype and x.shape[0] == first.shape[0] for x in tensors):
-        return [lists] if first.shape[0] else []
+    dtype, count = first.dtype, first.shape[0]
+    if all(x.dtype is dtype and x.shape[0] == count for x in tensors):
+        return [lists] if count else []
     groups: dict[tuple, list[int]] = {}
     for k, x in enumerate(tensors):
         if x.shape[0]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gkd_fast.kernels.common import launch, small, strips
+from gkd_fast.kernels.common import launch, plan, small, strips
 from gkd_fast.kernels.graph_conv import graphs as graph_conv
 from gkd_fast.kernels.node_contrast import launches as node_contrast
 from gkd_fast.kernels.pair_sums import launches as pair_sums
@@ -51,6 +51,7 @@ class Division:
 
     def __call__(self, name: str) -> dict:
         """Sets it up and returns the options of ``table.forced``."""
+        plan.forget()
         self.monkeypatch.setattr(small, "SMALL_BATCH", 64 if name == "small" else 0)
         if name != "programs":
             for module in (graph_conv, node_contrast, pair_sums, relation_kl):
