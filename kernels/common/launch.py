@@ -104,16 +104,23 @@ def on_device(x: Tensor):
     return torch.cuda.device(x.device)
 
 
-def matrices(name: str, tensors: Sequence[Tensor], rows: int | None = None) -> list[Tensor]:
-    """The matrices, contiguous, checked for one type (float32 or float64), device and number of rows."""
+EXACT = torch.float32, torch.float64
+FLOATING = *EXACT, torch.bfloat16, torch.float16
+
+
+def matrices(
+    name: str, tensors: Sequence[Tensor], rows: int | None = None, types: tuple[torch.dtype, ...] = EXACT
+) -> list[Tensor]:
+    """The matrices, contiguous, checked for one type of these, one device and one number of rows."""
     first = tensors[0]
     dtype, device = first.dtype, first.device
     rows = first.shape[0] if rows is None else rows
     for k, x in enumerate(tensors):
         if x.dim() != 2 or x.shape[0] != rows:
             raise ValueError(f"{name}[{k}] must have shape [{rows}, width], got {tuple(x.shape)}")
-        if x.dtype is not dtype or x.device != device or dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name}[{k}] must be float32 or float64 like the others, got {x.dtype} on {x.device}")
+        if x.dtype is not dtype or x.device != device or dtype not in types:
+            allowed = " or ".join(str(t).removeprefix("torch.") for t in types)
+            raise ValueError(f"{name}[{k}] must be {allowed} like the others, got {x.dtype} on {x.device}")
     return [x.contiguous() for x in tensors]
 
 

@@ -68,7 +68,7 @@ def mean_row(matrix, k, count, dim, WIDTH: tl.constexpr, SUM: tl.constexpr):
     """
     total = tl.zeros([WIDTH], SUM)
     for i in range(0, count, MEAN_ROWS):
-        x = load_tile(matrix, i, k, count, dim, MEAN_ROWS, WIDTH)
+        x = load_tile(matrix, i, k, count, dim, MEAN_ROWS, WIDTH).to(SUM)
         total += tl.sum(tl.where(x - x == 0, x, 0.0), 0)
     return total / number(count, SUM)
 
@@ -108,8 +108,8 @@ def centred_product(
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     p, q = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_COLUMNS], SUM)
     for k in range(0, dim, BLOCK_WIDTH):
-        x = load_tile(rows, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH)
-        y = load_tile(columns, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
+        x = load_tile(rows, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH).to(SUM)
+        y = load_tile(columns, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH).to(SUM)
         m = mean_row(rows, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
         n = mean_row(columns, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
         p += tl.sum((x - 0.5 * m) * n, 1)
@@ -140,7 +140,7 @@ def store_weighted(
     # What another thread of the program stored is read here.
     tl.debug_barrier()
     for k in tl.range(0, dim, BLOCK_WIDTH, disable_licm=True):
-        v = load_tile(values, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH)
+        v = load_tile(values, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH).to(sums.dtype)
         m = mean_row(values, k, count, dim, BLOCK_WIDTH, sums.dtype)[None, :]
         v, v_unit = operand(v - m, TYPE, SCALED)
         piece = product(weights, v, PRECISION) * (unit * v_unit) + sums[:, None] * m

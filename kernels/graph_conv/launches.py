@@ -118,16 +118,16 @@ def _sums_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
         ], degrees
     grid, parts, constants = walk(graphs, "graph_sums", max(widths))
     with_degrees = row_degrees is None
-    outputs = [of_parts(x, parts, graph.row_count, width) for x, width in zip(like, widths, strict=True)]
-    sums = [of_parts(x, parts, graph.row_count) for x in like] if with_degrees else outputs
+    outputs = [of_parts(graph.nodes, parts, graph.row_count, width) for width in widths]
+    sums = [of_parts(graph.nodes, parts, graph.row_count) for _ in like] if with_degrees else outputs
     with on_device(graph.nodes):
         launch(
             graph_sums, DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled,
             DIAGONAL=graph.diagonal, **constants,
         )(
             grid, *node_arguments(graphs, constants["WIDTH"]), tuple(x.rows for x in values),
-            tuple(x.centre for x in values), tuple(row_degrees or like), tuple(outputs), tuple(sums),
-            tuple(x if p is None else p for x, p in zip(like, powers, strict=True)), variances(graphs), tuple(widths),
+            tuple(x.centre for x in values), tuple(row_degrees or outputs), tuple(outputs), tuple(sums),
+            tuple(x if p is None else p for x, p in zip(outputs, powers, strict=True)), variances(graphs), tuple(widths),
             graph.row_count, graph.column_count, graph.offset, parts,
         )  # fmt: skip
     return complete(graphs, widths, parts, outputs, sums if with_degrees else None, row_degrees, row_factor)
@@ -226,7 +226,7 @@ def _messages_gradients(graphs, own: Sequence[Side], columns: Sequence[Values], 
     """dH of the rows."""
     messages = [side.messages for side in own]
     if columns[0].upstream is None:
-        return [torch.zeros_like(x) for x in messages]
+        return [graph.nodes.new_zeros(x.shape) for graph, x in zip(graphs, messages, strict=True)]
     upstream, powers = [x.upstream for x in columns], [x.powers[1] for x in columns]
     row_factor = ONE if is_row else INVERSE_ROOT
     return weighted_sums(graphs, upstream, powers, messages, [side.degrees for side in own], row_factor)[0]

@@ -94,10 +94,10 @@ def graph_small_sums(
         tl.debug_barrier()
         along = tl.zeros([BLOCK_ROWS], SUM)
         for k in range(0, width, BLOCK_WIDTH):
-            g = load_tile(upstream, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH)
+            g = load_tile(upstream, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH).to(SUM)
             along += tl.sum(g * load_tile(convolved, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH), 1)
             if SYMMETRIC:
-                h = load_tile(messages, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH)
+                h = load_tile(messages, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH).to(SUM)
                 along += tl.sum(h * load_tile(output, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH), 1)
         if SYMMETRIC:
             along = along * 0.5
@@ -162,7 +162,8 @@ class Stages:
 
     def sums(self, values: Sequence[Tensor], degrees, is_row: bool, terms_of=None) -> list[Tensor]:
         """``terms_of``: the node terms, to be written, and messages, upstream and output."""
-        outputs, count = [x.new_empty(x.shape) for x in values], values[0].shape[0]
+        own = self.nodes[0]
+        outputs, count = [own.new_empty(x.shape) for x in values], own.shape[0]
         with on_device(values[0]):
             _sums(is_row, terms_of is not None, self.arch, self.product.name)(
                 (small.row_blocks(count), len(values)), tuple(self.nodes), tuple(values), tuple(degrees),

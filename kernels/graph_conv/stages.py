@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import architecture, matrices, product_of
+from gkd_fast.kernels.common.launch import FLOATING, architecture, matrices, product_of
 from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.graph_conv import launches, small
@@ -27,7 +27,7 @@ def graph_conv_stages(
     nodes: Sequence[Tensor], messages: Sequence[Tensor], inverse_variances: Tensor, normalization: str,
     product_precision: str, *, prepared: Prepared | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, nodes[0].shape[0])
+    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, nodes[0].shape[0], FLOATING)
     stages = _small(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv(stages, messages, launches._is_row(normalization))
@@ -48,8 +48,8 @@ def graph_conv_stages_backward(
     count, rows = len(nodes), nodes[0].shape[0]
     if len(needs) != 2 * count:
         raise ValueError(f"needs must have {2 * count} entries, got {len(needs)}")
-    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, rows)
-    upstream, outputs = matrices("upstream", upstream, rows), matrices("outputs", outputs, rows)
+    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, rows, FLOATING)
+    upstream, outputs = matrices("upstream", upstream, rows, FLOATING), matrices("outputs", outputs, rows)
     stages = _small(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv_backward(

@@ -112,8 +112,13 @@ def all_powers(graph: Graph, own: Values) -> Tensor:
 
 def _longest(*matrices: Tensor | None) -> Tensor:
     """The length of the longest row."""
-    lengths = [torch.linalg.vector_norm(x, dim=1).amax() for x in matrices if x is not None]
+    lengths = [_lengths(x).amax() for x in matrices if x is not None]
     return torch.stack(lengths).amax() if len(lengths) > 1 else lengths[0]
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """The rows' lengths, which may be beyond float16's range."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def value_powers(graph: Graph, own: Side, other: Side) -> tuple[Tensor | None, Tensor | None]:
