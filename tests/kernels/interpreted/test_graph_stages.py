@@ -95,6 +95,35 @@ def test_a_loss_goes_in_step(monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_values_of_short_types_are_read_as_they_are(small_or_large, normalization):
+    """Messages and upstream in bfloat16 give what they give in float32, to the last bit, in the nodes' type."""
+    calls = torch.ops.gkd_fast
+    nodes, messages = ([x.detach() for x in side] for side in stages(20, torch.float32))
+    unit, _ = calls.unit_rows(nodes, torch.float32)
+    settings = torch.tensor([0.7, 1.0, 1.4]), normalization, "float32"
+    short = [x.bfloat16() for x in messages]
+    found = []
+    for values in (short, [x.float() for x in short]):
+        outputs, degrees = calls.graph_conv_stages(unit, values, *settings)
+        upstream = [x.flip(0).contiguous() for x in values]
+        needs = [True] * 6
+        gradients = calls.graph_conv_stages_backward(upstream, unit, values, outputs, degrees, *settings, needs)
+        found.append([*outputs, *degrees, *gradients])
+    assert all(x.dtype == torch.float32 for x in found[0])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_autocast_may_mix_types(small_or_large):
+    nodes, messages = stages(20, torch.float32)
+    mixed = [messages[0], messages[1].bfloat16(), messages[2]]
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = functional.graph_conv(nodes, mixed, bandwidth=0.9, backend="triton")
+        plain = functional.graph_conv(nodes, mixed, bandwidth=0.9, backend="reference")
+    assert [x.dtype for x in fused] == [x.dtype for x in mixed]
+    torch.testing.assert_close(fused, plain, rtol=2e-2, atol=2e-2)
+
+
 def test_the_caller_may_change_what_it_gets(monkeypatch):
     monkeypatch.undo()  # poisoning makes views
     nodes, messages = stages(10)
