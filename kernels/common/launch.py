@@ -29,6 +29,11 @@ class Product:
     PRECISION: str
 
     @property
+    def sum_type(self) -> torch.dtype:
+        """``SUM`` in PyTorch's words."""
+        return torch.float64 if self.name == "float64" else torch.float32
+
+    @property
     def scaled(self) -> bool:
         """Whether gradient tiles are scaled, because entries that shrink like 1/B² would leave the type's range."""
         return self.name == "float16"

@@ -153,10 +153,10 @@ def means(
     """Each stage's mean row, as partial sums [parts, width]."""
     count, factors = len(stages[0]), factors or [None] * len(stages)
     parts = min(MOST_PARTS, cdiv(count, BLOCK_ROWS))
-    partial = [x.new_empty(parts, width) for x, width in zip(stages, widths, strict=True)]
+    partial = [x.new_empty(parts, width, dtype=product.sum_type) for x, width in zip(stages, widths, strict=True)]
     with on_device(stages[0]):
         launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product))(
-            (parts, len(stages)), tuple(stages), _or_else(factors, stages), tuple(x.shape[1] for x in stages),
+            (parts, len(stages)), tuple(stages), _or_else(factors, partial), tuple(x.shape[1] for x in stages),
             tuple(widths), tuple(0 if f is None else FACTOR.value for f in factors), tuple(partial), count, parts,
         )  # fmt: skip
     return partial
@@ -177,10 +177,14 @@ def operands(
     others, factors, powers = others or none, factors or none, powers or none
     length = cdiv(count, ROW_MULTIPLE) * ROW_MULTIPLE
     made = [
-        Operand(x.new_empty(length, width, dtype=product.torch_type), x.new_empty(length), x.new_empty(width))
+        Operand(
+            x.new_empty(length, width, dtype=product.torch_type),
+            x.new_empty(length, dtype=product.sum_type),
+            x.new_empty(width, dtype=product.sum_type),
+        )  # fmt: skip
         for x, width in zip(stages, widths, strict=True)
     ]
-    own = tuple(others if centres is None else centres)
+    own, numbers = tuple(others if centres is None else centres), [x.numbers for x in made]
     kinds = (
         ALONG.value * (n is not None) + FACTOR.value * (f is not None) + POWER.value * (p is not None)
         for n, f, p in zip(others, factors, powers, strict=True)
@@ -190,9 +194,9 @@ def operands(
             round_rows, SCALED=product.scaled, CENTRED=centres is not None, PARTS=MOST_PARTS, TYPE=product.TYPE,
             SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product),
         )(
-            (length // BLOCK_ROWS, len(stages)), tuple(stages), _or_else(factors, stages), _or_else(powers, stages),
+            (length // BLOCK_ROWS, len(stages)), tuple(stages), _or_else(factors, numbers), _or_else(powers, numbers),
             tuple(x.shape[1] for x in stages), tuple(widths), tuple(kinds), own, _or_else(others, own),
-            tuple(x.rows for x in made), tuple(x.numbers for x in made), tuple(x.centre for x in made), count,
+            tuple(x.rows for x in made), tuple(numbers), tuple(x.centre for x in made), count,
             _parts(own[0]),
         )  # fmt: skip
     return made

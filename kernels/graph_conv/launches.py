@@ -127,8 +127,8 @@ def _sums_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
         )(
             grid, *node_arguments(graphs, constants["WIDTH"]), tuple(x.rows for x in values),
             tuple(x.centre for x in values), tuple(row_degrees or outputs), tuple(outputs), tuple(sums),
-            tuple(x if p is None else p for x, p in zip(outputs, powers, strict=True)), variances(graphs), tuple(widths),
-            graph.row_count, graph.column_count, graph.offset, parts,
+            tuple(x if p is None else p for x, p in zip(outputs, powers, strict=True)), variances(graphs),
+            tuple(widths), graph.row_count, graph.column_count, graph.offset, parts,
         )  # fmt: skip
     return complete(graphs, widths, parts, outputs, sums if with_degrees else None, row_degrees, row_factor)
 
