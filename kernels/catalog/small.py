@@ -9,6 +9,9 @@ from gkd_fast.kernels.graph_conv.small import graph_small_gradients, graph_small
 from gkd_fast.kernels.node_contrast.small import contrast_small_gradients, contrast_small_losses
 from gkd_fast.kernels.relation_kl.small import relation_small_gradients, relation_small_losses
 
+# What comes in the product's type where that is short: autocast's messages.
+SHORT = {"graph_conv": ("values", "messages", "upstream")}
+
 
 def small_batches(build, students: int, teachers: int) -> Iterator:
     """``build``: the builder of ``catalog``. Gradients are those of the students."""
@@ -32,7 +35,7 @@ def small_batches(build, students: int, teachers: int) -> Iterator:
 
         yield build._make(
             op, fn, direction, constants | settings, lists, warps, num_stages, settings["BLOCK_ROWS"],
-            settings["BLOCK_COLUMNS"], 1, exponentials, 0, build._exemption(), grid, name, (),
+            settings["BLOCK_COLUMNS"], 1, exponentials, 0, build._exemption(), grid, name, SHORT.get(op, ()),
             max_registers=registers, small=True,
         )  # fmt: skip
 
