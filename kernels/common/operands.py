@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gkd_fast.kernels.common import memory
 from gkd_fast.kernels.common.launch import Product, cdiv, on_device, padded_width
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.tile import COUNTS, convert, number, pick
@@ -153,7 +154,7 @@ def means(
     """Each stage's mean row, as partial sums [parts, width]."""
     count, factors = len(stages[0]), factors or [None] * len(stages)
     parts = min(MOST_PARTS, cdiv(count, BLOCK_ROWS))
-    partial = [x.new_empty(parts, width, dtype=product.sum_type) for x, width in zip(stages, widths, strict=True)]
+    partial = memory.of_widths(stages[0], widths, parts, dtype=product.sum_type)
     with on_device(stages[0]):
         launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product))(
             (parts, len(stages)), tuple(stages), _or_else(factors, partial), tuple(x.shape[1] for x in stages),
@@ -176,15 +177,10 @@ def operands(
     first, count, none = stages[0], len(stages[0]), [None] * len(stages)
     others, factors, powers = others or none, factors or none, powers or none
     length = cdiv(count, ROW_MULTIPLE) * ROW_MULTIPLE
-    made = [
-        Operand(
-            x.new_empty(length, width, dtype=product.torch_type),
-            x.new_empty(length, dtype=product.sum_type),
-            x.new_empty(width, dtype=product.sum_type),
-        )  # fmt: skip
-        for x, width in zip(stages, widths, strict=True)
-    ]
-    own, numbers = tuple(others if centres is None else centres), [x.numbers for x in made]
+    rows = memory.of_widths(first, widths, length, dtype=product.torch_type)
+    numbers = memory.several(first, len(stages), length, dtype=product.sum_type)
+    own_centres = memory.of_widths(first, widths, dtype=product.sum_type)
+    own = tuple(others if centres is None else centres)
     kinds = (
         ALONG.value * (n is not None) + FACTOR.value * (f is not None) + POWER.value * (p is not None)
         for n, f, p in zip(others, factors, powers, strict=True)
@@ -196,10 +192,9 @@ def operands(
         )(
             (length // BLOCK_ROWS, len(stages)), tuple(stages), _or_else(factors, numbers), _or_else(powers, numbers),
             tuple(x.shape[1] for x in stages), tuple(widths), tuple(kinds), own, _or_else(others, own),
-            tuple(x.rows for x in made), tuple(numbers), tuple(x.centre for x in made), count,
-            _parts(own[0]),
+            tuple(rows), tuple(numbers), tuple(own_centres), count, _parts(own[0]),
         )  # fmt: skip
-    return made
+    return [Operand(*parts) for parts in zip(rows, numbers, own_centres, strict=True)]
 
 
 def centred(stages: Sequence[Tensor], product: Product, widths: Sequence[int]) -> list[Operand]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
+    PRODUCTS,
     architecture,
     cdiv,
     divide,
@@ -14,6 +15,7 @@ from gkd_fast.kernels.common.launch import (
     product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.operands import Operand, Prepared, centred, operands, stored_width
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import largest_width, tiles
 from gkd_fast.kernels.graph_conv import small
@@ -47,7 +49,7 @@ class Graph:
 
     def is_wide(self, width: int = 1) -> bool:
         """Whether rows of nodes or of ``width`` do not fit a program's registers."""
-        return padded_width(self.dim, width) > largest_width(self.arch, self.product.name)
+        return self.kind(width)[0]
 
     def is_small(self, width: int) -> bool:
         """Whether values of ``width`` go to the kernels of small batches."""
@@ -63,8 +65,13 @@ class Graph:
 
     def kind(self, width: int) -> tuple:
         """What graphs with values of ``width`` have in common that share their launches."""
-        is_wide = self.is_wide(width)
-        return is_wide, stored_width(self.dim, is_wide), stored_width(width, is_wide)
+        return _kind(self.dim, width, self.arch, self.product.name)
+
+
+@planned
+def _kind(dim: int, width: int, arch: str, product: str) -> tuple[bool, int, int]:
+    is_wide = padded_width(dim, width) > largest_width(arch, product)
+    return is_wide, stored_width(dim, is_wide), stored_width(width, is_wide)
 
 
 def node_operands(graphs: Sequence[Graph], widths: Sequence[int]) -> list[tuple[Operand, Operand]]:
@@ -103,28 +110,33 @@ def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *
 def walk(graphs: Sequence[Graph], kernel: str, *widths: int):
     """Grid, number of parts and compile-time arguments of a kernel that walks tiles."""
     graph = graphs[0]
-    config = tiles(kernel, graph.arch, graph.product.name, padded_width(graph.dim, *widths))
-    row_blocks = cdiv(graph.row_count, config.rows)
-    processors = multiprocessors(graph.nodes.device)
-    parts = divide(row_blocks * len(graphs), graph.column_count, config.columns, processors)
+    counts = len(graphs), graph.row_count, graph.column_count
+    return _walk(kernel, graph.arch, graph.product.name, graph.nodes.device, *counts, graph.dim, *widths)
+
+
+@planned
+def _walk(kernel: str, arch: str, name: str, device, count: int, rows: int, columns: int, dim: int, *widths: int):
+    config, product = tiles(kernel, arch, name, padded_width(dim, *widths)), PRODUCTS[name]
+    row_blocks = cdiv(rows, config.rows)
+    parts = divide(row_blocks * count, columns, config.columns, multiprocessors(device))
     constants = {
-        "WIDTH": _node_width(graph, kernel, *widths), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
-        "num_warps": config.warps, "num_stages": config.stages,
-        **graph.product.constants(),
+        "WIDTH": _node_width(arch, name, kernel, dim, *widths), "BLOCK_ROWS": config.rows,
+        "BLOCK_COLUMNS": config.columns, "num_warps": config.warps, "num_stages": config.stages,
+        **product.constants(),
     }  # fmt: skip
     if widths:
         constants["VALUE_WIDTH"] = padded_width(*widths)
-    return (row_blocks, parts, len(graphs)), parts, constants
+    return (row_blocks, parts, count), parts, constants
 
 
-def _node_width(graph: Graph, kernel: str, *widths: int) -> int:
+def _node_width(arch: str, product: str, kernel: str, dim: int, *widths: int) -> int:
     """The columns of a tile of nodes.
 
     Of three tf32 products with nodes in 16 columns beside wider values, ptxas 12.8 (in the wheels of Triton 3.6 and
     3.7) makes code for Hopper that reads descriptors before it sets them, whichever tile is loaded first; with 32
     columns it does not. The issue-slot model predicts 1.1 (values of 64) and 1.7 times (of 32) the time.
     """
-    nodes, affected = padded_width(graph.dim), graph.product.name == "tf32x3" and graph.arch == "sm_90"
+    nodes, affected = padded_width(dim), product == "tf32x3" and arch == "sm_90"
     if affected and kernel.endswith("_gradients") and padded_width(*widths) > nodes:
         return max(LEAST_TF32X3_WIDTH, nodes)
     return nodes

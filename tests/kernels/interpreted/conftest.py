@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gkd_fast.kernels.common import launch, plan, small, strips
+from gkd_fast.kernels.common import launch, memory, plan, small, strips
 from gkd_fast.kernels.graph_conv import graphs as graph_conv
 from gkd_fast.kernels.node_contrast import launches as node_contrast
 from gkd_fast.kernels.pair_sums import launches as pair_sums
@@ -31,6 +31,9 @@ def poisoned(monkeypatch):
         return between_nans(x.fill_(math.nan)) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch.Tensor, "new_empty", surrounded)
+    monkeypatch.setattr(
+        memory, "several", lambda x, count, *shape, dtype: [surrounded(x, shape, dtype=dtype) for _ in range(count)]
+    )
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: surrounded(x, x.shape, **options))
 
 
