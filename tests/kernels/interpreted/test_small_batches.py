@@ -14,7 +14,10 @@ from .test_node_contrast import node_contrast
 from .test_relation_kl import relation_kl
 
 # Operations of PyTorch that launch nothing: allocations and views.
-FREE = ("alias", "empty", "new_empty", "empty_like", "detach", "expand", "select", "slice", "unsqueeze", "t", "view")
+FREE = (
+    "alias", "empty", "new_empty", "empty_like", "detach", "expand", "select", "slice", "unsqueeze", "unbind", "t",
+    "view",
+)  # fmt: skip
 PRECISIONS = ("float32", "float16")
 
 
