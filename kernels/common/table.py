@@ -100,13 +100,13 @@ PAIR_KERNELS = ("pair_row_sums", "pair_weights", "pair_sum_tangents", "pair_weig
 _PAIR_LINES = """
 sm_80  short   0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
 sm_80  tf32    0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
-sm_80  tf32x3  0  32x32w4s1  32x32w4s1  64x32w8s1  32x32w4s1
-sm_80  ieee    0  16x16w2s1  16x16w2s1  16x32w2s1  16x16w2s1
+sm_80  tf32x3  0  32x32w4s1  32x32w4s1  16x64w4s1  32x32w4s1
+sm_80  ieee    0  16x16w2s1  16x16w2s1  16x32w2s1  32x16w2s1
 sm_80  float64 0  16x16w4s1  16x16w4s1  32x16w8s1  16x16w4s1
 sm_86  short   0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
 sm_86  tf32    0  64x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
-sm_86  tf32x3  0  32x32w4s1  32x32w4s1  16x32w4s1  32x32w4s1
-sm_86  ieee    0  16x16w2s1  16x16w2s1  16x16w4s1  16x16w2s1
+sm_86  tf32x3  0  32x32w4s1  32x32w4s1  16x64w4s1  16x64w4s1
+sm_86  ieee    0  16x16w2s1  16x16w2s1  16x64w4s1  16x16w2s1
 sm_86  float64 0  32x16w8s1  16x16w4s1  32x16w8s1  16x32w8s1
 sm_90  short   0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
 sm_90  tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
@@ -114,10 +114,10 @@ sm_90  tf32x3  0  16x32w2s1  16x32w4s1  16x32w4s1  16x32w4s1
 sm_90  ieee    0  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
 sm_90  float64 0  16x16w4s1  16x16w4s1  32x16w8s1  16x16w4s1
 sm_100 short   0  64x64w4s1  64x64w8s2  64x64w8s2  64x64w8s2
-sm_100 tf32    0  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2
-sm_100 tf32x3  0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
-sm_100 ieee    0  16x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
-sm_100 float64 0  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
+sm_100 tf32    0  128x64w8s1  64x64w8s2  64x64w8s2  64x64w8s2
+sm_100 tf32x3  0  64x64w8s1  64x32w8s1  32x64w8s1  32x64w8s1
+sm_100 ieee    0  32x32w4s1  16x32w4s1  16x32w4s1  16x32w4s1
+sm_100 float64 0  16x32w8s1  16x16w4s1  16x16w4s1  16x16w4s1
 gfx942 short   0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
 gfx942 tf32    0  64x64w8s1  64x64w8s1  64x64w8s1  64x64w8s1
 gfx942 ieee    0  32x32w2s1  32x32w2s1  32x32w2s1  32x32w2s1
