@@ -191,10 +191,9 @@ def graph_bandwidths(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process
     if first.neighbors is None:
         return [functional.adaptive_bandwidth(x, process_group=process_group) for x in nodes]
     batch = _batch_of(nodes, process_group)
-    starts = [start for head in heads if (start := head._start(batch)) is not None]
-    return functional._neighbor_bandwidths(
-        nodes, first.neighbors, starts if len(starts) == len(heads) else None, first.backend, process_group
-    )
+    starts = [head._start(batch) for head in heads]
+    known = None if any(start is None for start in starts) else starts
+    return functional._neighbor_bandwidths(nodes, first.neighbors, known, first.backend, process_group)
 
 
 def _batch_of(nodes: Sequence[Tensor], process_group: Group) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -137,9 +136,10 @@ def _errors(fused, definition, inputs, dtype, gain) -> list[tuple[float, float]]
     return measured
 
 
-def graph_conv(normalization: str = "symmetric", bandwidth: float = 0.6, backend: str = "cpp"):
+def graph_conv(normalization: str = "symmetric", bandwidth: float = 0.6, backend: str = "cpp", **form):
+    """``form``: ``self_weight``, for the graph over the others."""
     return lambda nodes, messages: functional.graph_conv(
-        nodes, messages, bandwidth=bandwidth, normalization=normalization, backend=backend
+        nodes, messages, bandwidth=bandwidth, normalization=normalization, backend=backend, **form
     )
 
 
@@ -155,16 +155,18 @@ def relation_kl(num_students: int = 1, backend: str = "cpp", **options):
 FUNCTIONS = {
     "graph_conv symmetric": (lambda backend: graph_conv("symmetric", backend=backend), (4, 3)),
     "graph_conv row": (lambda backend: graph_conv("row", backend=backend), (4, 3)),
-    "neighbor_conv": (
-        lambda backend: partial(functional.graph_conv, bandwidth=0.6, self_weight=0.3, backend=backend),
-        (4, 3),
-    ),
+    "neighbor_conv symmetric": (lambda backend: graph_conv("symmetric", backend=backend, self_weight=0.3), (4, 3)),
+    "neighbor_conv row": (lambda backend: graph_conv("row", backend=backend, self_weight=0.3), (4, 3)),
     "node_contrast": (lambda backend: node_contrast(2, backend, temperature=0.4), (3, 3, 3, 3)),
     "node_contrast of some pairs": (lambda backend: node_contrast(2, backend, pairs=[(0, 1), (1, 0)]), (3, 3, 3, 3)),
     "node_contrast, own shifts": (lambda backend: node_contrast(1, backend, temperature=0.02), (5, 5)),
     "relation_kl": (lambda backend: relation_kl(2, backend, temperature=0.4, bandwidth=0.8), (3, 2, 4, 3)),
     "relation_kl, own shifts": (lambda backend: relation_kl(1, backend, temperature=0.01), (5, 4)),
 }
+
+# The forms of a loss's graphs.
+GRAPHS: dict[str, dict] = {"own node": {"neighbors": None, "self_weight": None},
+                           "others": {"neighbors": 4, "self_weight": 0.8}}  # fmt: skip
 
 # The fused backend that computes on this CPU.
 FUSED = next((name for name in ("cpp", "triton") if ops.missing(name, torch.device("cpu")) is None), None)

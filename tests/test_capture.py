@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_fast import GraphKDLoss, _column_bank, loss
-from tests.ops_cases import requires_cpp
+from tests.ops_cases import GRAPHS, requires_cpp
 
 # Operations that give the host what only the device knows.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique"}
@@ -46,10 +46,11 @@ def loss_of(**options) -> GraphKDLoss:
 
 
 @requires_cpp  # whose ops have names to be seen
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("column_bank", [0, 12])
-def test_nothing_waits_for_the_device(capturing, column_bank):
+def test_nothing_waits_for_the_device(capturing, column_bank, graph):
     """The first training call looks at diagnostics, and waits; under capture no call does."""
-    criterion = loss_of(column_bank=column_bank)
+    criterion = loss_of(column_bank=column_bank, **graph)
     with Operations() as eager:
         step(criterion, 0)
     assert eager.names & WAITS
@@ -62,18 +63,20 @@ def test_nothing_waits_for_the_device(capturing, column_bank):
     assert any("relation_kl" in name for name in captured.names) and criterion._training_calls == 0
 
 
-def test_a_full_bank_stays_where_it_is(capturing):
-    plain, captured = loss_of(column_bank=8), loss_of(column_bank=8)
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_what_is_kept_stays_where_it_is(capturing, graph):
+    """The full bank, and the bandwidth that is the next step's start."""
+    plain, captured = loss_of(column_bank=8, **graph), loss_of(column_bank=8, **graph)
     for seed in range(2):
         for criterion in (plain, captured):
             step(criterion, seed)
-    before = [x.data_ptr() for x in captured.bank.buffers()]
+    before = [x.data_ptr() for x in captured.buffers()]
     expected = [step(plain, seed) for seed in (2, 3)]
     capturing()
     found = [step(captured, seed) for seed in (2, 3)]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert [x.data_ptr() for x in captured.bank.buffers()] == before
-    torch.testing.assert_close(list(captured.bank.buffers()), list(plain.bank.buffers()), rtol=0, atol=0)
+    assert [x.data_ptr() for x in captured.buffers()] == before
+    torch.testing.assert_close(list(captured.buffers()), list(plain.buffers()), rtol=0, atol=0)
 
 
 def test_a_bank_that_grows_cannot_be_captured(capturing):

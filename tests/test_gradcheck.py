@@ -20,13 +20,10 @@ def _check(function, inputs, *, fast_second: bool = False) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("normalization", ["symmetric", "row"])
-def test_graph_conv(batch, normalization):
-    _check(
-        lambda nodes, messages: functional.graph_conv(
-            nodes, messages, bandwidth=0.6, normalization=normalization, backend="reference"
-        ),
-        _matrices(batch, 4, 3),
-    )
+@pytest.mark.parametrize("self_weight", [None, 0.3])
+def test_graph_conv(batch, normalization, self_weight):
+    options = {"bandwidth": 0.6, "normalization": normalization, "self_weight": self_weight, "backend": "reference"}
+    _check(lambda nodes, messages: functional.graph_conv(nodes, messages, **options), _matrices(batch, 4, 3))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -45,14 +42,14 @@ def test_relation_kl(batch):
     )
 
 
-@pytest.mark.parametrize("teacher_graph", ["labels", "frozen"])
-def test_graph_kd_loss(teacher_graph):
+@pytest.mark.parametrize(("teacher_graph", "self_weight"), [("labels", None), ("frozen", None), ("labels", 0.8)])
+def test_graph_kd_loss(teacher_graph, self_weight):
     """With respect to the student's features, the weights and every parameter of the loss."""
     torch.manual_seed(0)
     # A fixed bandwidth: the adaptive one is taken without gradient, which finite differences do not know.
     criterion = GraphKDLoss(
         [3, 2], [4, 4], num_classes=3, embed_dim=4, layers=2, bandwidth=0.7, node_temperature=0.4,
-        relation_temperature=0.4, teacher_graph=teacher_graph, backend="reference",
+        relation_temperature=0.4, teacher_graph=teacher_graph, self_weight=self_weight, backend="reference",
     ).double()  # fmt: skip
     student_a, student_b, teacher_a, teacher_b = _matrices(5, 3, 2, 4, 4)
     weights = torch.rand(5, 2, 2, dtype=torch.float64, requires_grad=True)

@@ -9,40 +9,47 @@ from tests.ops_cases import D64, DTYPES, KINDS, TILES, check, graph_conv, requir
 
 pytestmark = requires_cpp
 both_normalizations = pytest.mark.parametrize("normalization", ["symmetric", "row"])
+both_forms = pytest.mark.parametrize("self_weight", [None, 0.3], ids=["own node", "others"])
 
 
-def agree(draws, dtype, normalization, bandwidth=0.6):
+def agree(draws, dtype, normalization, self_weight, bandwidth=0.6):
     check(
-        graph_conv(normalization, bandwidth),
-        lambda nodes, messages: reference.graph_conv(nodes, messages, bandwidth, normalization),
+        graph_conv(normalization, bandwidth, self_weight=self_weight),
+        lambda nodes, messages: reference.graph_conv(nodes, messages, bandwidth, normalization, self_weight),
         draws,
         dtype,
+        # What a node that has one neighbour gives is a difference of terms of 1/σ².
+        gain=1.0 if self_weight is None else bandwidth**-2,
     )
 
 
+@both_forms
 @both_normalizations
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tile", "batch"), TILES)
-def test_batches(tile_rows, tile, batch, dtype, normalization):
+def test_batches(tile_rows, tile, batch, dtype, normalization, self_weight):
     tile_rows(tile)
-    agree([rows(batch, 5, 3)], dtype, normalization)
+    agree([rows(batch, 5, 3)], dtype, normalization, self_weight)
 
 
+@both_forms
 @both_normalizations
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(1, 3), (33, 1), (3, 257), (257, 33)])
-def test_widths(tile_rows, widths, dtype, normalization):
+def test_widths(tile_rows, widths, dtype, normalization, self_weight):
     tile_rows(32)
-    agree([rows(37, *widths)], dtype, normalization)
+    agree([rows(37, *widths)], dtype, normalization, self_weight)
 
 
+@both_forms
 @both_normalizations
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bandwidth", [1.0, 0.05])
-def test_kinds_of_rows_and_bandwidths(tile_rows, kind, bandwidth, dtype, normalization):
+def test_kinds_of_rows_and_bandwidths(tile_rows, kind, bandwidth, dtype, normalization, self_weight):
     tile_rows(32)
-    agree((rows(41, 6, 6, kind=kind, seed=seed) for seed in range(3)), dtype, normalization, bandwidth)
+    draws = (rows(41, 6, 6, kind=kind, seed=seed) for seed in range(3))
+    agree(draws, dtype, normalization, self_weight, bandwidth)
 
 
 def dense(nodes, messages, columns, column_messages, bandwidth, normalization, offset, column_degrees=None):
@@ -153,11 +160,12 @@ def test_few_rows_against_columns_without_upstream(columns, offset, dtype, norma
     torch.testing.assert_close(gradient.double(), expected, **tolerance)
 
 
-def test_effective_neighbors(tile_rows):
+@pytest.mark.parametrize("others", [False, True])
+def test_effective_neighbors(tile_rows, others):
     tile_rows(32)
     x = rows(67, 6)[0]
-    expected = effective_neighbors(x, 0.6, backend="reference")
-    torch.testing.assert_close(effective_neighbors(x, 0.6, backend="cpp"), expected, rtol=1e-11, atol=0)
+    found, expected = (effective_neighbors(x, 0.6, others=others, backend=name) for name in ("cpp", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
 
 
 STAGE_WIDTHS = ((5, 9), (12, 9), (7, 3))
@@ -172,12 +180,13 @@ def of_stages(dtype=torch.float64) -> tuple[list[torch.Tensor], list[torch.Tenso
     return made[0], made[1]
 
 
+@both_forms
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("bandwidth", ["auto", 0.7, [0.5, "auto", torch.tensor(1.2, dtype=torch.float64)]], ids=str)
-def test_stages_are_their_own_convolutions(backend, bandwidth):
+def test_stages_are_their_own_convolutions(backend, bandwidth, self_weight):
     nodes, messages = of_stages()
     each = bandwidth if isinstance(bandwidth, list) else [bandwidth] * len(nodes)
-    options = {"normalization": "row", "backend": backend}
+    options = {"normalization": "row", "backend": backend, "self_weight": self_weight}
     found = functional.graph_conv(nodes, tuple(messages), bandwidth=bandwidth, **options)
     assert isinstance(found, list)
     for output, x, h, sigma in zip(found, nodes, messages, each, strict=True):

@@ -7,9 +7,10 @@ import torch
 
 from gkd_fast import GraphKDLoss, functional
 
-from .ops_cases import FUSED, requires_fused, rows
+from .ops_cases import FUSED, GRAPHS, requires_fused, rows
 
 pytestmark = requires_fused
+OTHERS = GRAPHS["others"]
 FUNCTIONS = {
     "relation_kl": lambda x, y, **o: functional.relation_kl([x, x], y, **o),
     "relation_kl with a bank": lambda x, y, **o: functional.relation_kl(x, y, bank=([y[:3]], [y[3:6]]), **o),
@@ -17,6 +18,8 @@ FUNCTIONS = {
     "node_contrast with a bank": lambda x, y, **o: functional.node_contrast(x, y, bank=[y[:3]], **o),
     "graph_conv of frozen messages": lambda x, y, **o: functional.graph_conv(x, y, **o),
     "graph_conv over frozen nodes": lambda x, y, **o: functional.graph_conv(y, x, **o),
+    "neighbor_conv of frozen messages": lambda x, y, **o: functional.graph_conv(x, y, **OTHERS, **o),
+    "neighbor_conv over frozen nodes": lambda x, y, **o: functional.graph_conv(y, x, **OTHERS, **o),
     "graph_conv of a frozen bandwidth": lambda x, y, **o: functional.graph_conv(x, x, bandwidth=y.std(), **o),
 }
 
@@ -41,10 +44,13 @@ def test_gradients_are_those_of_ordinary_features(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", [FUSED, "reference"])
-@pytest.mark.parametrize("teacher_graph", ["labels", "frozen"])
-def test_the_loss_trains_with_such_a_teacher(teacher_graph, backend):
+@pytest.mark.parametrize(
+    ("teacher_graph", "graph"), [("labels", {}), ("frozen", {}), ("labels", OTHERS)], ids=["labels", "frozen", "others"]
+)
+def test_the_loss_trains_with_such_a_teacher(teacher_graph, graph, backend):
     torch.manual_seed(0)
     options = {"num_classes": 3, "embed_dim": 6, "teacher_graph": teacher_graph, "backend": backend, "column_bank": 16}
+    options |= graph
     criterion = GraphKDLoss([4, 5], [6, 6], **options)
     start = copy.deepcopy(criterion.state_dict())
     students, labels = [torch.randn(8, d, requires_grad=True) for d in (4, 5)], torch.randint(3, (8,))

@@ -1,4 +1,5 @@
-"""The graph over the others: its convolution against the definition."""
+"""The graph over the others: its definition, distant nodes, blocks of columns. What it has in common with the graph of
+the own node too is tested in ``test_graph_conv``."""
 
 import pytest
 import torch
@@ -6,28 +7,12 @@ import torch
 from gkd_fast import reference
 from gkd_fast.functional import graph_conv, neighbor_bandwidth
 from gkd_fast.ops import neighbor_conv_strips as strips
-from tests.ops_cases import D64, DTYPES, FUSED, KINDS, check, requires_cpp, requires_fused, rows
+from tests.ops_cases import D64, FUSED, requires_cpp, requires_fused, rows
 
 both_normalizations = pytest.mark.parametrize("normalization", ["symmetric", "row"])
 
 
-def of_others(normalization="symmetric", bandwidth=0.6, self_weight=0.3, backend=FUSED):
-    return lambda nodes, messages: graph_conv(
-        nodes, messages, bandwidth=bandwidth, self_weight=self_weight, normalization=normalization, backend=backend
-    )
-
-
-def agree(draws, dtype, normalization, bandwidth=0.6):
-    check(
-        of_others(normalization, bandwidth),
-        lambda x, h: reference.graph_conv(x, h, bandwidth, normalization, 0.3),
-        draws,
-        dtype,
-        gain=bandwidth**-2,
-    )
-
-
-@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+@both_normalizations
 def test_definition_is_the_normalised_kernel_without_a_diagonal(normalization):
     nodes, messages = rows(7, 3, 2)
     kernel = reference.similarities(nodes, 0.8, diagonal=0.0)
@@ -35,22 +20,6 @@ def test_definition_is_the_normalised_kernel_without_a_diagonal(normalization):
     weights = kernel / degrees[:, None] if normalization == "row" else kernel / (degrees[:, None] * degrees).sqrt()
     expected = 0.25 * messages + 0.75 * weights @ messages
     torch.testing.assert_close(reference.graph_conv(nodes, messages, 0.8, normalization, 0.25), expected)
-
-
-@requires_fused
-@both_normalizations
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [2, 31, 67])
-def test_batches_and_types(batch, dtype, normalization):
-    agree([rows(batch, 5, 3)], dtype, normalization)
-
-
-@requires_fused
-@both_normalizations
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bandwidth", [1.0, 0.05])
-def test_kinds_of_rows_and_bandwidths(kind, bandwidth, normalization):
-    agree([rows(41, 6, 6, kind=kind)], D64, normalization, bandwidth)
 
 
 @both_normalizations

@@ -9,12 +9,16 @@ from torch.utils._pytree import tree_leaves
 
 from gkd_fast import GraphKDLoss, functional
 
-from .ops_cases import BANKED, FUNCTIONS, FUSED, leaves, requires_fused, rows
+from .ops_cases import BANKED, FUNCTIONS, FUSED, GRAPHS, leaves, requires_fused, rows
 
 pytestmark = requires_fused
 CASES = {
     **FUNCTIONS,
-    "graph_conv, adaptive": (lambda backend: lambda x, y: functional.graph_conv(x, y, backend=backend), (4, 3)),
+    "graph_conv, adaptive": (lambda backend: partial(functional.graph_conv, backend=backend), (4, 3)),
+    "neighbor_conv, adaptive": (
+        lambda backend: partial(functional.graph_conv, neighbors=3, self_weight=0.3, backend=backend),
+        (4, 3),
+    ),
 }
 
 
@@ -135,16 +139,19 @@ def test_banks_name_the_reference_which_takes_them(name, transform):
     assert all(x.isfinite().all() for x in tree_leaves(TRANSFORMS[transform](make("reference"), inputs)))
 
 
-def test_diagnostics_of_many_batches():
+@pytest.mark.parametrize("others", [False, True])
+def test_diagnostics_of_many_batches(others):
     x = torch.stack(rows(9, 4, 4, 4))
-    found = vmap(lambda y: functional.effective_neighbors(y, backend=FUSED))(x)
-    torch.testing.assert_close(found, torch.stack([functional.effective_neighbors(y, backend=FUSED) for y in x]))
+    of_one = partial(functional.effective_neighbors, others=others, backend=FUSED)
+    torch.testing.assert_close(vmap(of_one)(x), torch.stack([of_one(y) for y in x]))
 
 
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_of_the_loss_by_its_parameters(training):
+def test_gradients_of_the_loss_by_its_parameters(training, graph):
     torch.manual_seed(0)
-    criterion = GraphKDLoss([4, 3], [5, 5], num_classes=3, embed_dim=6, backend=FUSED).double().train(training)
+    criterion = GraphKDLoss([4, 3], [5, 5], num_classes=3, embed_dim=6, backend=FUSED, **graph).double()
+    criterion.train(training)
     students, teachers = leaves((4, 3)), rows(11, 5, 5)
     arguments = students, teachers, torch.arange(11) % 3
     parameters = dict(criterion.named_parameters())
