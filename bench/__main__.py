@@ -10,6 +10,7 @@ from bench.files import UnusableFile
 SUBCOMMANDS = {
     "ops": ("bench.commands.ops", "the ops at chosen sizes, every backend side by side"),
     "step": ("bench.commands.step", "a whole GraphKDLoss step, fused against the reference backend"),
+    "forms": ("bench.commands.forms", "a whole GraphKDLoss step by the form of its graphs, side by side"),
     "relations": ("bench.commands.relations", "the losses over a batch's relations beside torchdistill's"),
     "targets": ("bench.commands.targets", "the standard table, and which of its targets hold"),
     "picture": ("bench.commands.picture", "time and memory of a whole step, drawn from measured figures"),

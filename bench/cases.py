@@ -20,7 +20,8 @@ STEP_WIDTHS = (64, 128, 256)  # of a whole step's features, repeated where there
 @dataclass(frozen=True)
 class Case:
     """One op at one size. ``stages`` is S = T (1 for graph_conv), ``dim`` the features' width (in a whole step: the
-    embeddings'), and ``order`` 2 times the double backward alone.
+    embeddings'), and ``order`` 2 times the double backward alone. ``self_weight`` (of graph_conv and of a whole step)
+    makes the graph one over the others, ``neighbors`` (of a whole step) finds its bandwidth.
     """
 
     op: str
@@ -32,18 +33,26 @@ class Case:
     device: str = "cpu"
     order: int = 1
     precision: str = "highest"
+    neighbors: float | None = None
+    self_weight: float | None = None
 
     def __post_init__(self):
         if self.op not in (*OPS, STEP):
             raise ValueError(f"op must be one of {(*OPS, STEP)}, got {self.op!r}")
         if (self.normalization in NORMALIZATIONS) != (self.op == "graph_conv"):
             raise ValueError(f"normalization must be one of {NORMALIZATIONS} for graph_conv and None for the others")
+        if (self.neighbors is not None and self.op != STEP) or (
+            self.self_weight is not None and self.op not in ("graph_conv", STEP)
+        ):
+            raise ValueError(f"{self.op} has no graph of that form")
 
     def name(self) -> str:
         parts = [self.op, self.normalization, f"B={self.batch}", f"D={self.dim}"]
         parts.append(f"S=T={self.stages}" if self.op != "graph_conv" else None)
         parts.append(self.dtype)
         parts.append(self.precision if self.precision != "highest" else None)
+        parts.append(None if self.neighbors is None else f"neighbors={self.neighbors:g}")
+        parts.append(None if self.self_weight is None else f"self_weight={self.self_weight:g}")
         parts.append(self.device if self.device != "cpu" else None)
         parts.append("second order" if self.order == 2 else None)
         return " ".join(part for part in parts if part)
@@ -113,6 +122,8 @@ def problem(case: Case) -> Problem:
         messages = tensor(torch.randn(case.batch, case.dim, generator=generator), True)
         arguments, wanted = (nodes, messages), {"nodes": nodes, "messages": messages}
         options = {"bandwidth": _bandwidth(nodes), "normalization": case.normalization}
+        if case.self_weight is not None:
+            options["self_weight"] = case.self_weight
         upstream = tensor(torch.randn(case.batch, case.dim, generator=generator))
     else:
         students = [stage(True) for _ in range(case.stages)]
@@ -130,11 +141,12 @@ def problem(case: Case) -> Problem:
     return Problem(arguments, options, wanted, upstream, cotangents)
 
 
-def criterion(widths: list[int], embed_dim: int, backend: str) -> torch.nn.Module:
+def criterion(widths: list[int], case: Case, backend: str) -> torch.nn.Module:
     """The loss of a whole step."""
     from gkd_fast import GraphKDLoss
 
-    return GraphKDLoss(widths, widths, num_classes=CLASSES, embed_dim=embed_dim, backend=backend)
+    graph = {"neighbors": case.neighbors, "self_weight": case.self_weight}
+    return GraphKDLoss(widths, widths, num_classes=CLASSES, embed_dim=case.dim, backend=backend, **graph)
 
 
 def _whole_loss(case: Case) -> Problem:
@@ -148,14 +160,14 @@ def _whole_loss(case: Case) -> Problem:
         return [x.requires_grad_(requires_grad) for x in made]
 
     torch.manual_seed(0)
-    loss = criterion(widths, case.dim, "reference").to(case.device, dtype)
+    loss = criterion(widths, case, "reference").to(case.device, dtype)
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in loss.named_parameters()}
     students, teachers = stages(True), stages(False)
     target = (torch.arange(case.batch) % CLASSES).to(case.device)
     weights = torch.rand(case.batch, case.stages, case.stages, generator=generator).to(case.device, dtype)
     wanted = {f"students[{k}]": x for k, x in enumerate(students)} | parameters
     upstream = torch.rand((), generator=generator).to(case.device, dtype)
-    return Problem((parameters, students, teachers, target, weights), {"embed_dim": case.dim}, wanted, upstream)
+    return Problem((parameters, students, teachers, target, weights), {}, wanted, upstream)
 
 
 def _bandwidth(nodes: Tensor) -> float:

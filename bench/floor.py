@@ -38,8 +38,8 @@ def products(case: Case) -> tuple[Products, Products]:
         return Products(stages, 0), Products(stages, stages)
     if case.op == "node_contrast":  # the student's gradient is gathered in the forward pass
         return Products(stages**2, stages**2), Products(0, 0)
-    if case.normalization == "row":  # forward: K, K·H; backward: K, Kᵀ·G, G·Hᵀ, M·E
-        return Products(0.5, 1), Products(1.5, 2)
+    if case.normalization == "row":  # forward: K, K·H; backward: K, Kᵀ·G, G·Hᵀ, M·E; log-sums first over the others
+        return Products(0.5 if case.self_weight is None else 1, 1), Products(1.5, 2)
     # symmetric; forward: degrees, K, K·H'; backward: K, K·G', then K, G'·H'ᵀ, M·E
     return Products(1, 1), Products(2, 2)
 

@@ -47,7 +47,7 @@ def time_case(case: Case, backends: list[str], repeats: int) -> list[Row]:
     inputs = problem(case)
     expected = oracle.truth(case, inputs)
     rows = {backend: Row(case, backend) for backend in backends}
-    functions = {backend: function for backend in backends if (function := _checked(rows[backend], inputs, expected))}
+    functions = {backend: function for backend in backends if (function := checked(rows[backend], inputs, expected))}
     del expected
     contenders = {backend: timing.contender(inputs, function) for backend, function in functions.items()}
     floor_contenders = floor.contenders(case) if floor.has_floor(case) else {}
@@ -55,7 +55,7 @@ def time_case(case: Case, backends: list[str], repeats: int) -> list[Row]:
         run(timing.Clock(case.device))
     times = timing.interleave(contenders | floor_contenders, repeats, case.device)
     for backend in functions:
-        _fill_times(rows[backend], times[backend])
+        fill_times(rows[backend], times[backend])
     if floor_contenders:
         rows["floor"] = _floor_row(case, times)
     for row in rows.values():
@@ -77,7 +77,7 @@ def measure_memory(rows: list[Row], again: bool = False) -> None:
             row.memory_reason = str(error)
 
 
-def _checked(row: Row, inputs: Problem, expected: dict[str, torch.Tensor]):
+def checked(row: Row, inputs: Problem, expected: dict[str, torch.Tensor]):
     """The backend's function if its results are right; else None, and the row says why."""
     case = row.case
     try:
@@ -106,7 +106,7 @@ def _refusal(error: Exception) -> tuple[str, str]:
     return "refused", message
 
 
-def _fill_times(row: Row, parts: list[timing.Samples]) -> None:
+def fill_times(row: Row, parts: list[timing.Samples]) -> None:
     if row.case.order == 2:
         row.double_backward = parts[0].summary()
         return

@@ -1,5 +1,6 @@
 """The float64 truth at any size: plain autograd on strips of rows, so that no B×B matrix is held."""
 
+from functools import partial
 from unittest import mock
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 
 from bench import peers
 from bench.cases import STEP, Case, Problem
-from gkd_fast import functional
+from gkd_fast import _neighbors, functional
 
 STRIP_ELEMENTS = 2**24  # entries of a float64 strip [rows, B]: 128 MB
 DIFFERENCE_STEP = 1e-5  # relative step of the central difference at order 2
+FOUND_NEIGHBORS = 1e-6  # what a bandwidth's number of neighbours may be off by
 
 # Largest error that a result may have, relative to the largest entry of the truth.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
@@ -118,40 +120,49 @@ def _node_strip(rows: slice, students: list[Tensor], teachers: list[Tensor], tem
 
 
 def _graph_conv(
-    nodes: Tensor, messages: Tensor, upstream: Tensor, bandwidth: float, normalization: str
+    nodes: Tensor,
+    messages: Tensor,
+    upstream: Tensor,
+    bandwidth: float,
+    normalization: str,
+    self_weight: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Degrees first, strip by strip; then the output as a function of rows, degrees and messages; then back."""
+    """Log-degrees first, strip by strip; then the output as a function of rows, log-degrees and messages; then back."""
     unit = F.normalize(nodes, dim=1)
     e = unit.detach().requires_grad_(True)
     h = messages.detach().requires_grad_(True)
-
-    def adjacency(rows: slice) -> Tensor:
-        similarity = e[rows] @ e.T
-        return torch.where(_off_diagonal(similarity, rows), ((similarity - 1) / bandwidth**2).exp(), 1.0)
+    own = 0.0 if self_weight is None else -torch.inf  # K_ii = 1, or the graph over the others
 
     with torch.no_grad():
-        degrees = torch.cat([adjacency(rows).sum(dim=1) for rows in strips(len(e))])
-    degrees.requires_grad_(True)
+        log_degrees = torch.cat([_exponents(e, rows, bandwidth, own).logsumexp(dim=1) for rows in strips(len(e))])
+    log_degrees.requires_grad_(True)
     output = torch.empty_like(upstream)
-    totals = [torch.zeros_like(x) for x in (e, h, degrees)]
+    totals = [torch.zeros_like(x) for x in (e, h, log_degrees)]
     for rows in strips(len(e)):
-        if normalization == "row":
-            part = (adjacency(rows) / degrees[rows, None]) @ h
-        else:
-            part = (adjacency(rows) * (degrees[rows, None] * degrees[None, :]).rsqrt()) @ h
+        shift = log_degrees[rows, None]
+        if normalization == "symmetric":
+            shift = (shift + log_degrees[None, :]) / 2
+        part = (_exponents(e, rows, bandwidth, own) - shift).exp() @ h
+        if self_weight is not None:
+            part = self_weight * h[rows] + (1 - self_weight) * part
         output[rows] = part.detach()
-        for total, gradient in zip(totals, torch.autograd.grad(part, (e, h, degrees), upstream[rows])):
+        for total, gradient in zip(totals, torch.autograd.grad(part, (e, h, log_degrees), upstream[rows])):
             total += gradient
-    d_e, d_h, d_degrees = totals
+    d_e, d_h, d_log_degrees = totals
     for rows in strips(len(e)):
-        d_e += torch.autograd.grad(adjacency(rows).sum(dim=1), e, d_degrees[rows])[0]
+        found = _exponents(e, rows, bandwidth, own).logsumexp(dim=1)
+        d_e += torch.autograd.grad(found, e, d_log_degrees[rows])[0]
     return output, [torch.autograd.grad(unit, nodes, d_e)[0], d_h]
 
 
-def _whole_loss(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """The loss itself with its three functions computed on strips."""
-    from gkd_fast import functional
+def _exponents(e: Tensor, rows: slice, bandwidth: float, own: float) -> Tensor:
+    """(c_ij − 1)/σ² of these rows, ``own`` for i = j."""
+    similarity = e[rows] @ e.T
+    return torch.where(_off_diagonal(similarity, rows), (similarity - 1) / bandwidth**2, own)
 
+
+def _whole_loss(case: Case, problem: Problem) -> dict[str, Tensor]:
+    """The loss itself with its functions computed on strips."""
     parameters, students, teachers, target, weights = problem.arguments
     double = {x: x.detach().double().requires_grad_(True) for x in problem.wanted.values()}
     arguments = (
@@ -164,7 +175,11 @@ def _whole_loss(case: Case, problem: Problem) -> dict[str, Tensor]:
     wanted = {name: double[x] for name, x in problem.wanted.items()}
     exact = Problem(arguments, problem.options, wanted, problem.upstream.double())
     with mock.patch.multiple(
-        functional, graph_conv=_strip_graph_conv, node_contrast=_strip_node_contrast, relation_kl=_strip_relation_kl
+        functional,
+        graph_conv=_strip_graph_conv,
+        node_contrast=_strip_node_contrast,
+        relation_kl=_strip_relation_kl,
+        _neighbor_bandwidths=_strip_bandwidths,
     ):
         return exact.results(peers.build("reference", case))
 
@@ -187,14 +202,42 @@ class _Strips(torch.autograd.Function):
 def _strip_graph_conv(
     nodes, messages, *, bandwidth, normalization, backend, process_group=None, neighbors=None, self_weight=None
 ):
-    if neighbors is not None or self_weight is not None:
-        raise NotImplementedError("the truth is that of the graph with K_ii = 1")
-    if not isinstance(nodes, Tensor):
-        options = {"normalization": normalization, "backend": backend, "process_group": process_group}
-        return [_strip_graph_conv(x, h, bandwidth=bandwidth, **options) for x, h in zip(nodes, messages, strict=True)]
-    sigma = functional.adaptive_bandwidth(nodes) if bandwidth == "auto" else bandwidth
-    options = {"bandwidth": float(sigma), "normalization": normalization}
-    return _Strips.apply("graph_conv", options, [], messages.shape, nodes, messages)
+    """Of several stages, as a loss calls it; bandwidths that have so many neighbours are found before."""
+    bandwidths = bandwidth if isinstance(bandwidth, list) else [bandwidth] * len(nodes)
+    outputs = []
+    for x, h, given in zip(nodes, messages, bandwidths, strict=True):
+        sigma = functional.adaptive_bandwidth(x) if isinstance(given, str) else given
+        options = {"bandwidth": float(sigma), "normalization": normalization, "self_weight": self_weight}
+        outputs.append(_Strips.apply("graph_conv", options, [], h.shape, x, h))
+    return outputs
+
+
+@torch.no_grad()
+def _strip_bandwidths(nodes, neighbors, starts, backend, process_group) -> list[Tensor]:
+    """The search's own steps, with sums over strips, and what they lead to judged by its definition."""
+    units = [F.normalize(x.detach().double(), dim=1) for x in nodes]
+    begun = torch.stack([functional.adaptive_bandwidth(e) for e in units])
+    graphs = [partial(_neighbor_sums, e) for e in units]
+    arguments = neighbors, len(nodes[0]), _neighbors.COLD_PASSES, torch.float64
+    found = _neighbors.search(graphs, begun, *arguments, lambda x: x)
+    for sums, sigma in zip(graphs, found, strict=True):
+        log_sums, sharp_log_sums, *_ = sums(sigma**-2)
+        mean = (2 * log_sums - sharp_log_sums).exp().mean()
+        if not (mean / neighbors - 1).abs() < FOUND_NEIGHBORS:
+            raise ArithmeticError(f"σ = {sigma:g} gives {mean:g} neighbours, not {neighbors:g}")
+    return list(found.unbind())
+
+
+def _neighbor_sums(e: Tensor, inverse_variance: Tensor) -> list[Tensor]:
+    """log Σ_j≠i K_ij, log Σ_j≠i K_ij², and the means of x_ij weighted by K_ij and by K_ij²."""
+    of_strips = []
+    for rows in strips(len(e)):
+        x = _exponents(e, rows, float(inverse_variance) ** -0.5, -torch.inf)
+        own = x == -torch.inf
+        sums = [(power * x).logsumexp(dim=1) for power in (1, 2)]
+        weights = [(power * x - total[:, None]).exp() for power, total in zip((1, 2), sums)]
+        of_strips.append(torch.stack([*sums, *((w * x.masked_fill(own, 0)).sum(dim=1) for w in weights)]))
+    return list(torch.cat(of_strips, dim=1).unbind())
 
 
 def _strip_node_contrast(students, teachers, *, temperature, backend, pairs=None, process_group=None, bank=None):

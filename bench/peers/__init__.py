@@ -27,7 +27,7 @@ class Unavailable(Exception):
 def build(backend: str, case: Case) -> Callable[..., Tensor]:
     """The backend's function for the case's op, called as ``function(*problem.arguments, **problem.options)``."""
     if backend in LIBRARY:
-        return _whole_loss(backend) if case.op == STEP else _library(backend, case)
+        return _whole_loss(backend, case) if case.op == STEP else _library(backend, case)
     if backend not in MODULES:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     try:
@@ -37,6 +37,8 @@ def build(backend: str, case: Case) -> Callable[..., Tensor]:
     function = getattr(module, case.op, None)
     if function is None:
         raise Unavailable(f"has no {case.op}")
+    if case.self_weight is not None:
+        raise Unavailable("has no graph over the others")
     limitation = getattr(module, "limitation", lambda case: None)(case)
     if limitation:
         raise Unavailable(limitation)
@@ -54,12 +56,12 @@ def _library(backend: str, case: Case) -> Callable[..., Tensor]:
     return function
 
 
-def _whole_loss(backend: str) -> Callable[..., Tensor]:
+def _whole_loss(backend: str, case: Case) -> Callable[..., Tensor]:
     made = {}
 
-    def function(parameters, students, teachers, target, weights, *, embed_dim: int) -> Tensor:
+    def function(parameters, students, teachers, target, weights) -> Tensor:
         if not made:
-            made["criterion"] = criterion([x.shape[1] for x in students], embed_dim, backend).to(students[0])
+            made["criterion"] = criterion([x.shape[1] for x in students], case, backend).to(students[0])
         arguments = (students, teachers, target)
         return torch.func.functional_call(made["criterion"], parameters, arguments, {"weights": weights})
 
