@@ -28,6 +28,10 @@ def _bandwidth(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
+def _of_form(text: str) -> float | str | None:
+    return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else float(text)
+
+
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gkd_fast.warm", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", required=True, choices=kernels.ARCHITECTURES, help="of the GPU: sm_90 is Hopper")
@@ -37,6 +41,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--embed-dim", type=int, default=128)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--bandwidth", type=_bandwidth, default="auto")
+    parser.add_argument("--neighbors", type=_of_form, default="auto", metavar="K", help="a number, auto or none")
+    parser.add_argument("--self-weight", type=_of_form, default="auto", metavar="W", help="a number, auto or none")
     parser.add_argument("--normalization", choices=("symmetric", "row"), default="symmetric")
     parser.add_argument("--teacher-graph", choices=("labels", "frozen"), default="labels")
     parser.add_argument("--node-temperature", type=float, default=0.1)
@@ -68,6 +74,8 @@ def _step(options: argparse.Namespace, batch: int, autocast: torch.dtype | None)
         embed_dim=options.embed_dim,
         layers=options.layers,
         bandwidth=options.bandwidth,
+        neighbors=options.neighbors,
+        self_weight=options.self_weight,
         normalization=options.normalization,
         teacher_graph=options.teacher_graph,
         node_temperature=options.node_temperature,

@@ -11,7 +11,7 @@ from bench import __main__ as command
 from bench import floor, machine, measure, memory, peers, report, results, standard, timing
 from bench import truth as oracle
 from bench.cases import STEP, Case, problem
-from bench.commands import targets
+from bench.commands import forms, targets
 
 CASES = [
     Case("relation_kl", 37, 16, stages=2, dtype="float64"),
@@ -324,6 +324,20 @@ def test_step_truth_is_the_reference(form):
     found = oracle.errors(inputs.results(peers.build("reference", case)), expected)
     assert {"output", "d students[0]", "d classifier.weight", "d teacher_heads.1.linears.0.weight"} <= found.keys()
     assert max(found.values()) < 1e-12, found
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_forms_of_a_step_side_by_side(monkeypatch, capsys, wrong):
+    """Each against its own truth: one form's is not the other's."""
+    if wrong:
+        right = oracle.truth
+        monkeypatch.setattr(
+            oracle, "truth", lambda case, inputs: right(dataclasses.replace(case, self_weight=0.5), inputs)
+        )
+    monkeypatch.setattr(forms, "LARGE", 38)
+    sizes = "--batch", 37, "--dim", 16, "--stages", 2
+    assert run(monkeypatch, "forms", *sizes, "--threads", torch.get_num_threads(), "--repeats", 2) == wrong
+    assert ("is off by" in capsys.readouterr().out) == wrong
 
 
 def test_the_picture_of_measured_figures_names_their_device(monkeypatch, tmp_path):

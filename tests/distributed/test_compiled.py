@@ -1,15 +1,18 @@
 """A compiled criterion and compiled functions of a global batch."""
 
 import copy
+from functools import partial
 
+import pytest
 import torch
 
 from gkd_fast import GraphKDLoss, functional
-from tests.ops_cases import requires_cpp, rows, same_bits
+from tests.ops_cases import GRAPHS, requires_cpp, rows, same_bits
 
 pytestmark = requires_cpp
 COMPILED = (
     functional.graph_conv,
+    partial(functional.graph_conv, **GRAPHS["others"]),
     functional.relation_kl,
     functional.node_contrast,
     functional.info_nce,
@@ -17,12 +20,12 @@ COMPILED = (
 )
 
 
-def steps(group):
+def steps(group, **graph):
     """Whether losses and gradients of compiled calls are those of uncompiled ones, and in how many graphs."""
     torch._dynamo.reset()
     rank = torch.distributed.get_rank(group)
     torch.manual_seed(0)
-    criterion = GraphKDLoss([4, 5], [6, 6], num_classes=3, embed_dim=8, process_group=group)
+    criterion = GraphKDLoss([4, 5], [6, 6], num_classes=3, embed_dim=8, process_group=group, **graph)
     plain = copy.deepcopy(criterion)
     compiled = torch.compile(criterion, backend="aot_eager")
     alike = []
@@ -51,8 +54,9 @@ def functions(group):
     return alike
 
 
-def test_a_criterion(pool):
-    assert pool.run(steps, ranks=2) == [[True, True]] * 2
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_a_criterion(pool, graph):
+    assert pool.run(partial(steps, **graph), ranks=2) == [[True, True]] * 2
 
 
 def test_functions(pool):

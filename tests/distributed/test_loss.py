@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gkd_fast import GraphKDLoss, PairWeightNetwork, UnrolledSGD, distributed
 from gkd_fast.distributed import until_all_end
-from tests.ops_cases import D64, requires_cpp
+from tests.ops_cases import D64, GRAPHS, requires_cpp
 from tests.precision_cases import BOUND
 
 pytestmark = requires_cpp
 CLASSES = 3
 OPTIONS = {"num_classes": CLASSES, "embed_dim": 6}
+both_forms = pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 
 
 class Student(nn.Module):
@@ -56,10 +58,10 @@ def step_counts(step: int, ranks: int) -> list[int]:
     return [(7 * rank + 5 * step) % 11 + (rank == 0) for rank in range(ranks)]
 
 
-def train(group, wrapper="ddp", process_group=True, equal=False, accumulate=1):
+def train(group, wrapper="ddp", process_group=True, equal=False, accumulate=1, **graph):
     """The parameters after 20 steps of SGD on changing shards; ``group`` None: one process with all samples."""
     ranks = 1 if group is None else dist.get_world_size(group)
-    student = Student(group if process_group else None)
+    student = Student(group if process_group else None, **graph)
     model = student
     if group is not None and wrapper == "ddp":
         model = DistributedDataParallel(student, process_group=group)
@@ -86,10 +88,11 @@ def distance(parameters, others) -> float:
     return max((x - y).abs().max().item() for x, y in zip(parameters, others, strict=True))
 
 
+@both_forms
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_twenty_steps_of_ddp_give_the_parameters_of_one_process(pool, ranks):
-    expected = train(None)
-    for parameters in pool.run(train, ranks=ranks):
+def test_twenty_steps_of_ddp_give_the_parameters_of_one_process(pool, ranks, graph):
+    expected = train(None, **graph)
+    for parameters in pool.run(partial(train, **graph), ranks=ranks):
         assert distance(parameters, expected) < 1e-9
 
 
@@ -144,9 +147,9 @@ def test_hypergradient(pool, second_derivatives, tolerance):
         assert distance(found, expected) < tolerance
 
 
-def look(group, counts, dtype, autocast):
+def look(group, counts, dtype, autocast, **graph):
     """Terms, the mean gradient over ranks, and diagnostics."""
-    student = Student(group).to(dtype)
+    student = Student(group, **graph).to(dtype)
     x, teacher_features, labels, _ = shard(group, counts, *problem(sum(counts)))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         first = student.stage1(x.to(dtype)).tanh()
@@ -158,15 +161,16 @@ def look(group, counts, dtype, autocast):
     return (values if group is None else distributed.average(values, group)), student.criterion.diagnostics()
 
 
+@both_forms
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
     [(D64, False, 1e-12), (torch.float32, False, 1e-5), (torch.float32, True, BOUND)],
 )
-def test_terms_gradients_and_diagnostics(pool, dtype, autocast, tolerance):
+def test_terms_gradients_and_diagnostics(pool, dtype, autocast, tolerance, graph):
     counts = [9, 0, 3, 12]
     # Under autocast one process rounds sums over its samples to bfloat16, more than a rank: no measure of these.
-    expected, diagnosis = look(None, [sum(counts)], D64 if autocast else dtype, False)
-    for found, diagnosed in pool.run(look, counts, dtype, autocast):
+    expected, diagnosis = look(None, [sum(counts)], D64 if autocast else dtype, False, **graph)
+    for found, diagnosed in pool.run(partial(look, **graph), counts, dtype, autocast):
         for x, truth in zip(found, expected, strict=True):
             assert (x - truth).abs().max() <= tolerance * max(1, truth.abs().max())
         assert diagnosed.keys() == diagnosis.keys()

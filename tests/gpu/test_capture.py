@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gkd_fast import GraphKDLoss
+from tests.ops_cases import GRAPHS
 from tests.train.conftest import quiet, tiny_config
 
 from .target import TARGET, needs_gpu
@@ -14,6 +15,7 @@ from .target import TARGET, needs_gpu
 pytestmark = needs_gpu
 
 BATCH, WIDTHS = 96, (32, 48)
+both_forms = pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 
 
 def inputs(seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -44,8 +46,9 @@ def gradients(loss: torch.Tensor, students, criterion) -> list[torch.Tensor]:
     return [loss, *torch.autograd.grad(loss, [*students, *criterion.parameters()])]
 
 
-def test_a_graphed_callable():
-    eager, captured = loss_of(), loss_of()
+@both_forms
+def test_a_graphed_callable(graph):
+    eager, captured = loss_of(**graph), loss_of(**graph)
     students, teachers, target = inputs(0)
     sample = [x.clone().requires_grad_() for x in students] + teachers + [target]
     graphed = torch.cuda.make_graphed_callables(Flat(captured), tuple(sample))
@@ -57,11 +60,12 @@ def test_a_graphed_callable():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@both_forms
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("column_bank", [0, 2 * BATCH])
-def test_a_whole_step(column_bank, autocast):
+def test_a_whole_step(column_bank, autocast, graph):
     """Forward, backward and the bank's additions; the first calls, with their diagnostics, are not captured."""
-    eager, captured = (loss_of(column_bank=column_bank) for _ in range(2))
+    eager, captured = (loss_of(column_bank=column_bank, **graph) for _ in range(2))
     students, teachers, target = inputs(0)
     students = [x.requires_grad_() for x in students]
 

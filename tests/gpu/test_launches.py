@@ -202,7 +202,8 @@ def test_few_rows_against_a_million_columns(op):
 
 
 @pytest.mark.parametrize(
-    ("op", "megabytes"), [("relation_kl", 64), ("graph_conv symmetric", 64), ("graph_conv row", 64)]
+    ("op", "megabytes"),
+    [(op, 64) for op in ("relation_kl", "graph_conv symmetric", "graph_conv row", "neighbor_conv symmetric")],
 )
 def test_extra_memory_of_a_large_batch(op, megabytes):
     """Beyond inputs, float32 unit rows and messages, outputs and gradients, at B = 65,536."""

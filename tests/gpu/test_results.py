@@ -5,6 +5,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from gkd_fast import GraphKDLoss, functional
+from tests.ops_cases import GRAPHS
+from tests.test_neighbor_bandwidth import DATA
 
 from .problems import DEVICE, OPS, assert_all_products, assert_no_worse_than_due, problem
 from .target import TARGET
@@ -114,16 +116,31 @@ def test_autocast_multiplies_in_its_type():
     torch.testing.assert_close(inside, outside, rtol=0.05, atol=0.01)
 
 
-def test_a_whole_loss_is_the_references():
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_a_whole_loss_is_the_references(graph):
     torch.manual_seed(0)
     values = {}
     features = [torch.randn(300, width, dtype=torch.float64, device=DEVICE) for width in (12, 20, 16, 24)]
     target = torch.arange(300, device=DEVICE) % 7
     for backend in ("reference", TARGET.backend):
         torch.manual_seed(1)
-        criterion = GraphKDLoss([12, 20], [16, 24], num_classes=7, embed_dim=32, backend=backend).double().to(DEVICE)
+        options = {"num_classes": 7, "embed_dim": 32, "backend": backend}
+        criterion = GraphKDLoss([12, 20], [16, 24], **options, **graph).double().to(DEVICE)
         students = [x.clone().requires_grad_() for x in features[:2]]
         loss = criterion(students, features[2:], target)
         values[backend] = [loss.detach(), *torch.autograd.grad(loss, [*students, *criterion.parameters()])]
     for fast, plain in zip(values[TARGET.backend], values["reference"]):
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("data", ["pixels", "noise of width 128", "two tight classes"])
+def test_nodes_have_as_many_neighbors_as_wanted(data, dtype):
+    """In float64 to the last digits that 7 passes find; else those of rows as the products take them."""
+    for batch in TARGET.rows:
+        nodes = DATA[data](batch).to(DEVICE, dtype)
+        for k in (4, 16):
+            if k < batch / 4:
+                sigma = functional.neighbor_bandwidth(nodes, k, backend=TARGET.backend)
+                found = functional.effective_neighbors(nodes, sigma, others=True, backend=TARGET.backend)
+                assert found.mean().item() == pytest.approx(k, rel=1e-3 if dtype == torch.float64 else 0.15)

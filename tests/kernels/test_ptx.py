@@ -76,10 +76,9 @@ def judge(function, product, *widths, rows=ROWS, **options):
     return {*launched}
 
 
-def graph_conv(normalization="symmetric"):
-    return lambda nodes, messages, backend: functional.graph_conv(
-        nodes, messages, bandwidth=0.7, normalization=normalization, backend=backend
-    )
+def graph_conv(normalization="symmetric", self_weight=None):
+    options = {"bandwidth": 0.7, "normalization": normalization, "self_weight": self_weight}
+    return lambda nodes, messages, backend: functional.graph_conv(nodes, messages, backend=backend, **options)
 
 
 def losses(name, students, **options):
@@ -92,6 +91,13 @@ def losses(name, students, **options):
 def test_graph_conv(product, widths, large):
     names = judge(graph_conv(), product, *widths)
     assert "graph_gradients" in names or "graph_strip" in names
+
+
+@each_product("bfloat16")
+@pytest.mark.parametrize("normalization", ["symmetric", pytest.param("row", marks=full)])
+def test_graph_conv_over_the_others(product, normalization, large):
+    names = judge(graph_conv(normalization, 0.3), product, 16, 64)
+    assert {"neighbor_sums", "neighbor_gradients"} <= names
 
 
 @full
@@ -114,10 +120,11 @@ def test_node_contrast(product, large):
 
 @full
 @each_product()
-@pytest.mark.parametrize("op", ["relation_kl", "node_contrast", "graph_conv", "graph_conv row"])
+@pytest.mark.parametrize("op", ["relation_kl", "node_contrast", "graph_conv", "graph_conv row", "graph_conv others"])
 def test_small_batches(product, op):
     if op.startswith("graph_conv"):
-        names = judge(graph_conv("row" if "row" in op else "symmetric"), product, 12, 40)
+        form = {"normalization": "row" if "row" in op else "symmetric", "self_weight": 0.3 if "others" in op else None}
+        names = judge(graph_conv(**form), product, 12, 40)
     else:
         names = judge(losses(op, 1), product, *((8, 40) if op == "relation_kl" else (24, 24)))
     assert any("small" in name for name in names)

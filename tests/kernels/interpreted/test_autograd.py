@@ -10,7 +10,7 @@ from tests.test_inference_mode import FUNCTIONS as OF_FROZEN_ROWS
 from tests.test_inference_mode import test_gradients_are_those_of_ordinary_features as check_inference_mode
 from tests.test_transforms import test_is_what_the_reference_gives as check_transform
 
-NAMES = ["graph_conv row", "node_contrast", "relation_kl"]
+NAMES = ["graph_conv row", "neighbor_conv row", "node_contrast", "relation_kl"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, *BANKED])
