@@ -192,8 +192,10 @@ def graph_bandwidths(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process
         return [functional.adaptive_bandwidth(x, process_group=process_group) for x in nodes]
     batch = _batch_of(nodes, process_group)
     starts = [head._start(batch) for head in heads]
-    known = None if any(start is None for start in starts) else starts
-    return functional._neighbor_bandwidths(nodes, first.neighbors, known, first.backend, process_group)
+    known = [start for start in starts if start is not None]
+    return functional._neighbor_bandwidths(
+        nodes, first.neighbors, known if len(known) == len(heads) else None, first.backend, process_group
+    )
 
 
 def _batch_of(nodes: Sequence[Tensor], process_group: Group) -> int:
