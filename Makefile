@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: fuzz install demo test test-oldest test-gpu test-installed test-kernels test-machine-code test-ptx sanitize bench lint format \
+.PHONY: fuzz install demo test test-oldest test-gpu gpu gpu-cache test-installed test-kernels test-machine-code test-ptx sanitize bench lint format \
 	wheel docs clean
 
 install: $(VENV)/installed
@@ -53,6 +53,15 @@ test-oldest: $(OLDEST)/installed
 # On a machine with a GPU.
 test-gpu: install
 	$(BIN)/python -m pytest -n 4 tests/gpu
+
+# A GPU's few minutes: its tests, times beside predictions and peers, tile sizes. `make gpu-cache` first, where there may be
+# no GPU: what is in this cache is not compiled then.
+GPU_CACHE := $(CURDIR)/build/gpu
+gpu: install
+	TRITON_CACHE_DIR=$(GPU_CACHE) $(BIN)/python -m bench gpu --json runs/gpu.json --markdown docs/developers/gpu.md
+
+gpu-cache: install
+	TRITON_CACHE_DIR=$(GPU_CACHE) $(BIN)/python -m bench gpu --fill
 
 # Hopper's machine code of every kernel, at all tile configurations and pairs of widths; about an hour.
 test-machine-code: install

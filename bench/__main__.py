@@ -18,6 +18,7 @@ SUBCOMMANDS = {
         "bench.commands.scaling",
         "memory, traffic and arithmetic of a global batch over many GPUs, by formula",
     ),
+    "gpu": ("bench.commands.gpu", "a GPU's few minutes: its tests, times beside predictions and peers, tile sizes"),
     "gpu-static": ("bench.commands.gpu_static", "the Triton kernels' resources and predicted times, without a GPU"),
 }
 

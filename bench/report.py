@@ -43,6 +43,15 @@ def case_table(case: Case, rows: list[Row]) -> Table:
     return table
 
 
+def rich_table(headers: list[str], rows: list[list[str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for header in headers:
+        table.add_column(header)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def markdown_cases(cases: list[tuple[Case, list[Row]]]) -> str:
     """One Markdown table for all first-order cases, one for the second-order ones."""
     parts = []

@@ -11,8 +11,6 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.table import Table
-
 from bench import cases, files, machine, report
 from bench.gpu import calibration, measured, tables
 from bench.gpu.predicted import BATCHES, KernelReport, chosen, read_kernel, time_rows
@@ -41,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     console = report.console()
     if arguments.check:
-        console.print(rich_table(*tables.check_table(), "predicted against published, TFLOP/s"))
+        console.print(report.rich_table(*tables.check_table(), "predicted against published, TFLOP/s"))
         return 0
     if arguments.calibration:
-        console.print(rich_table(*calibration.table(), f"measured within {calibration.NEAR} × of predicted"))
+        console.print(report.rich_table(*calibration.table(), f"measured within {calibration.NEAR} × of predicted"))
         return 0
     kernels = [
         read_kernel(spec, stages, arguments.batch)
@@ -60,14 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     times = load_measured(arguments.json)
     if arguments.measure:
         times += measured.measure(list(time_rows(kernels)), console)
-    console.print(rich_table(*tables.resource_table(kernels), "resources"))
+    console.print(report.rich_table(*tables.resource_table(kernels), "resources"))
     if arguments.mix:
-        console.print(rich_table(*tables.clock_table(kernels), "multiprocessor clocks per step and program, by unit"))
+        console.print(
+            report.rich_table(*tables.clock_table(kernels), "multiprocessor clocks per step and program, by unit")
+        )
         for kernel in kernels:
             console.print(
                 f"{kernel.arch} {kernel.kernel}: " + ", ".join(f"{n} {name}" for name, n in kernel.mix.items())
             )
-    console.print(rich_table(*tables.time_table(kernels, times), "predicted times"))
+    console.print(report.rich_table(*tables.time_table(kernels, times), "predicted times"))
     for line in measured.exceeded(time_rows(kernels), times):
         console.print(line)
     if arguments.json:
@@ -75,15 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         report.write_section(arguments.markdown, SECTION, tables.markdown(kernels, times, arguments.tiles))
     return 0
-
-
-def rich_table(headers: list[str], rows: list[list[str]], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for header in headers:
-        table.add_column(header)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def save(path: Path, kernels: list[KernelReport], times: list[dict]) -> None:

@@ -44,19 +44,21 @@ class Counter(TorchDispatchMode):
 
 def extra_peak(run: Callable[[], list[torch.Tensor]]) -> int:
     """Bytes at the peak of ``run()`` beyond the tensors that it returns."""
-    with _kernels_left_out(), Counter() as counter:
+    with kernels_left_out([]), Counter() as counter:
         kept = run()
     return counter.peak - sum({_storage(x): x.untyped_storage().nbytes() for x in kept}.values())
 
 
-def op_peak(
+def op_peak(*arguments, **options) -> int:
+    """Extra bytes of :func:`op_run`; node_contrast's weighted sums, where it keeps them, count as extra."""
+    return extra_peak(op_run(*arguments, **options))
+
+
+def op_run(
     op: str, batch: int, dim: int, stages: int, precision: str, *, normalization: str = "symmetric",
     keep_weighted: bool = True, teachers_wanted: bool = False,
-) -> int:  # fmt: skip
-    """Extra bytes of forward and backward of one op, gradients to students (nodes and messages) or all.
-
-    ``keep_weighted``: whether node_contrast keeps its weighted sums, which count as extra.
-    """
+) -> Callable[[], list[torch.Tensor]]:  # fmt: skip
+    """Forward and backward of one op on unit rows of no values, gradients to students (nodes and messages) or all."""
     rows = torch.float64 if precision == "float64" else torch.float32
 
     def matrices(count: int) -> list[torch.Tensor]:
@@ -73,7 +75,7 @@ def op_peak(
             )
             return [output, *found]
 
-        return extra_peak(run)
+        return run
     students, teachers, upstream = matrices(stages), matrices(stages), torch.empty(batch, stages, stages, dtype=rows)
     needs = [True] * stages + [teachers_wanted] * stages
     forward, backward = kernels.OPS[op], kernels.OPS[f"{op}_backward"]
@@ -87,7 +89,7 @@ def op_peak(
         losses, *sums = forward(students, teachers, wanted, 0.1, precision, keep_weighted)
         return [losses, *backward(upstream, students, teachers, *sums, wanted, 0.1, precision, needs)]
 
-    return extra_peak(relation if op == "relation_kl" else contrast)
+    return relation if op == "relation_kl" else contrast
 
 
 def unit_row_bytes(op: str, batch: int, dim: int, stages: int) -> int:
@@ -107,12 +109,21 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _kernels_left_out():
-    """cuBLAS adds what is multiplied in place."""
+def kernels_left_out(launched: list):
+    """Grids of the kernels, and shapes of what cuBLAS, which adds in place, multiplies, are put into ``launched``."""
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        launched.append((a.shape, b.shape))
+        return _product(a, b)
+
+    def add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        launched.append((a.shape, b.shape))
+
     with ExitStack() as replaced:
-        replaced.enter_context(mock.patch.object(Launch, "__call__", lambda self, grid, *arguments: None))
+        call = lambda self, grid, *arguments: launched.append(grid)  # noqa: E731
+        replaced.enter_context(mock.patch.object(Launch, "__call__", call))
         for module in (graph_conv_strips, node_contrast_strips, relation_kl, row_maxima):
-            replaced.enter_context(mock.patch.object(module, "multiply", _product))
+            replaced.enter_context(mock.patch.object(module, "multiply", product))
         for module in (graph_conv_strips, node_contrast_strips, relation_kl):
-            replaced.enter_context(mock.patch.object(module, "add_products", lambda total, a, b: None))
+            replaced.enter_context(mock.patch.object(module, "add_products", add))
         yield

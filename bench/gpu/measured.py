@@ -34,13 +34,13 @@ def measure(works: list, console) -> list[dict]:
     return found
 
 
-def prepared(work) -> Callable[[], object]:
+def prepared(work, device: str = "cuda") -> Callable[[], object]:
     """One run of the work."""
     from gkd_fast import ops
 
     dtype, precision = PRECISIONS.get(work.dtype, (work.dtype, "highest"))
-    normalization = "symmetric" if work.op == "graph_conv" else None
-    case = cases.Case(work.op, work.batch, work.dim, work.stages, normalization, dtype, "cuda", precision=precision)
+    normalization = work.normalization if work.op == "graph_conv" else None
+    case = cases.Case(work.op, work.batch, work.dim, work.stages, normalization, dtype, device, precision=precision)
     problem = cases.problem(case)
     rows = torch.float64 if dtype == "float64" else torch.float32
 
@@ -49,18 +49,20 @@ def prepared(work) -> Callable[[], object]:
 
     if work.op == "graph_conv":
         (nodes,), messages = unit([problem.arguments[0]]), problem.arguments[1].detach().to(rows).requires_grad_()
-        variance = torch.full((), problem.options["bandwidth"] ** -2, dtype=rows, device="cuda")
+        variance = torch.full((), problem.options["bandwidth"] ** -2, dtype=rows, device=device)
         wanted, upstream = [nodes, messages], problem.upstream.to(rows)
 
         def forward() -> torch.Tensor:
             return torch.ops.gkd_fast.graph_conv(nodes, messages, variance, case.normalization, work.dtype)[0]
     else:
         students, teachers = map(unit, problem.arguments)
-        wanted, upstream = students, problem.upstream
+        for x in teachers:
+            x.requires_grad_(work.teachers_wanted)
+        wanted, upstream = [*students, *(x for x in teachers if x.requires_grad)], problem.upstream
         op = getattr(torch.ops.gkd_fast, work.op)
         options = problem.options | {"product_precision": work.dtype}
         if work.op == "node_contrast":
-            options |= {"wanted": [True] * (work.stages**2), "keep_weighted": True}
+            options |= {"wanted": [True] * (work.stages**2), "keep_weighted": not work.teachers_wanted}
 
         def forward() -> torch.Tensor:
             return op(students, teachers, **options)[0]

@@ -7,6 +7,8 @@ from bench.gpu import devices
 SMALL_BATCH = 256  # gkd_fast.kernels.common.small's, which needs Triton
 COPIED_TYPES = {"bfloat16": 2, "float16": 2}  # columns are copied in the product's type, of so many bytes
 PLANNED = ("relation_kl", "node_contrast", "graph_conv", "unit_rows")
+# What cuBLAS reached of the published rate on an H200, on strips of 4,096 rows 768 wide in bfloat16.
+CUBLAS_SHARE = 0.64
 # What is timed: forward; forward and backward; these and the double backward.
 DIRECTIONS = ("forward", "backward", "double backward")
 
@@ -22,6 +24,8 @@ class Work:
     dim: int
     stages: int
     batch: int
+    normalization: str = "symmetric"  # of graph_conv
+    teachers_wanted: bool = False  # whether teachers have gradients too
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Plan:
 
 
 def plan(work: Work) -> Plan:
-    """Of one direction alone; gradients to students, or to nodes and messages. Empty for ops that are not timed."""
+    """Of one direction alone, of rows that fit a program; gradients to students, or to nodes and messages. Empty for
+    ops that are not timed.
+    """
     if work.op not in PLANNED:
         return Plan()
     if work.direction == "double backward":
@@ -70,9 +76,32 @@ def large_plan(work: Work) -> Plan:
         return Plan(("unit_rows_forward" if forward else "unit_rows_gradient",))
     # Operands of the nodes and of one (H) or two (H', G') lists of values.
     operands = ("row_sums of graph_conv", "round_rows of graph_conv")
+    if forward and work.normalization == "row":
+        return Plan((*operands * 2, "graph_sums, row"))
     if forward:
         return Plan((*operands * 2, "graph_degree_sums", "graph_sums, symmetric"))
     return Plan((*operands * 3, "graph_sums, symmetric", "graph_terms", "graph_gradients"))
+
+
+def wide_seconds(work: Work, device: devices.Device) -> float:
+    """Forward and backward of rows that go in strips, S = T = 1: cuBLAS's products, and the kernels' passes over strips
+    that memory limits.
+
+    The strips' weights are of the product's type; the float32 similarities are read as often as products are not
+    gathers.
+    """
+    size = COPIED_TYPES.get(work.dtype, 8 if work.dtype == "float64" else 4)
+    sums = max(size, 4)
+    if work.op == "relation_kl":
+        products, entry = 5 + work.teachers_wanted, 4 * sums + size * (1 + work.teachers_wanted)
+    elif work.op == "node_contrast":
+        products, entry = (4, 2 * sums + size) if work.teachers_wanted else (2, sums + size)
+    else:
+        degrees = work.normalization == "symmetric"
+        products, entry = 8 + degrees, (4 + degrees) * sums + 3 * size
+    rate = device.products.get("16-bit" if size == 2 else work.dtype, device.float_lanes) * CUBLAS_SHARE
+    clocks = products * work.batch**2 * work.dim / (rate * device.multiprocessors)
+    return device.seconds(clocks) + entry * work.batch**2 / device.memory_bandwidth
 
 
 def second_order_plan(work: Work) -> Plan:

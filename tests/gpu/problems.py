@@ -12,7 +12,7 @@ from gkd_fast import functional, reference
 from tests.precision_cases import BOUND
 from tests.second_order_cases import second_order
 
-from .target import TARGET
+from .target import COMPILED, TARGET
 
 DEVICE = TARGET.device
 OPS = (
@@ -218,8 +218,19 @@ def complaints(
     return found
 
 
+def compile_for(problem: Problem, products: Sequence[str], orders: Sequence[int]) -> None:
+    """Makes all that the results take, and judges nothing."""
+    for product in products:
+        dtype, precision = PRODUCTS[product]
+        torch.set_float32_matmul_precision(precision)
+        for order in orders:
+            problem.results(TARGET.backend, dtype, order=order)
+
+
 def assert_all_products(problem: Problem, products: Sequence[str] = tuple(PRODUCTS), orders=(1, 2)) -> None:
     """Every product's results against one truth."""
+    if TARGET is COMPILED:
+        return compile_for(problem, products, orders)
     found = []
     for order in orders:
         truth = problem.results("reference", D64, order=order)
@@ -231,6 +242,8 @@ def assert_all_products(problem: Problem, products: Sequence[str] = tuple(PRODUC
 def assert_no_worse_than_due(problem: Problem, slack: float | None = None, order: int = 1) -> None:
     """In the type of the problem's inputs."""
     product = PRODUCT_OF[next(iter(problem.inputs.values())).dtype]
+    if TARGET is COMPILED:
+        return compile_for(problem, [product], [order])
     truth = problem.results("reference", D64, order=order)
     found = complaints(problem, product, truth, order, slack)
     assert not found, "\n".join(found)
@@ -239,6 +252,8 @@ def assert_no_worse_than_due(problem: Problem, slack: float | None = None, order
 def assert_within(problem: Problem, dtype: torch.dtype, bound: float, autocast: bool, order: int) -> None:
     """In a short type, as the inputs' own or autocast's, all errors are below ``bound`` of the largest entry, and what
     float32 makes of terms of size 1: a loss of rows that are all alike is smaller than that."""
+    if TARGET is COMPILED:
+        return compile_for(problem, [PRODUCT_OF[dtype]], [order])
     truth = problem.results("reference", D64, order=order)
     with torch.autocast(DEVICE.type, dtype) if autocast else nullcontext():
         fast = problem.results(TARGET.backend, torch.float32 if autocast else dtype, order=order)

@@ -3,11 +3,14 @@
 On a GPU they judge the Triton kernels at the sizes that are used. Without one the same code judges the C++ kernels, or
 under ``TRITON_INTERPRET=1`` the interpreted Triton kernels, at sizes that take seconds: what is tested then is the
 tests. What needs a device (streams, CUDA graphs, its memory) is marked ``needs_gpu``.
+
+With ``GKD_FAST_COMPILE_FOR=sm_90`` nothing is judged: what the tests hold against the definition is compiled for that
+architecture, into ``TRITON_CACHE_DIR``, so that on a GPU they compile little.
 """
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ class Target:
 
     def tiles(self) -> AbstractContextManager:
         """Interpreted kernels take tiles of 16 × 16, of which these sizes are several."""
-        if self.backend != "triton" or self.device.type == "cuda":
+        if self is not INTERPRETED:
             return nullcontext()
         from gkd_fast.kernels.common import table
 
@@ -56,7 +59,13 @@ INTERPRETED = Target(
 )  # fmt: skip
 
 
+COMPILED = replace(GPU, device=torch.device("cpu"), rows=GPU.rows[:1], few_rows=GPU.few_rows[-1:])
+COMPILE_FOR = os.environ.get("GKD_FAST_COMPILE_FOR")
+
+
 def chosen() -> Target:
+    if COMPILE_FOR:
+        return COMPILED
     if torch.cuda.is_available():
         return GPU
     return INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else CPU
