@@ -47,6 +47,14 @@ def test_kinds_of_rows_and_settings(tile_rows, kind, temperature, bandwidth, dty
     agree(2, draws, dtype, temperature=temperature, bandwidth=bandwidth)
 
 
+@pytest.mark.parametrize(("temperature", "bandwidth"), [(0.02, 1.0), (0.01, 0.5)])
+def test_teachers_whose_rows_have_one_near_partner(tile_rows, temperature, bandwidth):
+    """Nearly all of a row's weight is then that partner's, whose Δ − h is what two numbers near 1/τ leave."""
+    tile_rows(32)
+    draws = [rows(31, 129, 5, seed=seed) for seed in range(8)]
+    agree(1, draws, torch.float32, temperature, bandwidth)
+
+
 def dense(students, teachers, student_columns, teacher_columns, temperature, bandwidth, offset):
     """Losses ``[I, S, T]`` of unit rows with a column set, by its formula."""
 

@@ -98,6 +98,24 @@ class Call {
   std::exception_ptr error_;  // of the first product that failed
 };
 
+// A float64 number per row in two parts, those of WideTerms.
+template <class T>
+struct WideNumbers {
+  T *high = nullptr, *low = nullptr;
+
+  WideNumbers() = default;
+  WideNumbers(Call& call, int64_t count) : high(call.zeros<T>(count)), low(call.zeros<T>(count)) {}
+  void set(int64_t i, double x) {
+    high[i] = T(x);
+    low[i] = T(x - high[i]);
+  }
+};
+
+template <class T>
+WideTerms<T> wide_terms(const WideNumbers<T>& row, const WideNumbers<T>& column) {
+  return {{row.high, column.high}, {row.low, column.low}};
+}
+
 // x_i ← f(scales_i) x_i for the rows of x [rows, width].
 template <class T, class S, class F>
 void scale_rows(T* x, const S* scales, int64_t rows, int64_t width, const F& f) {

@@ -52,6 +52,12 @@ struct Terms {
   const T* column;
 };
 
+// A per-row quantity on both sides, in float64: what a rounding to T leaves of it is `low`.
+template <class T>
+struct WideTerms {
+  Terms<T> high, low;
+};
+
 constexpr int kMaxStages = 64;
 constexpr int kMaxPairs = kMaxStages * kMaxStages / 4;  // S·T where S + T = kMaxStages
 
@@ -70,7 +76,7 @@ struct RelationKl {
   // Backward: factors of U, see relation_kl.h, and gradients [row_count, dim] or null, cleared by the caller.
   Terms<T> alpha[kMaxStages];  // per student
   const Terms<T>* beta;        // per pair
-  Terms<T> eta[kMaxStages];    // per teacher
+  const WideTerms<T>* levels;  // h per pair
   T inverse_temperature;
   T* gradients[kMaxStages];
   // R of the upper tiles, [tile][stage], or null: the forward pass writes it, the backward pass reads it.
@@ -84,10 +90,10 @@ struct RelationKlTangent {
   RelationKl<T> relations;
   Terms<T> tangents[kMaxStages];
   T inverse_variance;
-  // Double backward: tangents of α, β, η.
+  // Double backward: tangents of α, β, h.
   Terms<T> alpha[kMaxStages];
   const Terms<T>* beta;
-  Terms<T> eta[kMaxStages];
+  const WideTerms<T>* levels;
 };
 
 template <class T>
@@ -146,12 +152,6 @@ struct NodeGradient {
   T* gradient;           // [row_count, dim], cleared by the caller
   T* messages_gradient;  // Σ_j K_ij G'_j of left, [row_count, width], cleared by the caller, or null
   T* affinities;         // K of the upper tiles, or null
-};
-
-// A per-row quantity on both sides, in float64: what a rounding to T leaves of it is `low`.
-template <class T>
-struct WideTerms {
-  Terms<T> high, low;
 };
 
 template <class T>

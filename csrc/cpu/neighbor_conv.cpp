@@ -47,22 +47,16 @@ at::Tensor log_sums_of(const char* name, const std::optional<at::Tensor>& log_su
 // but its own column is there to be weighed.
 template <class T>
 WideTerms<T> wide_terms(Call& call, const Graph& graph, const at::Tensor& row, const at::Tensor& column, Shares shares) {
-  WideTerms<T> terms;
-  auto fill = [&](const at::Tensor& log_sums, double share, int64_t count, const T*& high, const T*& low) {
-    T *highs = call.zeros<T>(count), *lows = call.zeros<T>(count);
-    high = highs, low = lows;
-    if (!log_sums.defined() || share == 0) return;
+  auto of_side = [&](const at::Tensor& log_sums, double share, int64_t count) {
+    WideNumbers<T> numbers(call, count);
+    if (!log_sums.defined() || share == 0) return numbers;
     const double* l = log_sums.const_data_ptr<double>();
     for (int64_t i = 0; i < count; ++i) {
-      if (l[i] == -INFINITY) continue;
-      const double wide = l[i] * share * kLog2E;
-      highs[i] = T(wide);
-      lows[i] = T(wide - highs[i]);
+      if (l[i] != -INFINITY) numbers.set(i, l[i] * share * kLog2E);
     }
+    return numbers;
   };
-  fill(row, shares.row, graph.rows, terms.high.row, terms.low.row);
-  fill(column, shares.column, graph.column_count, terms.high.column, terms.low.column);
-  return terms;
+  return wide_terms(of_side(row, shares.row, graph.rows), of_side(column, shares.column, graph.column_count));
 }
 
 template <class T>

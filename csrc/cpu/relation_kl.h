@@ -6,6 +6,8 @@
 
 namespace gkd::GKD_ISA {
 
+template <class T>
+constexpr T kLn2 = T(0.6931471805599453);
 constexpr int kMostSums = 2;      // per stage
 constexpr int kMostPairSums = 2;  // per pair
 
@@ -174,14 +176,13 @@ struct RelationTiles {
 // difference would be the roundings of u and v.
 template <class T>
 GKD_INLINE Vec<T> divergence(Vec<T> x, Vec<T> u, Vec<T> v) {
-  constexpr T ln2 = T(0.6931471805599453);
   // ln2^n/n!, n = 6 … 2: relative error 5e-7 below 0.35.
   constexpr T series[] = {T(0.000154035304), T(0.00133335581), T(0.00961812911), T(0.0555041087), T(0.240226507)};
   Vec<T> p = x * series[0] + series[1];
 #pragma GCC unroll 3
   for (int term = 2; term < 5; ++term) p = p * x + series[term];
   const Vec<T> square = x * x;
-  return square < T(0.35 * 0.35) ? u * (square * p) : v - u - u * (x * ln2);
+  return square < T(0.35 * 0.35) ? u * (square * p) : v - u - u * (x * kLn2<T>);
 }
 
 // Z = Σ_j U_ij per stage, Q = Σ_j U^t_ij (log2 U^t_ij − log2 U^s_ij) per pair: of the exponents that U was made of, so that
@@ -225,25 +226,52 @@ struct RelationForward : RelationTiles<T, Shared, Fixed> {
 };
 
 // Student: M^s = R^s [U^s (α_i + α_j) − Σ_t U^t (β_it + β_jt)], α = a/Z^s, β = g/Z^t.
-// Teacher: M^t = R^t U^t [Σ_s (R^t − R^s)/τ (β_is + β_js) − (η_i + η_j)], η = Σ_s β_s (ℓ_s + log Z^t/Z^s).
-// All factors hold 1/(σ²τ). Without a shared shift U is P of the row or the column, each with its own factor.
+// Teacher: M^t = R^t U^t Σ_s [β_is (Δ − h_is) + β_js (Δ − h_js)], Δ = log U^t/U^s, h = Σ_j P^t Δ = ℓ + log Z^t/Z^s.
+// α and β hold 1/(σ²τ). Without a shared shift U is P of the row or the column, each with its own factors.
+// Where one partner has most of a row's weight Δ − h is what two numbers up to 1/τ large leave. So Δ is made of the very
+// exponents that the forward pass made h of, in base 2, and h, which all the row shares, is wide.
 // dE_i = Σ_j M_ij e_j.
 template <class T, bool Shared, int Fixed>
 struct RelationBackward : RelationTiles<T, Shared, Fixed> {
   using Tiles = RelationTiles<T, Shared, Fixed>;
   using Tiles::N;
 
-  // M of one stage at row r + g and column x; α, β, η as (row, columns) of one vector.
+  // The factors of U, those of the row `at`, or of V, those of the columns from `at` on.
+  template <bool Mirrored, int G>
+  struct Side {
+    const typename Tiles::template Relations<G>& now;
+    int64_t at;
+    int g;
+
+    GKD_INLINE Vec<T> operator()(Terms<T> f) const {
+      if constexpr (Mirrored) return load(f.column + at);
+      return broadcast<T>(f.row[at]);
+    }
+    // (Δ − h)/ln2
+    GKD_INLINE Vec<T> excess(int64_t s, int64_t q, const WideTerms<T>& level) const {
+      constexpr bool of_v = Mirrored && !Shared;
+      const Vec<T> difference =
+          of_v ? now.log_v[q][g] - now.log_v[s][g] : now.log_u[q][g] - now.log_u[s][g];
+      return difference - (*this)(level.high) - (*this)(level.low);
+    }
+  };
+
+  // M of one stage at row r + g and column x.
   template <int G>
   struct Weights {
     const RelationBackward& op;
     const typename Tiles::template Relations<G>& now;
     int64_t i, j;
 
-    // U_ij f_i + V_ij f_j
+    // U_ij f(row) + V_ij f(column)
+    template <class F>
+    GKD_INLINE Vec<T> both(int64_t q, int g, const F& f) const {
+      const Vec<T> own = f(Side<false, G>{now, i + g, g}), mirrored = f(Side<true, G>{now, j, g});
+      if constexpr (Shared) return now.u[q][g] * (own + mirrored);
+      return now.u[q][g] * own + now.v[q][g] * mirrored;
+    }
     GKD_INLINE Vec<T> both(int64_t q, int g, Terms<T> f) const {
-      if constexpr (Shared) return now.u[q][g] * (load(f.column + j) + f.row[i + g]);
-      return now.u[q][g] * f.row[i + g] + now.v[q][g] * load(f.column + j);
+      return both(q, g, [&](const auto& side) GKD_LAMBDA { return side(f); });
     }
 
     GKD_INLINE Vec<T> student(int64_t s, int g) const {
@@ -255,11 +283,14 @@ struct RelationBackward : RelationTiles<T, Shared, Fixed> {
 
     GKD_INLINE Vec<T> teacher(int64_t k, int g) const {
       const int64_t S = op.students(), K = op.teachers(), q = S + k;
-      Vec<T> m = -both(q, g, op.args.eta[k]);
+      Vec<T> m{};
       repeat<Fixed>(S, [&](int64_t s) GKD_LAMBDA {
-        m += (now.r[q][g] - now.r[s][g]) * op.args.inverse_temperature * both(q, g, op.args.beta[s * K + k]);
+        const int64_t p = s * K + k;
+        m += both(q, g, [&](const auto& side) GKD_LAMBDA {
+          return side.excess(s, q, op.args.levels[p]) * side(op.args.beta[p]);
+        });
       });
-      return now.r[q][g] * m;
+      return now.r[q][g] * kLn2<T> * m;
     }
   };
 

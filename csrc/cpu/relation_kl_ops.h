@@ -89,22 +89,23 @@ void set_directions(RelationKlTangent<T>& second, const Directions& directions, 
   }
 }
 
-// The factors of U on one side: α, β, η of relation_kl.h with 1/(σ²τ). With each row's own shift U is nearly P already.
-// Their tangents, for the second order:  α̇ = −α (log Z^s)˙,  β̇ = −β (log Z^t)˙,  η = Σ_s β_s h_s.
+// The factors on one side: α, β with 1/(σ²τ), and h of relation_kl.h. With each row's own shift U is nearly P already.
+// Their tangents, for the second order:  α̇ = −α (log Z^s)˙,  β̇ = −β (log Z^t)˙,  ḣ = ℓ˙ + (log Z^t)˙ − (log Z^s)˙.
 template <class T>
 struct Factors {
-  T *alpha[kMaxStages], *eta[kMaxStages];
-  T *alpha_tangents[kMaxStages], *eta_tangents[kMaxStages];
+  T *alpha[kMaxStages], *alpha_tangents[kMaxStages];
   std::vector<T*> beta, beta_tangents;
+  std::vector<WideNumbers<T>> levels, level_tangents;
   T* shifts[kMaxStages];
 
   Factors(Call& call, const RelationKl<T>& args, const Statistics<T>& side, double scale, bool shared) {
     const int64_t S = args.students, R = args.teachers, count = side.count;
     for (int64_t s = 0; s < S; ++s) alpha[s] = call.zeros<T>(count), alpha_tangents[s] = call.zeros<T>(count);
-    for (int64_t t = 0; t < R; ++t) eta[t] = call.zeros<T>(count), eta_tangents[t] = call.zeros<T>(count);
     for (int64_t p = 0; p < S * R; ++p) {
       beta.push_back(call.zeros<T>(count));
       beta_tangents.push_back(call.zeros<T>(count));
+      levels.emplace_back(call, count);
+      level_tangents.emplace_back(call, count);
     }
     for (int64_t q = 0; q < S + R; ++q) {
       shifts[q] = shared ? nullptr : call.zeros<T>(count);
@@ -113,28 +114,28 @@ struct Factors {
     }
     if (!side.upstream) return;
     for (int64_t i = 0; i < count; ++i) {
-      double inverse[kMaxStages], log_z[kMaxStages];
+      double inverse[kMaxStages], log_z[kMaxStages], alphas[kMaxStages] = {}, moved_alphas[kMaxStages] = {};
       for (int64_t q = 0; q < S + R; ++q) {
         log_z[q] = q < S ? side.student_log_sums[q * count + i] : side.teacher_log_sums[(q - S) * count + i];
         if (!shared) shifts[q][i] = T(log_z[q] * kLog2E);
-        // P over U: 1/Z of a shared shift, and what the own one was rounded by.
-        inverse[q] = std::exp((shared ? args.outer : shifts[q][i]) * kLn2 - log_z[q]);
+        // log Z of U's: less a shared shift, or what the own one was rounded by.
+        log_z[q] -= (shared ? args.outer : shifts[q][i]) * kLn2;
+        inverse[q] = std::exp(-log_z[q]);
       }
       for (int64_t p = 0; p < S * R; ++p) {
         const int64_t s = p / R, t = p % R;
         const double g = side.upstream[i * S * R + p] * scale, b = g * inverse[S + t];
-        // h = ℓ + log Z^t/Z^s
-        const double h = side.losses ? side.losses[i * S * R + p] + log_z[S + t] - log_z[s] : 0;
-        alpha[s][i] += T(g * inverse[s]);
+        alphas[s] += g * inverse[s];
         beta[p][i] = T(b);
-        eta[t][i] += T(b * h);
+        if (side.losses) levels[p].set(i, (side.losses[i * S * R + p] + log_z[S + t] - log_z[s]) * kLog2E);
         if (!side.loss_tangents) continue;
         const double moved_s = side.student_log_sum_tangents[s * count + i];
         const double moved_t = side.teacher_log_sum_tangents[t * count + i];
-        alpha_tangents[s][i] -= T(g * inverse[s] * moved_s);
+        moved_alphas[s] -= g * inverse[s] * moved_s;
         beta_tangents[p][i] = T(-b * moved_t);
-        eta_tangents[t][i] += T(b * (side.loss_tangents[i * S * R + p] + moved_t - moved_s - moved_t * h));
+        level_tangents[p].set(i, side.loss_tangents[i * S * R + p] + moved_t - moved_s);
       }
+      for (int64_t s = 0; s < S; ++s) alpha[s][i] = T(alphas[s]), alpha_tangents[s][i] = T(moved_alphas[s]);
     }
   }
 };
@@ -155,20 +156,22 @@ std::vector<at::Tensor> backward(const Stages& stages, double temperature, doubl
   if (!stages.symmetric) other.emplace(call, args, column_side, scale, shared);
   const Factors<T>& column = stages.symmetric ? row : *other;
   std::vector<Terms<T>> beta, beta_tangents;
+  std::vector<WideTerms<T>> levels, level_tangents;
   for (size_t p = 0; p < row.beta.size(); ++p) {
     beta.push_back({row.beta[p], column.beta[p]});
     beta_tangents.push_back({row.beta_tangents[p], column.beta_tangents[p]});
+    levels.push_back(wide_terms(row.levels[p], column.levels[p]));
+    level_tangents.push_back(wide_terms(row.level_tangents[p], column.level_tangents[p]));
   }
   args.beta = beta.data();
+  args.levels = levels.data();
   second.beta = beta_tangents.data();
+  second.levels = level_tangents.data();
   std::vector<at::Tensor> gradients;
   for (int64_t q = 0; q < stages.count(); ++q) {
-    if (const int64_t t = q - args.students; t < 0) {
+    if (q < args.students) {
       args.alpha[q] = {row.alpha[q], column.alpha[q]};
       second.alpha[q] = {row.alpha_tangents[q], column.alpha_tangents[q]};
-    } else {
-      args.eta[t] = {row.eta[t], column.eta[t]};
-      second.eta[t] = {row.eta_tangents[t], column.eta_tangents[t]};
     }
     if (!shared) args.shifts[q] = {row.shifts[q], column.shifts[q]};
     if (!needs.get(q)) continue;

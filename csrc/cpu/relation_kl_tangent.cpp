@@ -63,12 +63,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tangent(const Stages& stages, dou
   T* loss = losses.mutable_data_ptr<T>();
   double* out[] = {log_sums[0].mutable_data_ptr<double>(), log_sums[1].mutable_data_ptr<double>()};
   for (int64_t i = 0; i < rows; ++i) {
-    double inverse[kMaxStages], moved[kMaxStages], log_z[kMaxStages];
+    double inverse[kMaxStages], moved[kMaxStages], log_z[kMaxStages];  // of U's
     for (int64_t q = 0; q < count; ++q) {
       // Z of the same roundings as its tangent where the columns are all; else of the log-sums, so that tangents add up.
       const double shift = shared ? args.outer : args.shifts[q].row[i];
       const double z = stages.symmetric ? args.sums[(count + q) * rows + i] : std::exp(log_sum(q)[i] - shift * kLn2);
-      log_z[q] = std::log(z) + shift * kLn2;
+      log_z[q] = std::log(z);
       inverse[q] = 1 / (temperature * z);
       moved[q] = args.sums[q * rows + i] * inverse[q];
       (q < S ? out[0][q * rows + i] : out[1][(q - S) * rows + i]) = moved[q];

@@ -75,7 +75,7 @@ struct RelationTangentTiles : Base<T, Shared, Fixed> {
 };
 
 // Σ_j U R˙ and, after those of all stages, Σ_j U: a quotient of sums with the same roundings loses least where tangents
-// cancel. Σ_j U^t [(R^t − R^s)/τ R˙^t − R˙^s] per pair.
+// cancel. Σ_j U^t [Δ R˙^t − R˙^s] per pair, Δ = log U^t/U^s.
 template <class T, bool Shared, int Fixed>
 struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixed> {
   using All = RelationTangentTiles<T, RelationTiles, Shared, Fixed>;
@@ -86,7 +86,6 @@ struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixe
   struct Summands {
     const typename All::template Relations<G>& now;
     int64_t stages;
-    T inverse_temperature;
     typename All::template Rates<G> rates;
 
     GKD_INLINE Summand both(int64_t q, int g, Vec<T> x) const { return {now.u[q][g] * x, now.mirrored(q, g) * x}; }
@@ -95,8 +94,13 @@ struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixe
       return both(q, g, rates.relation[q][g]);
     }
     GKD_INLINE Summand pair(int64_t s, int64_t q, int g, int64_t) const {
-      const Vec<T> difference = (now.r[q][g] - now.r[s][g]) * inverse_temperature;
-      return both(q, g, difference * rates.relation[q][g] - rates.relation[s][g]);
+      auto summand = [&](const auto& logits, Vec<T> weight) GKD_LAMBDA {
+        const Vec<T> difference = (logits[q][g] - logits[s][g]) * kLn2<T>;
+        return weight * (difference * rates.relation[q][g] - rates.relation[s][g]);
+      };
+      const Vec<T> own = summand(now.log_u, now.u[q][g]);
+      if constexpr (Shared) return {own, own};
+      return {own, summand(now.log_v, now.v[q][g])};
     }
   };
 
@@ -108,7 +112,7 @@ struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixe
 
     template <int G>
     GKD_INLINE Summands<G> summands(const typename All::template Relations<G>& now, int64_t r, int64_t x) const {
-      Summands<G> out{now, all.stages(), all.args.inverse_temperature, {}};
+      Summands<G> out{now, all.stages(), {}};
       all.rates(now, worker, r, x, out.rates);
       return out;
     }
@@ -120,10 +124,9 @@ struct RelationSumsTangent : RelationTangentTiles<T, RelationTiles, Shared, Fixe
   }
 };
 
-// With X of M = R X (relation_kl.h), by the product rule  M˙ = (ċ/σ²) M + R X˙,  and α̇, β̇, η̇ the factors' tangents:
+// With X of M = R X (relation_kl.h), by the product rule  M˙ = (ċ/σ²) M + R X˙,  and α̇, β̇, ḣ the factors' tangents:
 // Student: X˙^s = U^s [(α̇_i + α̇_j) + R˙^s/τ (α_i + α_j)] − Σ_t U^t [(β̇_it + β̇_jt) + R˙^t/τ (β_it + β_jt)].
-// Teacher: X˙^t = U^t {Σ_s [Δ (β̇_is + β̇_js) + (Δ R˙^t + R˙^t − R˙^s)/τ (β_is + β_js)] − (η̇_i + η̇_j)
-//          − R˙^t/τ (η_i + η_j)}, Δ = (R^t − R^s)/τ.
+// Teacher: X˙^t = U^t Σ_s [(Δ − h_is)(β̇_is + R˙^t/τ β_is) + ((R˙^t − R˙^s)/τ − ḣ_is) β_is] and as much of j.
 // dE˙_i = Σ_j (M˙_ij e_j + M_ij ė_j).
 template <class T, bool Shared, int Fixed>
 struct RelationDoubleBackward : RelationTangentTiles<T, RelationBackward, Shared, Fixed> {
@@ -156,12 +159,16 @@ struct RelationDoubleBackward : RelationTangentTiles<T, RelationBackward, Shared
     const RelationKl<T>& args = this->args;
     const int64_t S = this->students(), K = this->teachers(), q = S + k;
     const Vec<T> own = rates.relation[q][g] * args.inverse_temperature;
-    Vec<T> x = -weights.both(q, g, this->second.eta[k]) - own * weights.both(q, g, args.eta[k]);
+    Vec<T> x{};
     repeat<Fixed>(S, [&](int64_t s) GKD_LAMBDA {
-      const Vec<T> difference = (weights.now.r[q][g] - weights.now.r[s][g]) * args.inverse_temperature;
-      const Vec<T> rate = difference * own + own - rates.relation[s][g] * args.inverse_temperature;
-      x += difference * weights.both(q, g, this->second.beta[s * K + k]) +
-           rate * weights.both(q, g, args.beta[s * K + k]);
+      const int64_t p = s * K + k;
+      const Vec<T> rate = own - rates.relation[s][g] * args.inverse_temperature;
+      x += weights.both(q, g, [&](const auto& side) GKD_LAMBDA {
+        const Vec<T> beta = side(args.beta[p]);
+        const WideTerms<T>& level = this->second.levels[p];
+        return side.excess(s, q, args.levels[p]) * kLn2<T> * (side(this->second.beta[p]) + own * beta) +
+               (rate - side(level.high) - side(level.low)) * beta;
+      });
     });
     return weights.now.r[q][g] * x;
   }
