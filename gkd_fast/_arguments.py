@@ -28,13 +28,18 @@ def check_bandwidth(bandwidth: float | Tensor | str) -> float | Tensor | str:
         if bandwidth != "auto":
             raise ValueError(f"bandwidth must be a positive number or 'auto', got {bandwidth!r}")
         return bandwidth
-    if isinstance(bandwidth, Tensor):
-        if bandwidth.dim() != 0:
-            raise ValueError(f"bandwidth must have no dimensions when it is a Tensor, got {tuple(bandwidth.shape)}")
-        if bandwidth.is_complex() or bandwidth.dtype == torch.bool:
-            raise TypeError(f"bandwidth must be a real number, got a Tensor of {bandwidth.dtype}")
-        return bandwidth
-    return check_positive("bandwidth", bandwidth)
+    return check_width("bandwidth", bandwidth)
+
+
+def check_width(name: str, width: float | Tensor) -> float | Tensor:
+    """A positive number, any kind as a float, or a 0-dim tensor; ValueError or TypeError for others."""
+    if isinstance(width, Tensor):
+        if width.dim() != 0:
+            raise ValueError(f"{name} must have no dimensions when it is a Tensor, got {tuple(width.shape)}")
+        if width.is_complex() or width.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number, got a Tensor of {width.dtype}")
+        return width
+    return check_positive(name, width)
 
 
 def check_graph(

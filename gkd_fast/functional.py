@@ -30,6 +30,7 @@ from gkd_fast._arguments import (
     check_pairs,
     check_positive,
     check_stages,
+    check_width,
     compute_dtype,
     product_precision,
     select_backend,
@@ -449,9 +450,10 @@ def _neighbor_bandwidths(
         if neighbors is None or isinstance(neighbors, str):
             raise TypeError(f"neighbors must be a number, got {neighbors!r}")
         check_graph("auto", neighbors, None)
-        given = [check_bandwidth(start) for start in starts or ()]
-        if "auto" in [x for x in given if isinstance(x, str)]:
-            raise ValueError("start must be a positive number or None, got 'auto'")
+        for start in starts or ():
+            if isinstance(start, str):
+                raise ValueError(f"start must be a positive number or None, got {start!r}")
+        given = [check_width("start", start) for start in starts or ()]
         fused = select_backend(backend, first) != "reference"
     work = "neighbor_bandwidth", neighbors, "cold" if starts is None else "warm", fused
     shards = shards_of(process_group, list(stages), work)

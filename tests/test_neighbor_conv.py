@@ -68,6 +68,8 @@ def test_arguments_that_say_nothing_are_refused():
         neighbor_bandwidth(nodes, None)
     with pytest.raises(ValueError, match="start must be a positive number or None, got 'auto'"):
         neighbor_bandwidth(nodes, 2, start="auto")
+    with pytest.raises(ValueError, match="start must be positive and finite, got 0"):
+        neighbor_bandwidth(nodes, 2, start=0)
 
 
 @requires_cpp
