@@ -302,6 +302,14 @@ def test_an_empty_bank_is_none(name):
     torch.testing.assert_close(found, OF_BANKS[name](*inputs), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OF_BANKS)
+def test_the_sides_of_a_bank_may_be_lists(name, backend):
+    inputs, bank = rows(11, 5, 4), rows(9, 5, 4)
+    found, expected = (OF_BANKS[name](*inputs, bank=x, backend=backend) for x in (([bank[0]], [bank[1]]), bank))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @requires_cpp
 @every_loss
 def test_compiled_losses_give_the_same_numbers(name):

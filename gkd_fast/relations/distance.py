@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast import ops, reference
+from gkd_fast._arguments import stages_of
 from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group
 from gkd_fast.relations.common import Bank, Batch, as_multiplied, relation_losses
@@ -62,7 +63,7 @@ def rkd_distance(
         return batch.pair_losses("rkd_distance", sides, terms, means, bank_terms=of_bank) / batch.partners
 
     def definition(s: Tensor, t: Tensor) -> Tensor:
-        return reference.rkd_distance(s, t, None if bank is None else len(s) - len(bank[0]))
+        return reference.rkd_distance(s, t, None if bank is None else len(s) - len(stages_of("bank[0]", bank[0])[0]))
 
     return relation_losses(
         ("rkd_distance",), definition, fused, students, teachers, reduction, backend, process_group, "pair_sums", None,
