@@ -19,7 +19,8 @@ STRIDES = ["contiguous", "contiguous", "transposed", "columns", "rows", "expande
 
 STAGED = ["graph_conv", "node_contrast", "relation_kl"]
 RELATIONS = ["similarity_preserving", "correlation_congruence", "pkt", "rkd_distance", "rkd_angle", "info_nce"]
-MEASURES = ["adaptive_bandwidth", "effective_neighbors"]
+WITH_BANKS = ["similarity_preserving", "correlation_congruence", "pkt", "rkd_distance", "info_nce"]
+MEASURES = ["adaptive_bandwidth", "effective_neighbors", "neighbor_bandwidth"]
 FUNCTIONS = STAGED * 2 + RELATIONS + ["kd_divergence"] + MEASURES
 
 
@@ -69,6 +70,10 @@ def _bandwidth(rng: random.Random) -> float:
     return math.exp(rng.uniform(math.log(0.2), math.log(2)))
 
 
+def _neighbors(rng: random.Random) -> float:
+    return rng.choice([1, 2.5, 6, rng.uniform(1, 60)])
+
+
 def _stages(function: str, rng: random.Random, backend: str) -> dict:
     drawn = {"temperature": _temperature(rng), "bandwidth": _bandwidth(rng), "pairs": None}
     if function == "graph_conv":
@@ -79,6 +84,9 @@ def _stages(function: str, rng: random.Random, backend: str) -> dict:
         drawn["widths"] = [rng.choice(WIDTHS[backend]) for _ in range(2 * (drawn["stages"] or 1))]
         if drawn["stages"] is not None and rng.random() < 0.5:
             drawn["bandwidth"] = [rng.choice([1.0, 0.4, "auto"]) for _ in range(drawn["stages"])]
+        # The own message's weight: None, with the own node in the graph.
+        drawn["self_weight"] = rng.choice([None, 0.0, 1.0, rng.random(), rng.random()])
+        drawn["neighbors"] = _neighbors(rng) if drawn["bandwidth"] == "auto" and rng.random() < 0.7 else None
         return drawn
     students, teachers = rng.choice([(1, 1), (1, 1), (2, 1), (1, 3), (2, 2), (3, 3)])
     widths = [rng.choice(WIDTHS[backend]) for _ in range(students + teachers)]
@@ -94,8 +102,11 @@ def _stages(function: str, rng: random.Random, backend: str) -> dict:
 def _two_sides(function: str, rng: random.Random, backend: str) -> dict:
     """Of the functions of a student's features and a teacher's, or of one network's."""
     widths = [rng.choice(WIDTHS[backend]) for _ in range(2)]
+    if function == "neighbor_bandwidth":
+        return {"widths": widths[:1], "neighbors": _neighbors(rng)}
     if function in MEASURES:
-        return {"widths": widths[:1], "bandwidth": rng.choice([_bandwidth(rng), "auto"])}
+        bandwidth = rng.choice([_bandwidth(rng), "auto"])
+        return {"widths": widths[:1], "bandwidth": bandwidth, "others": rng.random() < 0.5}
     drawn = {"widths": widths, "reduction": rng.choice(["mean", "none"])}
     if function in ("info_nce", "kd_divergence"):
         drawn["widths"] = widths[:1] * 2
@@ -112,7 +123,7 @@ def _two_sides(function: str, rng: random.Random, backend: str) -> dict:
     drawn["options"] = options
     if function != "kd_divergence" and rng.random() < 0.3 and _has_graphs(function, options, backend):
         drawn |= {"within": "tokens", "samples": rng.choice([1, 2, 4]), "mask": rng.choice([None, "bool", "int"])}
-    elif function == "info_nce" and rng.random() < 0.4:
+    elif function in WITH_BANKS and rng.random() < 0.4:
         drawn["bank"] = rng.choice([0, 1, 9, 40])
     if options.get("squared") is False and "within" not in drawn:
         drawn["reduction"] = "mean"  # A norm is no mean of losses per sample.
@@ -174,25 +185,35 @@ def mask_of(case: dict) -> Tensor | None:
     return mask if case["mask"] == "bool" else mask.int()
 
 
+def bank_of(case: dict, inputs: list[Tensor]) -> list[Tensor] | None:
+    """Further rows of the inputs' widths and types."""
+    if case["bank"] is None:
+        return None
+    generator = torch.Generator().manual_seed(case["seed"] + 1)
+    return [torch.randn(case["bank"], x.shape[-1], dtype=D64, generator=generator).to(x.dtype) for x in inputs]
+
+
 def arguments_of(case: dict, inputs: list[Tensor]) -> dict:
     """The call's arguments by name."""
     function = case["function"]
     if function in MEASURES:
-        return {"nodes": inputs[0]} | ({"bandwidth": case["bandwidth"]} if function == "effective_neighbors" else {})
+        own = {"effective_neighbors": ["bandwidth", "others"], "neighbor_bandwidth": ["neighbors"]}.get(function, [])
+        return {"nodes": inputs[0]} | {name: case[name] for name in own}
     if function == "graph_conv":
         half = len(inputs) // 2
         nodes, messages = (inputs[0], inputs[1]) if case["stages"] is None else (inputs[:half], inputs[half:])
         named = {"nodes": nodes, "messages": messages, "normalization": case["normalization"]}
-        return named | {"bandwidth": case["bandwidth"]}
-    bank: list[Tensor] | None = None
-    if case["bank"] is not None:
-        generator = torch.Generator().manual_seed(case["seed"] + 1)
-        bank = [torch.randn(case["bank"], x.shape[-1], dtype=D64, generator=generator).to(x.dtype) for x in inputs]
+        return named | {name: case[name] for name in ("bandwidth", "neighbors", "self_weight")}
+    bank = bank_of(case, inputs)
     if function not in STAGED:
         named = {"students": inputs[0], "teachers": inputs[1], "reduction": case["reduction"], **case["options"]}
         if case["within"] == "tokens":
             named |= {"within": "tokens", "mask": mask_of(case)}
-        return named if bank is None else named | {"bank": bank[1]}
+        if bank is None:
+            return named
+        if function == "info_nce":
+            return named | {"bank": bank[1]}
+        return named | {"bank": tuple(bank) if case["seed"] % 2 else ([bank[0]], [bank[1]])}
     count = case["students"]
     named = {"students": inputs[:count], "teachers": inputs[count:], "temperature": case["temperature"]}
     named["pairs"] = case["pairs"]

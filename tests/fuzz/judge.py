@@ -1,19 +1,23 @@
 """How much a fused result may err, by the conditioning of what is computed."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from gkd_fast import functional, reference
 from tests.ops_cases import results, with_rounded_rows
 from tests.precision_cases import BOUND
 from tests.second_order_cases import second_order
 
-from .cases import D64, DTYPES, MEASURES, STAGED, features, function_of, mask_of
+from .cases import D64, DTYPES, MEASURES, STAGED, arguments_of, bank_of, features, function_of, laid_out, mask_of
 
 # A single draw of roundings against another, beside the factor 2 that the tests' means of draws keep.
 LUCK = 8
 SINGLE = torch.finfo(torch.float32).eps
+# How near the search for a number of neighbours comes, of it.
+SEARCHED = 0.02
 # Of functions of distances of the features as they are, which know no unit rows.
 OF_DISTANCES = ("rkd_distance", "rkd_angle")
 
@@ -21,9 +25,11 @@ OF_DISTANCES = ("rkd_distance", "rkd_angle")
 def judge(case: dict, backend: str) -> None:
     """Raises AssertionError where the fused backend errs more than it may."""
     inputs = features(case)
+    if case["function"] == "graph_conv" and case["neighbors"] is not None:
+        case = _with_found_bandwidth(case, backend, inputs)
     fused, definition = function_of(case, backend), function_of(case, "reference")
     if case["function"] in MEASURES:
-        measured = _measures(case, fused, definition, inputs)
+        measured = _measures(case, backend, fused, definition, inputs)
     elif case["order"] == "second":
         measured = _second_order(case, backend, inputs)
     elif case["autocast"]:
@@ -43,7 +49,7 @@ def gain_of(case: dict) -> float:
             return 100.0  # a root of at least 0.01
         if function != "node_contrast":
             bandwidths = case["bandwidth"] if isinstance(case["bandwidth"], list) else [case["bandwidth"]]
-            sharpness /= min(0.01 if each == "auto" else each for each in bandwidths) ** 2
+            sharpness /= min(0.01 if isinstance(each, str) else float(each) for each in bandwidths) ** 2
         return sharpness
     options = case["options"]
     return {
@@ -103,8 +109,10 @@ def _of_distances(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, 
     """
     mask = mask_of(case) if case["within"] == "tokens" else None
     output, gradients, seconds = 0.0, 0.0, 0.0
-    for x in inputs:
-        x = x.detach().double()
+    banks = bank_of(case, inputs) or [x[..., :0, :] for x in inputs]
+    for x, bank in zip(inputs, banks, strict=True):
+        rows = x.shape[-2]
+        x = torch.cat([x.detach().double(), bank.detach().double()], dim=-2)
         counted = torch.ones(x.shape[:-1], dtype=D64) if mask is None else mask.to(D64)
         number = counted.sum(dim=-1, keepdim=True).clamp(min=1)
         x = x - ((counted[..., None] * x).sum(dim=-2) / number)[..., None, :]
@@ -115,21 +123,33 @@ def _of_distances(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, 
         lost = torch.where(apart, shares.clamp(max=1), 0)
         distance = torch.where(apart, squares, 1).sqrt()
 
-        def of_rows(errors: Tensor, number: Tensor = number, apart: Tensor = apart) -> Tensor:
-            return torch.where(apart, errors, 0).sum(dim=-1) / number
+        def of_rows(errors: Tensor, number: Tensor = number, apart: Tensor = apart, rows: int = rows) -> Tensor:
+            return torch.where(apart, errors, 0).sum(dim=-1)[..., :rows] / number
 
         if case["function"] == "rkd_angle":
             output = max(output, 2 * of_rows(lost).max().item())
             errors = of_rows(lost / distance) + of_rows(lost).amax(dim=-1, keepdim=True) * of_rows(1 / distance)
             gradients = max(gradients, 2 * errors.max().item())
             continue
-        pairs = (number * (number - 1)).clamp(min=1)[..., None]
-        means = (torch.where(apart, distance, 0).sum(dim=(-1, -2), keepdim=True) / pairs).clamp(min=1e-6)
+        pairs = ((number - len(bank)) * (number - 1)).clamp(min=1)[..., None]
+        means = torch.where(apart, distance, 0)[..., :rows, :].sum(dim=(-1, -2), keepdim=True) / pairs
+        means = means.clamp(min=1e-6)
         output = max(output, 2 * of_rows(lost * distance / means).max().item())
         gradients = max(gradients, 4 * of_rows(lost * (1 + distance / means) / means).max().item())
         growth = 1 / distance + 1 / means
         seconds = max(seconds, 4 * LUCK * of_rows(lost * (1 + distance / means) * growth / means).max().item())
     return output, gradients, seconds
+
+
+def _of_log_sums(case: dict) -> float:
+    """By how much second derivatives of the graph over the others err where rows have one near neighbour.
+
+    Its weights are exp(x − l) with l of the size v = 1/σ², in float64 without a second part: a rounding ε v of all
+    weights of a row, which with the own node's weight of 1 are nearly 0. What cancels in a row where they add up to 1
+    then leaves ε v, and each of two derivatives along nodes multiplies by v.
+    """
+    is_of_others = case["function"] == "graph_conv" and case["self_weight"] is not None
+    return 1e-15 * gain_of(case) ** 3 if is_of_others else 0.0
 
 
 def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[float, float]]:
@@ -138,8 +158,11 @@ def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[
     upstream = torch.rand(shape, dtype=D64, generator=torch.Generator().manual_seed(7))
     found, truth = (second_order(function_of(case, b), inputs, upstream, b) for b in (backend, "reference"))
     # The definition's own second derivatives lose digits where it divides by what it then multiplies with.
-    gain = gain_of(case) * shortness_of(case, inputs) ** 2 * crowd_of(case)
-    lost = _of_distances(case, inputs, 1e-15)[2] * crowd_of(case) if case["function"] in OF_DISTANCES else 0.0
+    growth = shortness_of(case, inputs) ** 2 * crowd_of(case)
+    gain = gain_of(case) * growth
+    lost = _of_log_sums(case) * growth
+    if case["function"] in OF_DISTANCES:
+        lost = _of_distances(case, inputs, 1e-15)[2] * crowd_of(case)
     bounds = [1e-10 * max(1, gain) * max(1, y.abs().max().item()) + lost for y in truth]
     return [((x - y).abs().max().item(), bound) for x, y, bound in zip(found, truth, bounds, strict=True)]
 
@@ -213,12 +236,51 @@ def _compared(found, truth, relative: float, absolute: float, growth: float, los
     return compared
 
 
-def _measures(case: dict, fused: Callable, definition: Callable, inputs: list[Tensor]):
+def _with_found_bandwidth(case: dict, backend: str, inputs: list[Tensor]) -> dict:
+    """The case with the bandwidths that the fused backend finds in place of ``neighbors``; AssertionError where these
+    give other numbers of neighbours, or another result than they do."""
+    inputs = [x.to(torch.float32 if case["autocast"] else DTYPES[case["dtype"]]) for x in inputs]
+    nodes = arguments_of(case, inputs)["nodes"]
+    found = []
+    for x in [nodes] if isinstance(nodes, Tensor) else nodes:
+        sigma, (error, allowed) = _found_bandwidth(case, backend, x)
+        assert error <= allowed, f"neighbours: error {error:.3g}, allowed {allowed:.3g}"
+        found.append(sigma)
+    given = case | {"bandwidth": found[0] if isinstance(nodes, Tensor) else found, "neighbors": None}
+    assert torch.equal(*(function_of(each, backend)(*inputs) for each in (case, given)))
+    return given
+
+
+def _found_bandwidth(case: dict, backend: str, nodes: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """The bandwidth that a backend finds, and by how much the nodes' mean number of neighbours may err and does.
+
+    As much as that of the definition's search, which ends at the nearest number that the nodes can have, and by the
+    conditioning of the number, (Σ K)²/Σ K²: three sums' errors.
+    """
+    k = case["neighbors"]
+    with torch.autocast("cpu", torch.bfloat16) if case["autocast"] else nullcontext():
+        sigma = functional.neighbor_bandwidth(laid_out(nodes, case["strides"]), k, backend=backend)
+    exact = laid_out(nodes, case["strides"]).double()
+    ideal = functional.neighbor_bandwidth(exact, k, backend="reference")
+    found, reached = (reference.effective_neighbors(exact, x.double()).mean().item() for x in (sigma, ideal))
+    allowed = 2 * abs(reached - k) + SEARCHED * k
+    return sigma, (abs(found - k), allowed + LUCK * _rounding_of(case) * 3 * max(1, sigma.item() ** -2) * max(1, found))
+
+
+def _rounding_of(case: dict) -> float:
+    """That of the similarities."""
+    dtype = DTYPES[case["dtype"]]
+    return torch.finfo(torch.bfloat16 if case["autocast"] or dtype.itemsize == 2 else dtype).eps
+
+
+def _measures(case: dict, backend: str, fused: Callable, definition: Callable, inputs: list[Tensor]):
     """Functions without gradient, whose results are of the size 1 or of so many neighbours."""
     dtype = DTYPES[case["dtype"]]
     inputs = [x.to(dtype) for x in inputs]
+    if case["function"] == "neighbor_bandwidth":
+        return [_found_bandwidth(case, backend, inputs[0])[1]]
     found, truth = fused(*inputs).double(), definition(*[x.double() for x in inputs])
-    rounding = torch.finfo(torch.bfloat16).eps if case["autocast"] or dtype.itemsize == 2 else torch.finfo(dtype).eps
+    rounding = _rounding_of(case)
     gain = max(1, gain_of(case))
     if case["function"] == "effective_neighbors":
         gain *= 3  # (Σ K)²/Σ K²: three sums' errors
