@@ -48,7 +48,11 @@ class Launch:
             return
         stream = active.get_current_stream(device)
         values = (*arguments, *self._values)
-        enter, leave = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
+        runtime = knobs.runtime
+        # None for an empty chain of hooks, so that nothing is prepared for it and nobody calls back.
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        enter = enter if getattr(enter, "calls", enter) else None
+        leave = leave if getattr(leave, "calls", leave) else None
         metadata = variant.launch_metadata(grid, stream, *values) if enter or leave else None
         x, y, z = (*grid, 1, 1)[:3]
         variant.run(x, y, z, stream, variant.function, variant.packed_metadata, metadata, enter, leave, *values)
@@ -68,11 +72,6 @@ class Launch:
         parameters = list(self.kernel.signature.parameters.values())[: self._count]
         backend = make_backend(driver.active.get_current_target())
         return create_function_from_signature(inspect.Signature(parameters), self.kernel.params[: self._count], backend)
-
-
-def _hook(hook: Any) -> Any:
-    """None for an empty chain of hooks, so that nothing is prepared for it and nobody calls back."""
-    return hook if getattr(hook, "calls", hook) else None
 
 
 def launch(kernel: Any, **constants: Any) -> Launch:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import on_device
+from gkd_fast.kernels.common.launch import cdiv, on_device
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.tile import COUNTS, load_vector, store_vector
 
@@ -39,9 +39,8 @@ def log_sum_shifts(log_sums, shifts, ratios, count, BLOCK_ROWS: tl.constexpr, SU
 def shifts_and_ratios(log_sums: Tensor, rows: Tensor, sum_type) -> tuple[Tensor, Tensor]:
     """``shift_and_ratio`` of all log-sums, in the type of ``rows``, ``sum_type`` in Triton's words."""
     log_sums = log_sums.contiguous()
-    shifts, ratios = (rows.new_empty(log_sums.shape) for _ in range(2))
+    shifts, ratios = rows.new_empty(log_sums.shape), rows.new_empty(log_sums.shape)
+    count = log_sums.numel()
     with on_device(rows):
-        launch(log_sum_shifts, BLOCK_ROWS=BLOCK, SUM=sum_type)(
-            (triton.cdiv(log_sums.numel(), BLOCK),), log_sums, shifts, ratios, log_sums.numel()
-        )
+        launch(log_sum_shifts, BLOCK_ROWS=BLOCK, SUM=sum_type)((cdiv(count, BLOCK),), log_sums, shifts, ratios, count)
     return shifts, ratios

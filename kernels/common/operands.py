@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import memory
-from gkd_fast.kernels.common.launch import Product, cdiv, on_device, padded_width
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launch import PRODUCTS, Product, cdiv, on_device, padded_width
+from gkd_fast.kernels.common.launcher import Launch, launch
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.tile import COUNTS, convert, number, pick
 
 # Operands are whole tiles of any size.
@@ -39,7 +40,7 @@ KEPT_BYTES = 16 * 2**20
 ALONG, FACTOR, POWER = tl.constexpr(16), tl.constexpr(32), tl.constexpr(64)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # frozen ones take the host three times as long
 class Operand:
     """Rows in the product's type [whole tiles, width], zero beyond the matrix; their numbers and their centre, in the
     type of the sums.
@@ -148,17 +149,33 @@ def stored_width(dim: int, is_wide: bool = False) -> int:
     return cdiv(dim, WIDTH_MULTIPLE) * WIDTH_MULTIPLE if is_wide else padded_width(dim)
 
 
+@planned
+def _row_sums(name: str) -> Launch:
+    product = PRODUCTS[name]
+    return launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product))
+
+
+@planned
+def _round_rows(name: str, is_centred: bool) -> Launch:
+    product = PRODUCTS[name]
+    return launch(
+        round_rows, SCALED=product.scaled, CENTRED=is_centred, PARTS=MOST_PARTS, TYPE=product.TYPE, SUM=product.SUM,
+        ROWS=BLOCK_ROWS, WIDTH=block_width(product),
+    )  # fmt: skip
+
+
 def means(
     stages: Sequence[Tensor], product: Product, widths: Sequence[int], factors: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
     """Each stage's mean row, as partial sums [parts, width]."""
-    count, factors = len(stages[0]), factors or [None] * len(stages)
+    first = stages[0]
+    count, factors = first.shape[0], factors or [None] * len(stages)
     parts = min(MOST_PARTS, cdiv(count, BLOCK_ROWS))
-    partial = memory.of_widths(stages[0], widths, parts, dtype=product.sum_type)
-    with on_device(stages[0]):
-        launch(row_sums, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product))(
-            (parts, len(stages)), tuple(stages), _or_else(factors, partial), tuple(x.shape[1] for x in stages),
-            tuple(widths), tuple(0 if f is None else FACTOR.value for f in factors), tuple(partial), count, parts,
+    partial = memory.of_widths(first, widths, parts, dtype=product.sum_type)
+    with on_device(first):
+        _row_sums(product.name)(
+            (parts, len(stages)), tuple(stages), _or_else(factors, partial), tuple([x.shape[1] for x in stages]),
+            tuple(widths), tuple([0 if f is None else FACTOR.value for f in factors]), tuple(partial), count, parts,
         )  # fmt: skip
     return partial
 
@@ -174,27 +191,25 @@ def operands(
     others: the centres that rows' numbers are taken along; None where they are distances.
     powers: what rows, but not numbers, are multiplied by in float16.
     """
-    first, count, none = stages[0], len(stages[0]), [None] * len(stages)
+    first, none = stages[0], [None] * len(stages)
+    count = first.shape[0]
     others, factors, powers = others or none, factors or none, powers or none
     length = cdiv(count, ROW_MULTIPLE) * ROW_MULTIPLE
     rows = memory.of_widths(first, widths, length, dtype=product.torch_type)
     numbers = memory.several(first, len(stages), length, dtype=product.sum_type)
     own_centres = memory.of_widths(first, widths, dtype=product.sum_type)
     own = tuple(others if centres is None else centres)
-    kinds = (
+    kinds = [
         ALONG.value * (n is not None) + FACTOR.value * (f is not None) + POWER.value * (p is not None)
         for n, f, p in zip(others, factors, powers, strict=True)
-    )
+    ]
     with on_device(first):
-        launch(
-            round_rows, SCALED=product.scaled, CENTRED=centres is not None, PARTS=MOST_PARTS, TYPE=product.TYPE,
-            SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product),
-        )(
+        _round_rows(product.name, centres is not None)(
             (length // BLOCK_ROWS, len(stages)), tuple(stages), _or_else(factors, numbers), _or_else(powers, numbers),
-            tuple(x.shape[1] for x in stages), tuple(widths), tuple(kinds), own, _or_else(others, own),
+            tuple([x.shape[1] for x in stages]), tuple(widths), tuple(kinds), own, _or_else(others, own),
             tuple(rows), tuple(numbers), tuple(own_centres), count, _parts(own[0]),
         )  # fmt: skip
-    return [Operand(*parts) for parts in zip(rows, numbers, own_centres, strict=True)]
+    return list(map(Operand, rows, numbers, own_centres))
 
 
 def centred(stages: Sequence[Tensor], product: Product, widths: Sequence[int]) -> list[Operand]:
@@ -222,17 +237,20 @@ class Prepared:
         self, places: Sequence[int], stages: Sequence[Tensor], product: Product, widths: Sequence[int]
     ) -> list[Operand]:
         """``centred`` of the stages, which are at these places of the call's."""
-        keys = [(place, product.name, width) for place, width in zip(places, widths, strict=True)]
-        if any(key not in self._made for key in keys):
+        name, made = product.name, self._made
+        keys = [(place, name, width) for place, width in zip(places, widths, strict=True)]
+        found = [made.get(key) for key in keys]
+        if None in found:
             left = [self._means.get(key) for key in zip(places, widths, strict=True)]
             centres = means(stages, product, widths) if any(x is None for x in left) else left
-            self._made.update(zip(keys, operands(stages, product, widths, centres), strict=True))
-        return [self._made[key] for key in keys]
+            found = operands(stages, product, widths, centres)
+            made.update(zip(keys, found, strict=True))
+        return found
 
     def kept(self) -> tuple[list[tuple], list[Tensor]]:
         """Their names and tensors; none where these take more than ``KEPT_BYTES``: then two launches matter little."""
         tensors = [part for x in self._made.values() for part in (x.rows, x.numbers, x.centre)]
-        if sum(x.nbytes for x in tensors) > KEPT_BYTES:
+        if sum([x.nbytes for x in tensors]) > KEPT_BYTES:
             return [], []
         return list(self._made), tensors
 
@@ -243,4 +261,4 @@ def _parts(centre: Tensor) -> int:
 
 def _or_else(given: Sequence[Tensor | None], stages: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Something in the place of what is not read."""
-    return tuple(x if y is None else y for x, y in zip(stages, given, strict=True))
+    return tuple([x if y is None else y for x, y in zip(stages, given, strict=True)])

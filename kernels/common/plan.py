@@ -25,7 +25,9 @@ def planned(make: Callable[..., R]) -> Callable[..., R]:
     @wraps(make)
     def plan(*key) -> R:
         # Autotuning wants to be asked for every entry, and to change it.
-        return make(*key) if table.is_tuned() else kept(table.forced_tiles(), *key)
+        if table._recorded is not None or table.overrides:
+            return make(*key)
+        return kept(table._forced, *key)
 
     _caches.append(kept.cache_clear)
     return plan

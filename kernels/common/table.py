@@ -217,16 +217,6 @@ def _entry(kernel: str, arch: str, product: str, width: int) -> tuple[Key, Tiles
     return (kernel, arch, product, entry), entries[arch, kind, entry][kernel]
 
 
-def is_tuned() -> bool:
-    """Whether entries are asked for one by one, or others than the table's are in use."""
-    return _recorded is not None or bool(overrides)
-
-
-def forced_tiles() -> tuple[Tiles, int] | None:
-    """What ``forced`` was given."""
-    return _forced
-
-
 def largest_width(arch: str, product: str) -> int:
     """The widest rows whose block and gradient fit a program; wider ones are multiplied in strips."""
     if _forced is not None:

@@ -90,11 +90,22 @@ def node_operands(graphs: Sequence[Graph], widths: Sequence[int]) -> list[tuple[
     return [graph._operands[width] for graph, width in zip(graphs, widths, strict=True)]
 
 
+def kinds_of(graphs: Sequence[Graph], widths: Sequence[int]) -> list[tuple]:
+    """What graphs with values of these widths have in common that share their launches."""
+    first = graphs[0]
+    return _kinds(tuple([graph.dim for graph in graphs]), tuple(widths), first.arch, first.product.name)
+
+
+@planned
+def _kinds(dims: tuple[int, ...], widths: tuple[int, ...], arch: str, product: str) -> list[tuple]:
+    return [_kind(dim, width, arch, product) for dim, width in zip(dims, widths, strict=True)]
+
+
 def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *lists: Sequence) -> list:
     """``compute``'s result for every graph, called with the graphs of one kind, with values of ``widths``, and with
     what the lists have in their places. The nodes' operands of all kinds are made before.
     """
-    kinds = [graph.kind(width) for graph, width in zip(graphs, widths, strict=True)]
+    kinds = kinds_of(graphs, widths)
     node_operands(graphs, [stored for _, stored, _ in kinds])
     if kinds.count(kinds[0]) == len(kinds):
         return list(compute(graphs, *lists))
@@ -109,13 +120,18 @@ def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *
 
 def walk(graphs: Sequence[Graph], kernel: str, *widths: int):
     """Grid, number of parts and compile-time arguments of a kernel that walks tiles."""
+    return walk_of(kernel, *numbers_of(graphs), *widths)
+
+
+def numbers_of(graphs: Sequence[Graph]) -> tuple:
+    """What the walk of a launch of these graphs follows from."""
     graph = graphs[0]
-    counts = len(graphs), graph.row_count, graph.column_count
-    return _walk(kernel, graph.arch, graph.product.name, graph.nodes.device, *counts, graph.dim, *widths)
+    device = graph.nodes.device
+    return graph.arch, graph.product.name, device, len(graphs), graph.row_count, graph.column_count, graph.dim
 
 
 @planned
-def _walk(kernel: str, arch: str, name: str, device, count: int, rows: int, columns: int, dim: int, *widths: int):
+def walk_of(kernel: str, arch: str, name: str, device, count: int, rows: int, columns: int, dim: int, *widths: int):
     config, product = tiles(kernel, arch, name, padded_width(dim, *widths)), PRODUCTS[name]
     row_blocks = cdiv(rows, config.rows)
     parts = divide(row_blocks * count, columns, config.columns, multiprocessors(device))
@@ -144,15 +160,15 @@ def _node_width(arch: str, product: str, kernel: str, dim: int, *widths: int) ->
 
 def node_arguments(graphs: Sequence[Graph], width: int) -> tuple[tuple[Tensor, ...], ...]:
     """Rows and numbers of the rows and of the columns."""
-    sides = node_operands(graphs, [width] * len(graphs))
+    rows, columns = zip(*node_operands(graphs, [width] * len(graphs)))
     return (
-        tuple(rows.rows for rows, _ in sides), tuple(rows.numbers for rows, _ in sides),
-        tuple(columns.rows for _, columns in sides), tuple(columns.numbers for _, columns in sides),
+        tuple([x.rows for x in rows]), tuple([x.numbers for x in rows]),
+        tuple([x.rows for x in columns]), tuple([x.numbers for x in columns]),
     )  # fmt: skip
 
 
 def variances(graphs: Sequence[Graph]) -> tuple[Tensor, ...]:
-    return tuple(graph.inverse_variance for graph in graphs)
+    return tuple([graph.inverse_variance for graph in graphs])
 
 
 def of_parts(like: Tensor, parts: int, *shape: int) -> Tensor:

@@ -3,14 +3,24 @@
 from collections.abc import Sequence
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import cdiv, matrices, on_device
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.operands import Operand
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.graph_conv import small, strips
-from gkd_fast.kernels.graph_conv.graphs import Graph, by_kind, node_arguments, node_operands, of_parts, variances, walk
+from gkd_fast.kernels.graph_conv.graphs import (
+    Graph,
+    by_kind,
+    node_arguments,
+    node_operands,
+    numbers_of,
+    of_parts,
+    variances,
+    walk_of,
+)  # fmt: skip
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_gradients, graph_parts, graph_sums, graph_terms
 from gkd_fast.kernels.graph_conv.values import (
     INVERSE,
@@ -30,6 +40,35 @@ TERMS_ROWS, TERMS_WIDTH = 16, 128
 PARTS_ROWS, PARTS_WIDTH = 16, 64
 
 
+KERNELS = {kernel.__name__: kernel for kernel in (graph_degree_sums, graph_sums, graph_gradients)}
+
+
+def _walking(graphs: Sequence[Graph], kernel: str, *widths: int, **flags) -> tuple[tuple, int, int, Launch]:
+    """Of a kernel that walks tiles: grid, number of parts, columns of a tile of nodes, and its launch."""
+    return _bound(kernel, tuple(flags.items()), *numbers_of(graphs), *widths)
+
+
+@planned
+def _bound(kernel: str, flags: tuple[tuple, ...], *numbers) -> tuple[tuple, int, int, Launch]:
+    grid, parts, constants = walk_of(kernel, *numbers)
+    return grid, parts, constants["WIDTH"], launch(KERNELS[kernel], **dict(flags), **constants)
+
+
+@planned
+def _parts_launch(dtype: torch.dtype) -> Launch:
+    return launch(graph_parts, BLOCK_ROWS=PARTS_ROWS, BLOCK_WIDTH=PARTS_WIDTH, SUM=_sum_type(dtype))
+
+
+@planned
+def _terms_launch(is_row: bool, dtype: torch.dtype) -> Launch:
+    constants = {"BLOCK_ROWS": TERMS_ROWS, "BLOCK_WIDTH": TERMS_WIDTH, "SUM": _sum_type(dtype)}
+    return launch(graph_terms, SYMMETRIC=not is_row, **constants)
+
+
+def _sum_type(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def _is_row(normalization: str) -> bool:
     if normalization not in ("row", "symmetric"):
         raise ValueError(f"normalization must be 'row' or 'symmetric', got {normalization!r}")
@@ -47,12 +86,12 @@ def _degrees(graphs: Sequence[Graph]) -> list[Tensor]:
 def _degrees_of_kind(graphs: Sequence[Graph]) -> list[Tensor]:
     if graphs[0].is_wide():
         return [strips.kernel_sums(graph, None, None, 1)[1] for graph in graphs]
-    grid, parts, constants = walk(graphs, "graph_degree_sums")
+    grid, parts, width, degree_sums = _walking(graphs, "graph_degree_sums")
     graph = graphs[0]
-    found = [of_parts(graph.nodes, parts, graph.row_count) for graph in graphs]
+    found = [of_parts(graph.nodes, parts, graph.row_count) for _ in graphs]
     with on_device(graph.nodes):
-        launch(graph_degree_sums, **constants)(
-            grid, *node_arguments(graphs, constants["WIDTH"]), tuple(found), variances(graphs), graph.row_count,
+        degree_sums(
+            grid, *node_arguments(graphs, width), tuple(found), variances(graphs), graph.row_count,
             graph.column_count, graph.offset, parts,
         )  # fmt: skip
     return complete(graphs, [0] * len(graphs), parts, found, found, None, ONE)[1]
@@ -116,18 +155,18 @@ def _sums_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
             output if factor is None else output * factor[:, None]
             for (output, _), factor in zip(of_stages, factors, strict=True)
         ], degrees
-    grid, parts, constants = walk(graphs, "graph_sums", max(widths))
     with_degrees = row_degrees is None
+    grid, parts, node_width, sum_values = _walking(
+        graphs, "graph_sums", max(widths), DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled,
+        DIAGONAL=graph.diagonal,
+    )  # fmt: skip
     outputs = [of_parts(graph.nodes, parts, graph.row_count, width) for width in widths]
     sums = [of_parts(graph.nodes, parts, graph.row_count) for _ in like] if with_degrees else outputs
     with on_device(graph.nodes):
-        launch(
-            graph_sums, DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled,
-            DIAGONAL=graph.diagonal, **constants,
-        )(
-            grid, *node_arguments(graphs, constants["WIDTH"]), tuple(x.rows for x in values),
-            tuple(x.centre for x in values), tuple(row_degrees or outputs), tuple(outputs), tuple(sums),
-            tuple(x if p is None else p for x, p in zip(outputs, powers, strict=True)), variances(graphs),
+        sum_values(
+            grid, *node_arguments(graphs, node_width), tuple([x.rows for x in values]),
+            tuple([x.centre for x in values]), tuple(row_degrees or outputs), tuple(outputs), tuple(sums),
+            tuple([x if p is None else p for x, p in zip(outputs, powers, strict=True)]), variances(graphs),
             tuple(widths), graph.row_count, graph.column_count, graph.offset, parts,
         )  # fmt: skip
     return complete(graphs, widths, parts, outputs, sums if with_degrees else None, row_degrees, row_factor)
@@ -143,9 +182,8 @@ def complete(graphs, widths, parts: int, outputs, sums, row_degrees, row_factor:
         outputs = [x.new_empty(graph.row_count, width) for x, width in zip(partial, widths, strict=True)]
     if sums is not None:
         degrees = [x.new_empty(graph.row_count) for x in sums]
-    sum_type = triton.language.float64 if graph.nodes.dtype == torch.float64 else triton.language.float32
     with on_device(graph.nodes):
-        launch(graph_parts, BLOCK_ROWS=PARTS_ROWS, BLOCK_WIDTH=PARTS_WIDTH, SUM=sum_type)(
+        _parts_launch(graph.nodes.dtype)(
             (cdiv(graph.row_count, PARTS_ROWS), len(graphs)), tuple(partial), tuple(sums or partial),
             tuple(degrees or partial), tuple(outputs), tuple(degrees or partial), tuple(widths), graph.row_count, parts,
             int(sums is not None), row_factor,
@@ -235,14 +273,13 @@ def _messages_gradients(graphs, own: Sequence[Side], columns: Sequence[Values], 
 def _terms(graphs, own: Sequence[Side], values: Sequence[Values], outputs, of_messages, is_row: bool) -> list[Tensor]:
     """d_i = −(G_i·Y_i)/deg_i (row) or −(G_i·Y_i + H_i·dH_i)/(2 deg_i) (symmetric), and the numbers of H' and G'."""
     terms = [torch.empty_like(side.degrees) for side in own]
-    sum_type = triton.language.float64 if outputs[0].dtype == torch.float64 else triton.language.float32
-    rows = len(outputs[0])
+    rows = outputs[0].shape[0]
     with on_device(outputs[0]):
-        launch(graph_terms, SYMMETRIC=not is_row, BLOCK_ROWS=TERMS_ROWS, BLOCK_WIDTH=TERMS_WIDTH, SUM=sum_type)(
-            (cdiv(rows, TERMS_ROWS), len(graphs)), tuple(terms), tuple(side.upstream for side in own),
-            tuple(outputs), tuple(side.messages for side in own), tuple(outputs if is_row else of_messages),
-            tuple(side.degrees for side in own), tuple(x.messages.numbers for x in values),
-            tuple(x.upstream.numbers for x in values), tuple(x.shape[1] for x in outputs), rows,
+        _terms_launch(is_row, outputs[0].dtype)(
+            (cdiv(rows, TERMS_ROWS), len(graphs)), tuple(terms), tuple([side.upstream for side in own]),
+            tuple(outputs), tuple([side.messages for side in own]), tuple(outputs if is_row else of_messages),
+            tuple([side.degrees for side in own]), tuple([x.messages.numbers for x in values]),
+            tuple([x.upstream.numbers for x in values]), tuple([x.shape[1] for x in outputs]), rows,
         )  # fmt: skip
     return terms
 
@@ -256,19 +293,20 @@ def _nodes_gradients(
     if graph.is_wide(widths[0]):
         of_stages = zip(graphs, own, other, terms, column_terms, powers, widths, strict=True)
         return [strips.nodes_gradient(*stage) for stage in of_stages]
-    grid, parts, constants = walk(graphs, "graph_gradients", max(widths))
-    has_upstream, columns = other[0].upstream is not None, node_operands(graphs, [constants["WIDTH"]] * len(graphs))
+    has_upstream = other[0].upstream is not None
+    grid, parts, node_width, sum_gradients = _walking(
+        graphs, "graph_gradients", max(widths), HAS_UPSTREAM=has_upstream, SCALED=graph.product.scaled
+    )
+    columns = node_operands(graphs, [node_width] * len(graphs))
     gradients = [of_parts(graph.nodes, parts, *graph.nodes.shape) for graph in graphs]
-    dims = tuple(graph.dim for graph in graphs)
+    dims = tuple([graph.dim for graph in graphs])
     with on_device(graph.nodes):
-        launch(
-            graph_gradients, HAS_UPSTREAM=has_upstream, SCALED=graph.product.scaled, **constants
-        )(
-            grid, *node_arguments(graphs, constants["WIDTH"]), tuple(x.centre for _, x in columns),
-            tuple(x.messages.rows for x in own), tuple(x.upstream.rows for x in own),
-            tuple(x.messages.rows for x in other),
-            tuple((x.upstream if has_upstream else x.messages).rows for x in other), tuple(terms), tuple(column_terms),
-            tuple(gradients), tuple(powers), variances(graphs), dims, graph.row_count, graph.column_count,
-            graph.offset, parts,
+        sum_gradients(
+            grid, *node_arguments(graphs, node_width), tuple([x.centre for _, x in columns]),
+            tuple([x.messages.rows for x in own]), tuple([x.upstream.rows for x in own]),
+            tuple([x.messages.rows for x in other]),
+            tuple([(x.upstream if has_upstream else x.messages).rows for x in other]), tuple(terms),
+            tuple(column_terms), tuple(gradients), tuple(powers), variances(graphs), dims, graph.row_count,
+            graph.column_count, graph.offset, parts,
         )  # fmt: skip
     return complete(graphs, dims, parts, gradients, None, None, ONE)[0]

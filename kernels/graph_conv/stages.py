@@ -50,6 +50,8 @@ def graph_conv_stages_backward(
         raise ValueError(f"needs must have {2 * count} entries, got {len(needs)}")
     nodes, messages = matrices("nodes", nodes), matrices("messages", messages, rows, FLOATING)
     upstream, outputs = matrices("upstream", upstream, rows, FLOATING), matrices("outputs", outputs, rows)
+    if upstream[0].dtype != messages[0].dtype:
+        raise ValueError(f"upstream must be of the messages' type, {messages[0].dtype}, got {upstream[0].dtype}")
     stages = _small(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv_backward(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, matrices, power_of_two
-from gkd_fast.kernels.common.operands import Operand, means, operands, stored_width
-from gkd_fast.kernels.graph_conv.graphs import Graph
+from gkd_fast.kernels.common.operands import Operand, means, operands
+from gkd_fast.kernels.graph_conv.graphs import Graph, kinds_of
 
 # Factors of a value's row, as in ``tiles``.
 ONE, INVERSE, INVERSE_ROOT = range(3)
@@ -58,15 +58,15 @@ def column_side(graph, is_row, messages, upstream, degrees) -> Side:
     return Side(messages, upstream, None if degrees is None else degrees.contiguous())
 
 
-def _value_width(graph: Graph, width: int) -> int:
-    return stored_width(width, graph.is_wide(width))
+def _alternating(some: Sequence, others: Sequence) -> list:
+    return [x for both in zip(some, others, strict=True) for x in both]
 
 
 def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Operand], list[Tensor | None]]:
     """Values times their factors about their means, and what float16 has them multiplied by."""
     product = graphs[0].product
     powers = [power_of_two(_longest(x)) if product.scaled else None for x in values]
-    widths = [_value_width(graph, x.shape[1]) for graph, x in zip(graphs, values, strict=True)]
+    widths = [stored for *_, stored in kinds_of(graphs, [x.shape[1] for x in values])]
     centres = means(values, product, widths, factors)
     return operands(values, product, widths, centres, factors=factors, powers=powers), powers
 
@@ -77,13 +77,12 @@ def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream,
     of_messages, of_upstream: the factors of H and of G.
     """
     has_upstream = sides[0].upstream is not None
-    kinds = 2 if has_upstream else 1
-    values = [x for side in sides for x in (side.messages, side.upstream)[:kinds]]
-    factors = [x for both in zip(of_messages, of_upstream, strict=True) for x in both[:kinds]]
-    widths = [
-        _value_width(graph, side.messages.shape[1])
-        for graph, side in zip(graphs, sides, strict=True) for _ in range(kinds)
-    ]  # fmt: skip
+    values, factors = [side.messages for side in sides], list(of_messages)
+    stored = widths = [width for *_, width in kinds_of(graphs, [x.shape[1] for x in values])]
+    if has_upstream:
+        values = _alternating(values, [side.upstream for side in sides])
+        factors, widths = _alternating(factors, of_upstream), _alternating(stored, stored)
+    kinds = len(values) // len(sides)
     if columns is None:
         centres = means(values, graphs[0].product, widths, factors)
     else:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
@@ -172,7 +171,7 @@ def node_contrast(
     if num_pairs == 0:
         return losses, log_sums, weighted
     config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
-    row_blocks = triton.cdiv(rows, config.rows)
+    row_blocks = cdiv(rows, config.rows)
     processors = multiprocessors(problem.device)
     parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, processors, LEAST_SAVED)
     sums = x.new_empty(parts, num_pairs, rows)
@@ -191,7 +190,7 @@ def node_contrast(
         )  # fmt: skip
         if parts > 1:
             launch(contrast_losses, **keep, **problem.epilogue_constants())(
-                (triton.cdiv(rows, EPILOGUE_ROWS), num_pairs), centres, own_similarities, sums, partial, weighted,
+                (cdiv(rows, EPILOGUE_ROWS), num_pairs), centres, own_similarities, sums, partial, weighted,
                 shifts, losses, log_sums, problem.dim, rows, int(owned), problem.wanted, parts, problem.scale, shift,
             )  # fmt: skip
     return losses, log_sums, weighted
@@ -271,7 +270,7 @@ def node_contrast_backward(
 def _differences(problem, owned, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
     launch(contrast_differences, S=problem.S, T=problem.T, **problem.epilogue_constants())(
-        (triton.cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients)), tuple(problem.teachers), weighted, upstream,
+        (cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients)), tuple(problem.teachers), weighted, upstream,
         tuple(gradients), problem.dim, problem.row_count, int(owned), problem.wanted, bits_of(needs),
         1 / problem.temperature,
     )  # fmt: skip
@@ -285,7 +284,7 @@ def _gradients(problem, sides, column_count, owned, offset, own_side, side, grad
     if by_column:
         partners, rows, columns, numbers = problem.students, columns, rows, numbers[::-1]
     config = tiles("contrast_gradients", problem.arch, problem.product.name, problem.width)
-    row_blocks = triton.cdiv(problem.row_count, config.rows)
+    row_blocks = cdiv(problem.row_count, config.rows)
     count = 0 if side is None else column_count
     side = own_side if side is None else side
     parts = divide(row_blocks * len(gradients), count, config.columns, multiprocessors(problem.device))
