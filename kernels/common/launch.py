@@ -134,6 +134,14 @@ def bits_of(flags: Sequence[bool]) -> int:
     return sum([1 << k for k, flag in enumerate(flags) if flag])
 
 
+def lengthened(places: int, *lists: Sequence) -> list[tuple]:
+    """The lists with at least so many entries, of which no program reads the last: a kernel is compiled for each number
+    of stages, and launches of fewer can share that of most.
+    """
+    more = places - len(lists[0])
+    return [(*values, *([values[0]] * more)) for values in lists] if more > 0 else [tuple(values) for values in lists]
+
+
 def cdiv(count: int, size: int) -> int:
     """⌈count/size⌉; Triton's own, a function of its language too, takes the host many times as long."""
     return -(-count // size)

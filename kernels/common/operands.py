@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import memory
-from gkd_fast.kernels.common.launch import PRODUCTS, Product, cdiv, on_device, padded_width
+from gkd_fast.kernels.common.launch import PRODUCTS, Product, cdiv, lengthened, on_device, padded_width
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.tile import COUNTS, convert, number, pick
@@ -165,17 +165,20 @@ def _round_rows(name: str, is_centred: bool) -> Launch:
 
 
 def means(
-    stages: Sequence[Tensor], product: Product, widths: Sequence[int], factors: Sequence[Tensor | None] | None = None
-) -> list[Tensor]:
-    """Each stage's mean row, as partial sums [parts, width]."""
+    stages: Sequence[Tensor], product: Product, widths: Sequence[int], factors: Sequence[Tensor | None] | None = None,
+    places: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """Each stage's mean row, as partial sums [parts, width]; places: see ``operands``."""
     first = stages[0]
     count, factors = first.shape[0], factors or [None] * len(stages)
     parts = min(MOST_PARTS, cdiv(count, BLOCK_ROWS))
     partial = memory.of_widths(first, widths, parts, dtype=product.sum_type)
     with on_device(first):
         _row_sums(product.name)(
-            (parts, len(stages)), tuple(stages), _or_else(factors, partial), tuple([x.shape[1] for x in stages]),
-            tuple(widths), tuple([0 if f is None else FACTOR.value for f in factors]), tuple(partial), count, parts,
+            (parts, len(stages)), *lengthened(
+                places, stages, _or_else(factors, partial), [x.shape[1] for x in stages], widths,
+                [0 if f is None else FACTOR.value for f in factors], partial,
+            ), count, parts,
         )  # fmt: skip
     return partial
 
@@ -183,13 +186,15 @@ def means(
 def operands(
     stages: Sequence[Tensor], product: Product, widths: Sequence[int], centres: Sequence[Tensor] | None, *,
     others: Sequence[Tensor | None] | None = None, factors: Sequence[Tensor | None] | None = None,
-    powers: Sequence[Tensor | None] | None = None,
+    powers: Sequence[Tensor | None] | None = None, places: int = 0,
 ) -> list[Operand]:  # fmt: skip
     """The stages, contiguous and of one number of rows, times their factors, about their centres.
 
     centres: as ``means`` gives them, or of other operands; None: the rows are rounded as they are.
     others: the centres that rows' numbers are taken along; None where they are distances.
     powers: what rows, but not numbers, are multiplied by in float16.
+    places: the most stages that launches of this kind have in a step: a kernel is compiled for so many, and not for
+    fewer too.
     """
     first, none = stages[0], [None] * len(stages)
     count = first.shape[0]
@@ -198,16 +203,17 @@ def operands(
     rows = memory.of_widths(first, widths, length, dtype=product.torch_type)
     numbers = memory.several(first, len(stages), length, dtype=product.sum_type)
     own_centres = memory.of_widths(first, widths, dtype=product.sum_type)
-    own = tuple(others if centres is None else centres)
+    own = others if centres is None else centres
     kinds = [
         ALONG.value * (n is not None) + FACTOR.value * (f is not None) + POWER.value * (p is not None)
         for n, f, p in zip(others, factors, powers, strict=True)
     ]
     with on_device(first):
         _round_rows(product.name, centres is not None)(
-            (length // BLOCK_ROWS, len(stages)), tuple(stages), _or_else(factors, numbers), _or_else(powers, numbers),
-            tuple([x.shape[1] for x in stages]), tuple(widths), tuple(kinds), own, _or_else(others, own),
-            tuple(rows), tuple(numbers), tuple(own_centres), count, _parts(own[0]),
+            (length // BLOCK_ROWS, len(stages)), *lengthened(
+                places, stages, _or_else(factors, numbers), _or_else(powers, numbers), [x.shape[1] for x in stages],
+                widths, kinds, own, _or_else(others, own), rows, numbers, own_centres,
+            ), count, _parts(own[0]),
         )  # fmt: skip
     return list(map(Operand, rows, numbers, own_centres))
 
@@ -259,6 +265,6 @@ def _parts(centre: Tensor) -> int:
     return len(centre) if centre.dim() == 2 else 1
 
 
-def _or_else(given: Sequence[Tensor | None], stages: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _or_else(given: Sequence[Tensor | None], stages: Sequence[Tensor]) -> list[Tensor]:
     """Something in the place of what is not read."""
-    return tuple([x if y is None else y for x, y in zip(stages, given, strict=True)])
+    return [x if y is None else y for x, y in zip(stages, given, strict=True)]

@@ -24,14 +24,17 @@ LEAST_TF32X3_WIDTH = 32
 
 
 class Graph:
-    """Nodes of both sides, the bandwidth and the type of the products; ``place``: of the nodes among the prepared."""
+    """Nodes of both sides, the bandwidth and the type of the products.
+
+    place: of the nodes among the prepared.  stages: as many as the call has.
+    """
 
     # The weight of a node beside itself.
     diagonal = 1.0
 
     def __init__(
         self, nodes, inverse_variance, product_precision, column_nodes, offset, prepared: Prepared | None = None,
-        place: int = 0,
+        place: int = 0, stages: int = 1,
     ):  # fmt: skip
         (self.nodes,) = matrices("nodes", [nodes])
         self.has_columns = column_nodes is not None
@@ -44,7 +47,7 @@ class Graph:
         self.inverse_variance = inverse_variance
         self.product = product_of(product_precision, self.nodes)
         self.arch = architecture(self.nodes.device)
-        self.prepared, self.place = prepared or Prepared(), place
+        self.prepared, self.place, self.num_stages = prepared or Prepared(), place, stages
         self._operands: dict[int, tuple[Operand, Operand]] = {}
 
     def is_wide(self, width: int = 1) -> bool:

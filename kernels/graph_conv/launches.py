@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import cdiv, matrices, on_device
+from gkd_fast.kernels.common.launch import cdiv, lengthened, matrices, on_device
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.operands import Operand
 from gkd_fast.kernels.common.plan import planned
@@ -184,9 +184,9 @@ def complete(graphs, widths, parts: int, outputs, sums, row_degrees, row_factor:
         degrees = [x.new_empty(graph.row_count) for x in sums]
     with on_device(graph.nodes):
         _parts_launch(graph.nodes.dtype)(
-            (cdiv(graph.row_count, PARTS_ROWS), len(graphs)), tuple(partial), tuple(sums or partial),
-            tuple(degrees or partial), tuple(outputs), tuple(degrees or partial), tuple(widths), graph.row_count, parts,
-            int(sums is not None), row_factor,
+            (cdiv(graph.row_count, PARTS_ROWS), len(graphs)), *lengthened(
+                graph.num_stages, partial, sums or partial, degrees or partial, outputs, degrees or partial, widths
+            ), graph.row_count, parts, int(sums is not None), row_factor,
         )  # fmt: skip
     return outputs, degrees
 

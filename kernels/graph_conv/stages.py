@@ -38,7 +38,7 @@ def graph_conv_stages(
 def _graphs(nodes, inverse_variances: Tensor, product_precision: str, prepared, places: Sequence[int]) -> list[Graph]:
     """The graphs of the stages at these places."""
     prepared = prepared or Prepared()
-    return [Graph(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k) for k in places]
+    return [Graph(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k, len(nodes)) for k in places]
 
 
 def graph_conv_stages_backward(

@@ -67,8 +67,10 @@ def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Op
     product = graphs[0].product
     powers = [power_of_two(_longest(x)) if product.scaled else None for x in values]
     widths = [stored for *_, stored in kinds_of(graphs, [x.shape[1] for x in values])]
-    centres = means(values, product, widths, factors)
-    return operands(values, product, widths, centres, factors=factors, powers=powers), powers
+    # As many places as the gradients' launch takes, of messages and upstream.
+    places = 2 * len(values)
+    centres = means(values, product, widths, factors, places)
+    return operands(values, product, widths, centres, factors=factors, powers=powers, places=places), powers
 
 
 def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream, columns=None) -> list[Values]:
