@@ -2,12 +2,15 @@
 
 ``bench/measured/h200_tiles.json`` has the times of one kernel in many tile sizes (some with the kernels that run with
 it) and, of the binaries that ran, the clocks at published rates as :func:`bench.gpu.model.work` counts them. Every
-second configuration, in the file's order, is fitted; the others tell whether the fit holds.
+second configuration, in the file's order, is fitted; the others tell whether the fit holds. ``h200_ops.json`` has
+times of whole ops and of kernels alone, which nothing is fitted to but the time from launch to launch: how many
+launches the ops made, PyTorch's copies and sums among them, and the bytes of the copies.
 """
 
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 from bench.gpu import devices, model
 
 MEASURED = Path(__file__).parents[1] / "measured" / "h200_tiles.json"
+OPS = MEASURED.with_name("h200_ops.json")
 NEAR = 1.2  # measured within this factor of predicted, either way
 CLIPPED = 0.5  # of |log(measured / predicted)|: a far miss counts as one of this size
 GRID = {
@@ -47,7 +51,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A tile size of a kernel; ``launched`` is all that its time holds."""
+    """A tile size of a kernel; ``launched`` is all that its time holds, but for what ``launches`` and copies take."""
 
     sweep: str  # the file it was written to
     kernel: str
@@ -56,9 +60,13 @@ class Configuration:
     tile: str
     milliseconds: float
     launched: tuple[Launched, ...]
+    batch: int = 16_384
+    launches: int = 0
+    copied_bytes: int = 0
 
     def predicted(self, device: devices.Device) -> float:
-        return sum(kernel.milliseconds(device) for kernel in self.launched)
+        others = self.launches * devices.LAUNCH_SECONDS + self.copied_bytes / device.memory_bandwidth
+        return sum(kernel.milliseconds(device) for kernel in self.launched) + others * 1e3
 
     def ratio(self, device: devices.Device) -> float:
         """Measured over predicted."""
@@ -67,21 +75,37 @@ class Configuration:
 
 @cache
 def configurations() -> tuple[Configuration, ...]:
-    content = json.loads(MEASURED.read_text())
-    kernels = [
-        Launched(**(kernel | {part: Counter(kernel[part]) for part in ("inside", "outside")}))
-        for kernel in content["kernels"]
-    ]
+    content, kernels = json.loads(MEASURED.read_text()), _kernels()
     return tuple(
         Configuration(**(c | {"launched": tuple(kernels[k] for k in c["launched"])})) for c in content["configurations"]
     )
+
+
+@cache
+def operations() -> tuple[Configuration, ...]:
+    """Whole ops in the table's tiles of that time, at several batches, and kernels alone, with grids of their own."""
+    kernels = _kernels()
+
+    def launched(grids: list[dict]) -> tuple[Launched, ...]:
+        return tuple(replace(kernels[g["kernel"]], programs=g["programs"], steps=g["steps"]) for g in grids)
+
+    found = json.loads(OPS.read_text())["configurations"]
+    return tuple(Configuration(**(c | {"launched": launched(c["launched"])})) for c in found)
+
+
+@cache
+def _kernels() -> list[Launched]:
+    return [
+        Launched(**(kernel | {part: Counter(kernel[part]) for part in ("inside", "outside")}))
+        for kernel in json.loads(MEASURED.read_text())["kernels"]
+    ]
 
 
 def device() -> devices.Device:
     return next(d for d in devices.DEVICES if d.name == "H200")
 
 
-def near(chosen: list[Configuration], on: devices.Device) -> int:
+def near(chosen: Iterable[Configuration], on: devices.Device) -> int:
     return sum(1 / NEAR <= c.ratio(on) <= NEAR for c in chosen)
 
 
@@ -133,7 +157,7 @@ def loss(sweep: list[Configuration], on: devices.Device) -> float:
 
 
 def table() -> tuple[list[str], list[list[str]]]:
-    """A line per sweep, and the counts of each half, each file and all."""
+    """A line per sweep, and the counts of each half, of each file and of all."""
     on = device()
     published = replace(on, calibration=devices.Calibration())
 
@@ -144,9 +168,11 @@ def table() -> tuple[list[str], list[list[str]]]:
         [kernel, dtype, str(dim), *counts(sweep), str(rank(sweep, on)), f"{loss(sweep, on):.2f}"]
         for (kernel, dtype, dim), sweep in sorted(sweeps().items())
     ]
-    everything = list(configurations())
-    groups = {"fitted": everything[::2], "not fitted": everything[1::2]}
-    groups |= {name: [c for c in everything if c.sweep == name] for name in ("sweep", "sweep2")} | {"all": everything}
+    swept = list(configurations())
+    everything = [*swept, *operations()]
+    files = ("sweep", "sweep2", "times", "proto")
+    groups = {"fitted": swept[::2], "not fitted": swept[1::2]}
+    groups |= {name: [c for c in everything if c.sweep == name] for name in files} | {"all": everything}
     rows += [[name, "", "", *counts(chosen), "", ""] for name, chosen in groups.items()]
     headers = ["kernel", "type", "D", "tiles", "near, published rates", "near, calibrated", "rank of the fastest",
                "chosen / fastest"]  # fmt: skip

@@ -94,6 +94,9 @@ class Device:
         return self.cache_bandwidth / (self.gigahertz * 1e9) / self.multiprocessors
 
 
+# From launch to launch in a CUDA graph on an H200, which the smallest kernels take whatever they do.
+LAUNCH_SECONDS = 2.5e-6
+
 # What bench.gpu.calibration.fit finds on every second one of the times measured on an H200. A fit, not
 # properties of the chip: factors below 1 also stand for what a program's own units do at the same time.
 HOPPER_CALIBRATION = Calibration({"integer": 0.6, "exponential": 0.7, "matrix": 1.1}, wait=30, shallow=350)

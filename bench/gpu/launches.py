@@ -3,19 +3,17 @@ kernels left out."""
 
 from collections.abc import Callable
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu.allocations import kernels_left_out, op_run
 from bench.gpu.plans import Work
 
-# From launch to launch in a graph on an H200, which small kernels take whatever they do: of the first version's ops at
-# 1,024 rows, what was measured beyond the kernels' own predicted time, over their launches.
-SECONDS = 2.5e-6
 UNLAUNCHED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
 class Counter(TorchDispatchMode):
-    """Counts PyTorch's operations that write something."""
+    """Counts PyTorch's operations that write something, if only one number."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +22,9 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         schema = function._schema
         is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in schema.arguments)
-        if not is_view and schema.name.removeprefix("aten::") not in UNLAUNCHED:
+        first = arguments[0] if arguments else None
+        is_empty = isinstance(first, torch.Tensor) and first.numel() == 0
+        if not is_view and not is_empty and schema.name.removeprefix("aten::") not in UNLAUNCHED:
             self.count += 1
         return function(*arguments, **(keywords or {}))
 

@@ -91,7 +91,7 @@ def predictions(works: list[Work]) -> dict[Work, Prediction]:
         timed = _tile_seconds(work, device)
         seconds, limit, clocks = timed or (wide_seconds(work, device), "cuBLAS and memory", "")
         count = launches.of(work)
-        found[work] = Prediction(seconds + count * launches.SECONDS, limit, seconds, count, clocks)
+        found[work] = Prediction(seconds + count * devices.LAUNCH_SECONDS, limit, seconds, count, clocks)
     return found
 
 
