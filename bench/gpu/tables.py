@@ -125,9 +125,7 @@ def triton_version() -> str:
 
 
 def memory_table(batch: int, dim: int) -> tuple[list[str], list[list[str]]]:
-    """At ``batch`` in the types whose columns are copied; float32, whose rows of this width go in strips, at a quarter:
-    its strips are counted one by one, and are many.
-    """
+    """Of each op in each type."""
     from bench.gpu import allocations
 
     variants: dict[str, list[tuple[str, dict]]] = {
@@ -138,10 +136,10 @@ def memory_table(batch: int, dim: int) -> tuple[list[str], list[list[str]]]:
     rows = []
     for op, options in variants.items():
         for name, option in options:
-            for dtype, rows_of in (("bfloat16", batch), ("float16", batch), ("float32", batch // 4)):
-                extra = allocations.op_peak(op, rows_of, dim, 1, dtype, **option)
-                unit = allocations.unit_row_bytes(op, rows_of, dim, 1)
-                sizes = f"{rows_of:,}", str(dim), report.megabytes(extra), report.megabytes(unit)
+            for dtype in ("bfloat16", "float16", "float32"):
+                extra = allocations.op_peak(op, batch, dim, 1, dtype, **option)
+                unit = allocations.unit_row_bytes(op, batch, dim, 1)
+                sizes = f"{batch:,}", str(dim), report.megabytes(extra), report.megabytes(unit)
                 rows.append([op + name, dtype, *sizes])
     return ["op", "type", "B", "D", "op alone, MB", "float32 unit rows, MB"], rows
 

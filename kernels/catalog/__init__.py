@@ -12,7 +12,7 @@ from gkd_fast.kernels.catalog.neighbors import neighbors
 from gkd_fast.kernels.catalog.pairs import angles, pair_losses
 from gkd_fast.kernels.catalog.small import small_batches
 from gkd_fast.kernels.catalog.tangent import second_order
-from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_width
+from gkd_fast.kernels.common.launch import PRODUCTS, Product, divide, padded_width, walk_product_of
 from gkd_fast.kernels.common.log_sums import BLOCK as LOG_SUMS_BLOCK
 from gkd_fast.kernels.common.log_sums import log_sum_shifts
 from gkd_fast.kernels.common.offline import target
@@ -21,7 +21,7 @@ from gkd_fast.kernels.common.operands import BLOCK_WIDTH as OPERAND_WIDTH
 from gkd_fast.kernels.common.operands import MOST_PARTS, block_width, round_rows, row_sums
 from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.common.strips import MOST_ROWS
-from gkd_fast.kernels.common.table import MULTIPROCESSORS, largest_width, polynomials, sharing, teachers_at_once, tiles
+from gkd_fast.kernels.common.table import MULTIPROCESSORS, polynomials, sharing, teachers_at_once, tiles
 from gkd_fast.kernels.common.tile import COUNTS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_ROWS as MOMENT_ROWS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_WIDTH as MOMENT_WIDTH
@@ -155,22 +155,26 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
     if dtype not in PRODUCTS:
         raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
     build = _Builder(arch, PRODUCTS[dtype], dim)
+    walk_product = walk_product_of(build.product, arch, dim)
+    walk = None if walk_product is None else _Builder(arch, walk_product, dim, dtype)
     # A call of one graph_conv, or of all of a loss's.
     convolved = 1 if stages == (1, 1) else sum(stages)
     others = [
         *build.unit_rows(sum(stages)), *second_order(build), *small_batches(build, *stages),
-        *neighbors(build, convolved), *pair_losses(build), *angles(build),
+        *neighbors(build, walk, convolved), *pair_losses(build), *angles(build),
     ]  # fmt: skip
-    if padded_width(dim) > largest_width(arch, dtype):
+    if walk is None:
         return [*build.strips(*stages), *others]
-    return [*build.relation_kl(*stages), *build.node_contrast(*stages), *build.graph_conv(convolved), *others]
+    return [*walk.relation_kl(*stages), *walk.node_contrast(*stages), *walk.graph_conv(convolved), *others]
 
 
 class _Builder:
-    def __init__(self, arch: str, product: Product, dim: int):
+    def __init__(self, arch: str, product: Product, dim: int, dtype: str | None = None):
+        """dtype: the product precision that was asked for, where kernels that walk tiles have ``product`` instead."""
         self.arch, self.product, self.dim, self.width = arch, product, dim, padded_width(dim)
+        self.dtype = dtype or product.name
         self.row = "*fp64" if product.name == "float64" else "*fp32"
-        self.column = {"bfloat16": "*bf16", "float16": "*fp16"}.get(product.name, self.row)
+        self.column = {"bfloat16": "*bf16", "float16": "*fp16", "float16x3": "*fp16"}.get(product.name, self.row)
         self.polynomials = polynomials(arch, product.name)
 
     def relation_kl(self, students: int, teachers: int):
@@ -184,12 +188,12 @@ class _Builder:
         forward, backward = constants | {"TEACHERS": shared}, constants | {"WANTED": 1, "SCALED": self.product.scaled}
         yield self._walk(
             "relation_kl", relation_sums, "forward", forward, of_all, products=1 + shared, bounded=1 + shared,
-            exponentials=1 + 2 * shared, in_product_type=("rows",), pairs=students * triton.cdiv(teachers, shared),
-            teachers=shared,
+            exponentials=1 + 2 * shared, in_product_type=("rows", "columns"),
+            pairs=students * triton.cdiv(teachers, shared), teachers=shared,
         )  # fmt: skip
         yield self._walk(
             "relation_kl", relation_gradients, "backward", backward, of_all, products=3, bounded=2, exponentials=2,
-            in_product_type=("rows",), pairs=pairs,
+            in_product_type=("rows", "columns"), pairs=pairs,
         )  # fmt: skip
         statistics = {"S": students, "T": teachers, "OWN_SHIFT": False, "SUM": self.product.SUM,
                       "BLOCK_ROWS": STATISTICS_BLOCK}  # fmt: skip
@@ -202,6 +206,7 @@ class _Builder:
             yield self._small("relation_kl", add_slots, "backward", {"BLOCK": SLOT_BLOCK}, lists, SLOT_BLOCK)
         constants = {"EXCEPT_OWN": True, "WIDTH": self.width}
         yield self._walk("relation_kl", row_maxima_kernel, "forward", constants, {}, products=1,
+                         in_product_type=() if self.product.split else ("columns",),
                          tiles_of=graph_degree_sums)  # fmt: skip
 
     def node_contrast(self, students: int, teachers: int):
@@ -218,7 +223,7 @@ class _Builder:
             yield self._walk(
                 "node_contrast", contrast_sums, "forward", constants, lists, products=1 + keep,
                 exponentials=1, name="contrast_sums" if keep else "contrast_sums without weighted",
-                pairs=students * teachers, in_product_type=("rows",),
+                pairs=students * teachers, in_product_type=("rows", "columns"),
             )  # fmt: skip
         epilogue = {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
         constants = sides | epilogue | {"KEEP": True, "OWN_SHIFT": False}
@@ -236,7 +241,7 @@ class _Builder:
             yield self._walk(
                 "node_contrast", contrast_gradients, "backward", constants, lists, products=2, exponentials=1,
                 name=f"contrast_gradients of {'teachers' if by_column else 'students'}", pairs=stages, walks=partners,
-                in_product_type=("rows",),
+                in_product_type=("rows", "columns"),
             )  # fmt: skip
 
     def operands(self, op: str, stages: int):
@@ -248,7 +253,8 @@ class _Builder:
         )  # fmt: skip
         yield self._small(op, row_sums, "forward", constants, lists, OPERAND_ROWS, stages, f"row_sums of {op}")
         constants = constants | {
-            "SCALED": self.product.scaled, "CENTRED": True, "PARTS": MOST_PARTS, "TYPE": self.product.TYPE,
+            "SCALED": self.product.limited, "CENTRED": True, "SPLIT": self.product.split, "PARTS": MOST_PARTS,
+            "TYPE": self.product.TYPE,
         }  # fmt: skip
         yield self._small(
             op, round_rows, "forward", constants, lists, OPERAND_ROWS, stages, f"round_rows of {op}", ("out",)
@@ -263,10 +269,10 @@ class _Builder:
             "messages_gradients", "message_numbers", "upstream_numbers",
         )  # fmt: skip
         lists = dict.fromkeys(names, stages)
-        of_product = ("nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
+        of_product = ("nodes", "column_nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
         walk = {"products": 1, "exponentials": 1, "in_product_type": of_product, "pairs": stages}
         yield self._walk("graph_conv", graph_degree_sums, "forward", {}, lists, **walk)
-        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.scaled, "DIAGONAL": 1.0}
+        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.limited, "DIAGONAL": 1.0}
         for name, constants in (
             ("symmetric", {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}),
             ("row", {"DEGREES": True, "ROW_FACTOR": INVERSE}),
@@ -337,7 +343,7 @@ class _Builder:
             yield self._small("unit_rows", fn, direction, constants, lists, UNIT_ROWS, launches=stages)
 
     def _walk(self, op, fn, direction, constants, lists, *, products, bounded=0, exponentials=0, name=None,
-              in_product_type=(), pairs=1, walks=1, teachers=1, tiles_of=None):  # fmt: skip
+              in_product_type=("columns", "column_nodes"), pairs=1, walks=1, teachers=1, tiles_of=None):  # fmt: skip
         """A kernel that walks tiles of the columns, in those of ``tiles_of`` or its own."""
         config = sharing(tiles((tiles_of or fn).__name__, self.arch, self.product.name, self.width), teachers)
         constants = {
@@ -355,8 +361,7 @@ class _Builder:
         polynomials = bounded * self.polynomials / 2
         return self._make(
             op, fn, direction, constants, lists, config.warps, config.stages, config.rows, config.columns, products,
-            exponentials + bounded - polynomials, polynomials, self._exemption(), grid, name,
-            ("columns", "column_nodes", *in_product_type),
+            exponentials + bounded - polynomials, polynomials, self._exemption(), grid, name, in_product_type,
         )  # fmt: skip
 
     def _small(self, op, fn, direction, constants, lists, rows, launches=1, name=None, of_products=()):
@@ -380,7 +385,7 @@ class _Builder:
                 kind = (kind,) * lists[argument]
             signature[argument] = kind
         return Specialization(
-            op, name or fn.__name__, direction, self.arch, self.product.name, self.dim, fn, signature, constants, warps,
+            op, name or fn.__name__, direction, self.arch, self.dtype, self.dim, fn, signature, constants, warps,
             stages, rows, columns, products, exponentials, polynomials, exemption, grid,
             **others,
         )  # fmt: skip

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import triton
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import padded_width
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE
-from gkd_fast.kernels.common.table import largest_width
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_strip, graph_sums
 from gkd_fast.kernels.graph_conv.values import ONE
 from gkd_fast.kernels.neighbor_conv.small import neighbor_small_gradients, neighbor_small_weighted
@@ -22,24 +20,21 @@ LISTS = (
     "partial_means", "partial_sharp_means", "values", "centres", "row_degrees", "outputs", "sums", "powers", "messages",
     "upstream", "column_messages", "column_upstream", "terms", "others", "column_terms", "column_others", "gradients",
 )  # fmt: skip
-OF_PRODUCT = ("nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
+OF_PRODUCT = ("nodes", "column_nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
 
 
-def neighbors(build, stages: int) -> Iterator:
-    """``build``: the builder of ``catalog``."""
+def neighbors(build, walk, stages: int) -> Iterator:
+    """``build``, ``walk``: the builders of ``catalog``, and of the kernels that walk tiles; None: rows are too wide."""
     lists = dict.fromkeys(LISTS, stages)
     yield from _small(build, lists, stages)
     yield build._small(OP, neighbor_sum_parts, "forward", {"BLOCK_ROWS": PARTS_ROWS}, lists, PARTS_ROWS, stages)
     constants = {"SHARE": 0.5, "BLOCK_ROWS": ROW_MULTIPLE, "SUM": build.product.SUM}
     yield build._small(OP, neighbor_levels, "forward", constants, lists, ROW_MULTIPLE, stages)
-    if padded_width(build.dim) > largest_width(build.arch, build.product.name):
-        yield from _strips(build)
-    else:
-        yield from _walks(build, lists, stages)
+    yield from _strips(build) if walk is None else _walks(walk, lists, stages)
 
 
 def _walks(build, lists: dict, stages: int) -> Iterator:
-    scaled = build.product.scaled
+    scaled = build.product.limited
     walk = {"products": 1, "exponentials": 1, "in_product_type": OF_PRODUCT, "pairs": stages}
     yield build._walk(OP, neighbor_sums, "forward", {"STRIP": False}, lists, **walk, tiles_of=graph_degree_sums)
     values = {"VALUE_WIDTH": build.width, "SCALED": scaled}

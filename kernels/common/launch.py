@@ -10,15 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import table
+from gkd_fast.kernels.common.tile import is_split
 
 # Columns are copied in the product's type this much at a time, in multiples of so many.
 COLUMN_BYTES = 8 * 2**20
 COLUMN_MULTIPLE = 256
 # Tiles in float16 are scaled by a power of two to at most this.
 LARGEST_FLOAT16 = 2.0**14
+# Rows that are sums of two float16 numbers are at most so long, in units of ``tile.SPLIT_UNIT``.
+LONGEST_SPLIT = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Product:
     """How tiles are multiplied: their type, Triton's name of it and of the sums, and the precision of float32."""
 
@@ -34,9 +37,26 @@ class Product:
         return torch.float64 if self.name == "float64" else torch.float32
 
     @property
+    def split(self) -> bool:
+        """Whether operands are sums of two numbers of the type."""
+        return is_split(self.PRECISION)
+
+    @property
     def scaled(self) -> bool:
         """Whether gradient tiles are scaled, because entries that shrink like 1/B² would leave the type's range."""
         return self.name == "float16"
+
+    @property
+    def longest(self) -> float | None:
+        """To about this length rows of any length are brought, where the type's range is short."""
+        if self.split:
+            return LONGEST_SPLIT
+        return LARGEST_FLOAT16 if self.name == "float16" else None
+
+    @property
+    def limited(self) -> bool:
+        """Whether rows of any length are scaled."""
+        return self.longest is not None
 
     def constants(self) -> dict:
         return {"TYPE": self.TYPE, "SUM": self.SUM, "PRECISION": self.PRECISION}
@@ -49,6 +69,8 @@ PRODUCTS = {
     "tf32": Product("tf32", torch.float32, tl.float32, tl.float32, "tf32"),
     "bfloat16": Product("bfloat16", torch.bfloat16, tl.bfloat16, tl.float32, "ieee"),
     "float16": Product("float16", torch.float16, tl.float16, tl.float32, "ieee"),
+    # Three products of numbers as sums of two float16 ones; sums and results are float32.
+    "float16x3": Product("float16x3", torch.float16, tl.float16, tl.float32, "float16x3"),
 }
 
 
@@ -86,17 +108,26 @@ def _multiprocessors(device: torch.device) -> int:
 def product_of(precision: str, x: Tensor) -> Product:
     """The product type of an op call; float64 rows are multiplied in float64, whatever the precision.
 
-    "float32" is three tf32 products, whose errors are near float32's, unless the device has none or PyTorch was told
-    "ieee": without matrix units float32 would be slower than plain PyTorch.
+    "float32" is three tf32 products, whose errors are near float32's, unless the device has none: without matrix units
+    float32 would be slower than plain PyTorch. Kernels that walk tiles have a type of their own (``walk_product_of``).
     """
     if precision not in PRODUCTS:
         raise ValueError(f"product_precision must be one of {tuple(PRODUCTS)}, got {precision!r}")
     if x.dtype == torch.float64:
         return PRODUCTS["float64"]
     if precision in ("float32", "float64"):
-        strict = torch.version.hip or torch.backends.cuda.matmul.fp32_precision == "ieee"
-        return PRODUCTS["float32" if strict else "tf32x3"]
+        return PRODUCTS["float32" if torch.version.hip else "tf32x3"]
     return PRODUCTS[precision]
+
+
+def walk_product_of(product: Product, arch: str, width: int) -> Product | None:
+    """The product type of the kernels that walk tiles of rows of ``width``; None: these are too wide for a program.
+
+    Numbers of 32 bits are multiplied as sums of two float16 ones, which errs as float32 products do, whatever PyTorch's
+    setting is.
+    """
+    walked = PRODUCTS["float16x3"] if product.torch_type == torch.float32 else product
+    return walked if padded_width(width) <= table.largest_width(arch, walked.name) else None
 
 
 _NO_CHANGE = nullcontext()
@@ -229,6 +260,8 @@ def _copied(matrices, copies, step: int, factors, aligned: bool) -> Iterator[Pie
         yield Piece(start, stop - start, tuple(pieces), stop == count, aligned)
 
 
-def power_of_two(bound: Tensor) -> Tensor:
-    """The power of two that brings ``bound`` just under the largest float16 tile entry; a tensor without dimensions."""
-    return torch.exp2(torch.floor(torch.log2(LARGEST_FLOAT16 / bound.clamp(2.0**-60, 2.0**60))))
+def power_of_two(bound: Tensor, largest: float = LARGEST_FLOAT16) -> Tensor:
+    """The power of two that brings ``bound`` just under ``largest``, by default the largest float16 tile entry; without
+    dimensions.
+    """
+    return torch.exp2(torch.floor(torch.log2(largest / bound.clamp(2.0**-60, 2.0**60))))

@@ -25,7 +25,7 @@ from gkd_fast.kernels.common import memory
 from gkd_fast.kernels.common.launch import PRODUCTS, Product, cdiv, lengthened, on_device, padded_width
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
-from gkd_fast.kernels.common.tile import COUNTS, convert, number, pick
+from gkd_fast.kernels.common.tile import COUNTS, SPLIT_UNIT, as_block, convert, number, pick
 
 # Operands are whole tiles of any size.
 ROW_MULTIPLE = 128
@@ -43,7 +43,8 @@ ALONG, FACTOR, POWER = tl.constexpr(16), tl.constexpr(32), tl.constexpr(64)
 @dataclass(eq=False)  # frozen ones take the host three times as long
 class Operand:
     """Rows in the product's type [whole tiles, width], zero beyond the matrix; their numbers and their centre, in the
-    type of the sums.
+    type of the sums. Of a split product they are [whole tiles, 2·width]: x̂ is the sum of both halves
+    over ``SPLIT_UNIT``.
     """
 
     rows: Tensor
@@ -97,8 +98,8 @@ def load_centre(partial, k, width, parts, PARTS: tl.constexpr, WIDTH: tl.constex
 @triton.jit(do_not_specialize=COUNTS)
 def round_rows(
     rows, factors, powers, dims, widths, kinds, centres, others, out, numbers, own_centres, count, parts,
-    SCALED: tl.constexpr, CENTRED: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    SCALED: tl.constexpr, CENTRED: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """x̂, the rows' numbers of the kind that ``kinds`` says, and the centre of every stage.
 
@@ -131,10 +132,19 @@ def round_rows(
         along += tl.sum(piece * n[None, :], 1)
         if SCALED:
             centred = centred * tl.load(pick(powers, stage), mask=(kind & POWER) != 0, other=1)
-        centred = convert(centred, TYPE)
-        place = rounded + row.to(tl.int64)[:, None] * width + (k + column)[None, :]
-        tl.store(place, centred, mask=(k + column < width)[None, :])
-        distances += tl.sum(centred.to(SUM) * centred.to(SUM), 1)
+        stride = width * (2 if SPLIT else 1)
+        place = rounded + row.to(tl.int64)[:, None] * stride + (k + column)[None, :]
+        mask = (k + column < width)[None, :]
+        if SPLIT:
+            halves = as_block(centred * SPLIT_UNIT, TYPE, "float16x3")
+            tl.store(place, halves[0], mask=mask)
+            tl.store(place + width, halves[1], mask=mask)
+            kept = (halves[0].to(SUM) + halves[1].to(SUM)) * (1 / SPLIT_UNIT)
+        else:
+            rounded_rows = convert(centred, TYPE)
+            tl.store(place, rounded_rows, mask=mask)
+            kept = rounded_rows.to(SUM)
+        distances += tl.sum(kept * kept, 1)
     halves = 0.5 * tl.where(squares == 0, 1 + length, distances)
     tl.store(pick(numbers, stage) + row, tl.where(row < count, tl.where((kind & ALONG) == 0, halves, along), 0.0))
 
@@ -159,8 +169,8 @@ def _row_sums(name: str) -> Launch:
 def _round_rows(name: str, is_centred: bool) -> Launch:
     product = PRODUCTS[name]
     return launch(
-        round_rows, SCALED=product.scaled, CENTRED=is_centred, PARTS=MOST_PARTS, TYPE=product.TYPE, SUM=product.SUM,
-        ROWS=BLOCK_ROWS, WIDTH=block_width(product),
+        round_rows, SCALED=product.limited, CENTRED=is_centred, SPLIT=product.split, PARTS=MOST_PARTS,
+        TYPE=product.TYPE, SUM=product.SUM, ROWS=BLOCK_ROWS, WIDTH=block_width(product),
     )  # fmt: skip
 
 
@@ -192,7 +202,7 @@ def operands(
 
     centres: as ``means`` gives them, or of other operands; None: the rows are rounded as they are.
     others: the centres that rows' numbers are taken along; None where they are distances.
-    powers: what rows, but not numbers, are multiplied by in float16.
+    powers: what rows, but not numbers, are multiplied by in a type of short range.
     places: the most stages that launches of this kind have in a step: a kernel is compiled for so many, and not for
     fewer too.
     """
@@ -200,7 +210,8 @@ def operands(
     count = first.shape[0]
     others, factors, powers = others or none, factors or none, powers or none
     length = cdiv(count, ROW_MULTIPLE) * ROW_MULTIPLE
-    rows = memory.of_widths(first, widths, length, dtype=product.torch_type)
+    stored = [2 * width for width in widths] if product.split else widths
+    rows = memory.of_widths(first, stored, length, dtype=product.torch_type)
     numbers = memory.several(first, len(stages), length, dtype=product.sum_type)
     own_centres = memory.of_widths(first, widths, dtype=product.sum_type)
     own = others if centres is None else centres

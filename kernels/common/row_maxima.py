@@ -5,15 +5,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import Product, architecture, column_pieces, on_device, padded_width
+from gkd_fast.kernels.common.launch import (
+    Product,
+    architecture,
+    column_pieces,
+    on_device,
+    padded_width,
+    walk_product_of,
+)
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.strips import entry_bytes, multiply, row_strips, strip_columns
-from gkd_fast.kernels.common.table import largest_width, tiles
+from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.common.tile import (
     COUNTS,
+    SPLIT_UNIT,
+    as_block,
+    inner_products,
+    is_split,
     load_rows,
     load_vector,
-    product,
     replace_diagonal,
     replace_missing,
     store_vector,
@@ -27,11 +37,13 @@ def row_maxima_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_ROWS
-    own = load_rows(rows, i, row_count, dim, BLOCK_ROWS, WIDTH, TYPE)
+    LOADED: tl.constexpr = SUM if is_split(PRECISION) else TYPE
+    UNIT: tl.constexpr = SPLIT_UNIT if is_split(PRECISION) else 1
+    own = as_block(load_rows(rows, i, row_count, dim, BLOCK_ROWS, WIDTH, LOADED) * UNIT, TYPE, PRECISION)
     largest = tl.full([BLOCK_ROWS], -1e30, SUM)
     for j in range(0, column_count, BLOCK_COLUMNS):
-        other = load_rows(columns, j, column_count, dim, BLOCK_COLUMNS, WIDTH, TYPE)
-        c = product(own, tl.trans(other), PRECISION)
+        other = load_rows(columns, j, column_count, dim, BLOCK_COLUMNS, WIDTH, LOADED)
+        c = inner_products(own, as_block(other * UNIT, TYPE, PRECISION), PRECISION)
         if EXCEPT_OWN:
             c = replace_diagonal(c, i, j, offset, -1e30, BLOCK_ROWS, BLOCK_COLUMNS)
         c = replace_missing(c, j, column_count, -1e30, BLOCK_COLUMNS)
@@ -43,13 +55,15 @@ def row_maxima_kernel(
 
 def row_maxima(out: Tensor, rows: Tensor, columns: Tensor, offset: int, except_own: bool, product: Product) -> Tensor:
     """out_i = max_j c_ij, without row i's own column i + offset if ``except_own`` (−1e30 where it is the only one)."""
-    if padded_width(rows.shape[1]) > largest_width(architecture(rows.device), product.name):
+    walk_product = walk_product_of(product, architecture(rows.device), rows.shape[1])
+    if walk_product is None:
         return _maxima_of_strips(out, rows, columns, offset, except_own, product)
     # The walk of the degrees: one product per step and a reduction.
-    config = tiles("graph_degree_sums", architecture(rows.device), product.name, padded_width(rows.shape[1]))
+    config = tiles("graph_degree_sums", architecture(rows.device), walk_product.name, padded_width(rows.shape[1]))
     constants = {
         "EXCEPT_OWN": except_own, "WIDTH": padded_width(rows.shape[1]), "BLOCK_ROWS": config.rows,
-        "BLOCK_COLUMNS": config.columns, "num_warps": config.warps, "num_stages": config.stages, **product.constants(),
+        "BLOCK_COLUMNS": config.columns, "num_warps": config.warps, "num_stages": config.stages,
+        **walk_product.constants(),
     }  # fmt: skip
     with on_device(rows):
         for piece in column_pieces([columns], product.torch_type):

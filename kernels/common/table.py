@@ -21,46 +21,40 @@ KERNELS = (
     "graph_gradients", "neighbor_gradients",
 )  # fmt: skip
 TYPES = {
-    "bfloat16": "short", "float16": "short", "tf32": "tf32", "tf32x3": "tf32x3", "float32": "ieee",
-    "float64": "float64",
+    "bfloat16": "short", "float16": "short", "float16x3": "split", "tf32": "tf32", "tf32x3": "tf32x3",
+    "float32": "ieee", "float64": "float64",
 }  # fmt: skip
 
 _LINES = """
 sm_80  short    64  64x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x64w8s2  64x32w8s1
 sm_80  short   128  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w8s2  64x64w8s2
 sm_80  short   256  64x32w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w4s2  64x64w8s2  64x32w8s1  64x32w8s1
-sm_80  tf32     64  64x64w4s2  128x64w8s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  32x64w4s2  32x64w4s2
-sm_80  tf32    128  64x128w8s1  64x64w8s2  64x64w8s2  64x64w4s2  64x64w4s2  64x64w8s2  64x32w8s1  64x32w8s1
-sm_80  tf32x3   64  64x32w8s1  32x64w4s1  32x64w4s1  32x64w8s1  64x32w8s1  64x32w8s1  32x32w8s1  32x32w8s1
-sm_80  ieee     64  32x32w8s1  32x32w8s1  32x32w8s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1  32x32w8s1
+sm_80  split    64  64x64w8s1  64x32w8s1  64x64w8s1  64x32w8s1  64x64w8s1  64x64w8s1  32x32w4s1  32x32w4s1
+sm_80  split   128  64x32w8s1  64x32w8s1  64x32w8s1  64x32w8s1  64x32w8s1  64x32w8s1  32x32w8s1  32x32w8s1
 sm_80  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_86  short    64  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x64w8s2  64x32w8s1
 sm_86  short   128  64x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s1  64x64w8s1
 sm_86  short   256  64x32w8s2  64x32w8s1  64x64w8s1  64x64w8s1  64x64w4s2  64x64w8s1  32x32w8s1  32x32w8s1
-sm_86  tf32     64  64x64w8s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x32w8s1  32x32w4s1
-sm_86  tf32x3   64  64x32w8s1  32x64w4s1  32x64w4s1  64x32w8s1  64x32w8s1  64x32w8s1  32x32w8s1  32x32w8s1
-sm_86  ieee     64  32x32w8s1  32x32w8s1  32x16w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1  32x32w8s1
+sm_86  split    64  64x64w8s1  64x32w8s1  64x64w8s1  64x32w8s1  64x64w8s1  64x64w8s1  32x32w4s1  32x32w4s1
+sm_86  split   128  64x32w8s1  64x32w8s1  64x32w8s1  64x32w8s1  64x32w8s1  64x32w8s1  32x32w8s1  32x32w8s1
 sm_86  float64  64  16x16w8s1  16x16w8s1  16x16w8s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w8s1  16x16w8s1
 sm_90  short    64  64x128w4s3  64x64w4s2  64x128w4s3  64x64w4s2  64x64w4s2  64x128w4s3  64x64w4s2  64x64w4s2
 sm_90  short   128  64x64w4s2  64x64w4s2  64x64w4s3  64x64w4s2  64x128w4s3  64x64w4s3  128x64w8s2  64x64w8s2
 sm_90  short   256  64x64w4s1  32x64w4s2  64x64w8s2  64x64w8s2  128x64w8s2  64x64w8s2  64x32w8s2  64x32w8s2
-sm_90  tf32     64  64x64w4s2  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2
-sm_90  tf32    128  64x64w4s1  128x32w8s2  128x32w8s2  64x64w8s2  128x64w8s2  64x64w8s2  64x64w4s1  64x64w4s1
-sm_90  tf32x3   64  64x64w4s1  128x64w8s2  64x64w4s1  64x64w4s1  64x64w4s1  128x64w8s1  64x32w8s1  64x32w8s1
-sm_90  ieee     64  32x32w8s1  32x32w8s1  32x32w8s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1  32x32w8s1
+sm_90  split    64  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  128x64w8s2  64x64w4s2
+sm_90  split   128  64x64w4s1  128x64w8s1  64x32w4s2  64x32w4s2  128x64w8s1  64x32w4s2  64x32w4s2  64x32w4s2
 sm_90  float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 sm_100 short    64  64x64w4s2  128x64w8s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w8s2
 sm_100 short   128  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w8s2
 sm_100 short   256  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x64w8s2  64x32w8s1  64x32w8s1
-sm_100 tf32     64  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2
-sm_100 tf32x3   64  64x64w8s1  64x32w8s1  64x64w8s1  64x64w8s1  64x64w4s1  64x64w8s1  64x32w8s1  64x32w8s1
-sm_100 ieee     64  32x32w8s1  32x32w8s1  32x16w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w8s1  32x32w8s1
+sm_100 split    64  64x64w4s2  64x64w4s1  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s2  64x64w4s1
+sm_100 split   128  64x64w4s1  64x64w8s1  64x64w4s1  64x64w8s1  64x64w4s1  64x64w8s1  64x64w8s1  64x64w8s1
 sm_100 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 gfx942 short    64  128x64w8s1  64x64w4s1  128x64w8s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1  64x64w4s1
 gfx942 short   128  128x64w8s1  64x64w4s1  64x64w4s1  64x64w4s1  128x64w8s1  128x64w8s1  64x64w4s1  64x32w4s1
 gfx942 short   256  64x64w4s1  32x32w4s1  64x32w4s1  64x32w4s1  64x64w4s1  64x64w4s1  32x32w4s1  16x32w4s1
-gfx942 tf32     64  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x32w4s1
-gfx942 ieee     64  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1  32x32w4s1
+gfx942 split    64  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1  64x64w4s1
+gfx942 split   128  64x32w4s1  64x32w4s1  64x32w4s1  64x32w4s1  64x32w4s1  64x32w4s1  32x32w4s1  32x32w4s1
 gfx942 float64  64  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1  16x16w4s1
 """
 
@@ -231,7 +225,7 @@ def _largest_width(arch: str, product: str) -> int:
 
 def polynomials(arch: str, product: str) -> int:
     """``POLYNOMIALS``; none for the products of float32 grade, which take longer and whose results show its error."""
-    return POLYNOMIALS[arch] if TYPES[product] in ("short", "tf32") else 0
+    return POLYNOMIALS[arch] if TYPES[product] == "short" else 0
 
 
 def block_width(product: str) -> int:

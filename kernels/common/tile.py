@@ -142,11 +142,28 @@ def load_columns(
         return load_rows(matrix, start, count, dim, BLOCK, WIDTH, TYPE)
 
 
+# Split rows, at most 2 long, are stored times this, so that the second numbers of short ones have all their digits.
+SPLIT_UNIT = tl.constexpr(2.0**13)
+
+
+@triton.constexpr_function
+def is_split(precision):
+    """Whether a product's operands are sums of two float16 numbers."""
+    return precision == "float16x3"
+
+
 @triton.jit
-def load_block(operand, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows start … start + BLOCK of an operand, WIDTH wide and whole tiles long, so that no load is masked."""
-    corner = operand + number(start, tl.int64) * WIDTH
-    return tl.load(corner + (tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]))
+def load_block(operand, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows start … start + BLOCK of an operand, WIDTH wide and whole tiles long, so that no load is masked; of a split
+    one the two matrices whose sum they are.
+    """
+    if is_split(PRECISION):
+        corner = operand + number(start, tl.int64) * (2 * WIDTH)
+        place = tl.arange(0, BLOCK)[:, None] * (2 * WIDTH) + tl.arange(0, WIDTH)[None, :]
+        return tl.load(corner + place), tl.load(corner + (place + WIDTH))
+    else:
+        corner = operand + number(start, tl.int64) * WIDTH
+        return tl.load(corner + (tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]))
 
 
 @triton.jit
@@ -214,6 +231,69 @@ def add_product(a, b, total, PRECISION: tl.constexpr):
         return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float64)
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def inner_products(rows, columns, PRECISION: tl.constexpr):
+    """x_i·y_j of two blocks as ``load_block`` gives them, [BLOCK_ROWS, BLOCK_COLUMNS].
+
+    Of split ones x = x' + x": x"·y' + x'·y" + x'·y', the smaller ones first. What is left out, x"·y", is as small as a
+    rounding of float32: one float16 number is within 2^-12 of x, two are within 2^-24.
+    """
+    if is_split(PRECISION):
+        c = tl.dot(rows[1], tl.trans(columns[0]))
+        c = tl.dot(rows[0], tl.trans(columns[1]), c)
+        return tl.dot(rows[0], tl.trans(columns[0]), c) * (1 / (SPLIT_UNIT * SPLIT_UNIT))
+    else:
+        return product(rows, tl.trans(columns), PRECISION)
+
+
+@triton.jit
+def add_inner_products(total, rows, columns, PRECISION: tl.constexpr):
+    """total + x_i·y_j."""
+    if is_split(PRECISION):
+        return total + inner_products(rows, columns, PRECISION)
+    else:
+        return add_product(rows, tl.trans(columns), total, PRECISION)
+
+
+@triton.jit
+def gather(total, weights, columns, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """total_i + Σ_j w_ij y_j, ``columns`` as ``load_block`` gives them.
+
+    Of split ones each row's weights are first multiplied by the power of two that brings the largest to 2^14, so that
+    none of any size leaves float16's range, and split. The tile's sum is made apart and added as float32 numbers are: a
+    matrix unit that keeps adding to a total cuts digits off at every step, more the longer the walk is.
+    """
+    if is_split(PRECISION):
+        power, inverse = row_powers(weights)
+        scaled = as_block(weights * power[:, None], TYPE, PRECISION)
+        gathered = tl.dot(scaled[1], columns[0])
+        gathered = tl.dot(scaled[0], columns[1], gathered)
+        gathered = tl.dot(scaled[0], columns[0], gathered)
+        return total + gathered * (inverse * (1 / SPLIT_UNIT))[:, None]
+    else:
+        return add_product(convert(weights, TYPE), columns, total, PRECISION)
+
+
+@triton.jit
+def as_block(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x in the product's type, as ``load_block`` gives blocks, but for their unit."""
+    if is_split(PRECISION):
+        first = x.to(TYPE)
+        return first, (x - first.to(x.dtype)).to(TYPE)
+    else:
+        return convert(x, TYPE)
+
+
+@triton.jit
+def row_powers(x):
+    """Powers of two that bring the largest entry of each row of float32 numbers to between 2^14 and 2^15, unless all
+    are below 2^-112, and their inverses.
+    """
+    largest = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
+    exponent = tl.maximum(largest >> 23, 15)  # plus 127, as in the bits of a float32
+    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,11 +1,13 @@
 """The graphs that graph_conv's launches take, and how a launch of several walks their tiles."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
     PRODUCTS,
+    Product,
     architecture,
     cdiv,
     divide,
@@ -13,14 +15,13 @@ from gkd_fast.kernels.common.launch import (
     multiprocessors,
     padded_width,
     product_of,
+    walk_product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.operands import Operand, Prepared, centred, operands, stored_width
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import is_small
-from gkd_fast.kernels.common.table import largest_width, tiles
+from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv import small
-
-LEAST_TF32X3_WIDTH = 32
 
 
 class Graph:
@@ -48,11 +49,19 @@ class Graph:
         self.product = product_of(product_precision, self.nodes)
         self.arch = architecture(self.nodes.device)
         self.prepared, self.place, self.num_stages = prepared or Prepared(), place, stages
-        self._operands: dict[int, tuple[Operand, Operand]] = {}
+        self._operands: dict[tuple[str, int], tuple[Operand, Operand]] = {}
 
     def is_wide(self, width: int = 1) -> bool:
         """Whether rows of nodes or of ``width`` do not fit a program's registers."""
-        return self.kind(width)[0]
+        return self.kind(width).is_wide
+
+    def tile_product(self, width: int = 1) -> Product:
+        """The product type beside values of ``width`` of the kernels for large batches."""
+        return self.kind(width).form.product
+
+    def form(self, width: int = 1) -> "Form":
+        """How nodes are stored beside values of ``width``."""
+        return self.kind(width).form
 
     def is_small(self, width: int) -> bool:
         """Whether values of ``width`` go to the kernels of small batches."""
@@ -62,45 +71,67 @@ class Graph:
         """What the kernels of small batches take."""
         return small.Stages([self.nodes], [self.inverse_variance], self.arch, self.product)
 
-    def operands(self, width: int) -> tuple[Operand, Operand]:
-        """The nodes of the rows and of the columns as products take them, stored in ``width`` columns."""
-        return node_operands([self], [width])[0]
+    def operands(self, form: "Form") -> tuple[Operand, Operand]:
+        """The nodes of the rows and of the columns as products take them."""
+        return node_operands([self], [form])[0]
 
-    def kind(self, width: int) -> tuple:
+    def kind(self, width: int) -> "Kind":
         """What graphs with values of ``width`` have in common that share their launches."""
         return _kind(self.dim, width, self.arch, self.product.name)
 
 
+class Form(NamedTuple):
+    """The type and the columns of an operand."""
+
+    product: Product
+    width: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.product.name, self.width
+
+
+class Kind(NamedTuple):
+    """How nodes are stored, and in how many columns values; whether these or those are too wide for a program."""
+
+    form: Form
+    value_width: int
+    is_wide: bool
+
+
 @planned
-def _kind(dim: int, width: int, arch: str, product: str) -> tuple[bool, int, int]:
-    is_wide = padded_width(dim, width) > largest_width(arch, product)
-    return is_wide, stored_width(dim, is_wide), stored_width(width, is_wide)
+def _kind(dim: int, width: int, arch: str, product: str) -> Kind:
+    walk_product = walk_product_of(PRODUCTS[product], arch, max(dim, width))
+    is_wide = walk_product is None
+    form = Form(walk_product or PRODUCTS[product], stored_width(dim, is_wide))
+    return Kind(form, stored_width(width, is_wide), is_wide)
 
 
-def node_operands(graphs: Sequence[Graph], widths: Sequence[int]) -> list[tuple[Operand, Operand]]:
-    """``Graph.operands`` of all, of whatever kinds, made together and once."""
-    missing = [k for k, width in enumerate(widths) if width not in graphs[k]._operands]
-    if missing:
-        some, product, stored = [graphs[k] for k in missing], graphs[0].product, [widths[k] for k in missing]
+def node_operands(graphs: Sequence[Graph], forms: Sequence[Form]) -> list[tuple[Operand, Operand]]:
+    """``Graph.operands`` of all, of whatever kinds, made once and those of a type together."""
+    missing = [k for k, form in enumerate(forms) if form.key not in graphs[k]._operands]
+    for product in dict.fromkeys([forms[k].product for k in missing]):
+        places = [k for k in missing if forms[k].product == product]
+        some, stored = [graphs[k] for k in places], [forms[k].width for k in places]
         nodes = [graph.nodes for graph in some]
         if graphs[0].has_columns:
             columns = centred([graph.columns for graph in some], product, stored)
             rows = operands(nodes, product, stored, [x.centre for x in columns])
         else:
             rows = columns = graphs[0].prepared.centred([graph.place for graph in some], nodes, product, stored)
-        for graph, width, *sides in zip(some, stored, rows, columns, strict=True):
-            graph._operands[width] = tuple(sides)
-    return [graph._operands[width] for graph, width in zip(graphs, widths, strict=True)]
+        for k, *sides in zip(places, rows, columns, strict=True):
+            graphs[k]._operands[forms[k].key] = tuple(sides)
+    return [graph._operands[form.key] for graph, form in zip(graphs, forms, strict=True)]
 
 
-def kinds_of(graphs: Sequence[Graph], widths: Sequence[int]) -> list[tuple]:
+def kinds_of(graphs: Sequence[Graph], widths: Sequence[int]) -> list[Kind]:
     """What graphs with values of these widths have in common that share their launches."""
     first = graphs[0]
     return _kinds(tuple([graph.dim for graph in graphs]), tuple(widths), first.arch, first.product.name)
 
 
 @planned
-def _kinds(dims: tuple[int, ...], widths: tuple[int, ...], arch: str, product: str) -> list[tuple]:
+def _kinds(dims: tuple[int, ...], widths: tuple[int, ...], arch: str, product: str) -> list[Kind]:
     return [_kind(dim, width, arch, product) for dim, width in zip(dims, widths, strict=True)]
 
 
@@ -109,7 +140,7 @@ def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *
     what the lists have in their places. The nodes' operands of all kinds are made before.
     """
     kinds = kinds_of(graphs, widths)
-    node_operands(graphs, [stored for _, stored, _ in kinds])
+    node_operands(graphs, [kind.form for kind in kinds])
     if kinds.count(kinds[0]) == len(kinds):
         return list(compute(graphs, *lists))
     found: list = [None] * len(graphs)
@@ -123,14 +154,14 @@ def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *
 
 def walk(graphs: Sequence[Graph], kernel: str, *widths: int):
     """Grid, number of parts and compile-time arguments of a kernel that walks tiles."""
-    return walk_of(kernel, *numbers_of(graphs), *widths)
+    return walk_of(kernel, *numbers_of(graphs, *widths))
 
 
-def numbers_of(graphs: Sequence[Graph]) -> tuple:
-    """What the walk of a launch of these graphs follows from."""
+def numbers_of(graphs: Sequence[Graph], *widths: int) -> tuple:
+    """What the walk of a launch of these graphs, with values of these widths, follows from."""
     graph = graphs[0]
-    device = graph.nodes.device
-    return graph.arch, graph.product.name, device, len(graphs), graph.row_count, graph.column_count, graph.dim
+    product, device = graph.tile_product(max(widths, default=1)).name, graph.nodes.device
+    return graph.arch, product, device, len(graphs), graph.row_count, graph.column_count, graph.dim, *widths
 
 
 @planned
@@ -139,31 +170,17 @@ def walk_of(kernel: str, arch: str, name: str, device, count: int, rows: int, co
     row_blocks = cdiv(rows, config.rows)
     parts = divide(row_blocks * count, columns, config.columns, multiprocessors(device))
     constants = {
-        "WIDTH": _node_width(arch, name, kernel, dim, *widths), "BLOCK_ROWS": config.rows,
-        "BLOCK_COLUMNS": config.columns, "num_warps": config.warps, "num_stages": config.stages,
-        **product.constants(),
+        "WIDTH": padded_width(dim), "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+        "num_warps": config.warps, "num_stages": config.stages, **product.constants(),
     }  # fmt: skip
     if widths:
         constants["VALUE_WIDTH"] = padded_width(*widths)
     return (row_blocks, parts, count), parts, constants
 
 
-def _node_width(arch: str, product: str, kernel: str, dim: int, *widths: int) -> int:
-    """The columns of a tile of nodes.
-
-    Of three tf32 products with nodes in 16 columns beside wider values, ptxas 12.8 (in the wheels of Triton 3.6 and
-    3.7) makes code for Hopper that reads descriptors before it sets them, whichever tile is loaded first; with 32
-    columns it does not. The issue-slot model predicts 1.1 (values of 64) and 1.7 times (of 32) the time.
-    """
-    nodes, affected = padded_width(dim), product == "tf32x3" and arch == "sm_90"
-    if affected and kernel.endswith("_gradients") and padded_width(*widths) > nodes:
-        return max(LEAST_TF32X3_WIDTH, nodes)
-    return nodes
-
-
-def node_arguments(graphs: Sequence[Graph], width: int) -> tuple[tuple[Tensor, ...], ...]:
-    """Rows and numbers of the rows and of the columns."""
-    rows, columns = zip(*node_operands(graphs, [width] * len(graphs)))
+def node_arguments(graphs: Sequence[Graph], width: int = 1) -> tuple[tuple[Tensor, ...], ...]:
+    """Rows and numbers of the rows and of the columns, beside values of ``width``."""
+    rows, columns = zip(*node_operands(graphs, [graph.form(width) for graph in graphs]))
     return (
         tuple([x.rows for x in rows]), tuple([x.numbers for x in rows]),
         tuple([x.rows for x in columns]), tuple([x.numbers for x in columns]),

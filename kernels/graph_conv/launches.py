@@ -43,15 +43,15 @@ PARTS_ROWS, PARTS_WIDTH = 16, 64
 KERNELS = {kernel.__name__: kernel for kernel in (graph_degree_sums, graph_sums, graph_gradients)}
 
 
-def _walking(graphs: Sequence[Graph], kernel: str, *widths: int, **flags) -> tuple[tuple, int, int, Launch]:
-    """Of a kernel that walks tiles: grid, number of parts, columns of a tile of nodes, and its launch."""
-    return _bound(kernel, tuple(flags.items()), *numbers_of(graphs), *widths)
+def _walking(graphs: Sequence[Graph], kernel: str, *widths: int, **flags) -> tuple[tuple, int, Launch]:
+    """Of a kernel that walks tiles: grid, number of parts, and its launch."""
+    return _bound(kernel, tuple(flags.items()), *numbers_of(graphs, *widths))
 
 
 @planned
-def _bound(kernel: str, flags: tuple[tuple, ...], *numbers) -> tuple[tuple, int, int, Launch]:
+def _bound(kernel: str, flags: tuple[tuple, ...], *numbers) -> tuple[tuple, int, Launch]:
     grid, parts, constants = walk_of(kernel, *numbers)
-    return grid, parts, constants["WIDTH"], launch(KERNELS[kernel], **dict(flags), **constants)
+    return grid, parts, launch(KERNELS[kernel], **dict(flags), **constants)
 
 
 @planned
@@ -86,12 +86,12 @@ def _degrees(graphs: Sequence[Graph]) -> list[Tensor]:
 def _degrees_of_kind(graphs: Sequence[Graph]) -> list[Tensor]:
     if graphs[0].is_wide():
         return [strips.kernel_sums(graph, None, None, 1)[1] for graph in graphs]
-    grid, parts, width, degree_sums = _walking(graphs, "graph_degree_sums")
+    grid, parts, degree_sums = _walking(graphs, "graph_degree_sums")
     graph = graphs[0]
     found = [of_parts(graph.nodes, parts, graph.row_count) for _ in graphs]
     with on_device(graph.nodes):
         degree_sums(
-            grid, *node_arguments(graphs, width), tuple(found), variances(graphs), graph.row_count,
+            grid, *node_arguments(graphs), tuple(found), variances(graphs), graph.row_count,
             graph.column_count, graph.offset, parts,
         )  # fmt: skip
     return complete(graphs, [0] * len(graphs), parts, found, found, None, ONE)[1]
@@ -156,15 +156,16 @@ def _sums_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
             for (output, _), factor in zip(of_stages, factors, strict=True)
         ], degrees
     with_degrees = row_degrees is None
-    grid, parts, node_width, sum_values = _walking(
-        graphs, "graph_sums", max(widths), DEGREES=with_degrees, ROW_FACTOR=row_factor, SCALED=graph.product.scaled,
-        DIAGONAL=graph.diagonal,
+    width = max(widths)
+    grid, parts, sum_values = _walking(
+        graphs, "graph_sums", width, DEGREES=with_degrees, ROW_FACTOR=row_factor,
+        SCALED=graph.tile_product(width).limited, DIAGONAL=graph.diagonal,
     )  # fmt: skip
     outputs = [of_parts(graph.nodes, parts, graph.row_count, width) for width in widths]
     sums = [of_parts(graph.nodes, parts, graph.row_count) for _ in like] if with_degrees else outputs
     with on_device(graph.nodes):
         sum_values(
-            grid, *node_arguments(graphs, node_width), tuple([x.rows for x in values]),
+            grid, *node_arguments(graphs, width), tuple([x.rows for x in values]),
             tuple([x.centre for x in values]), tuple(row_degrees or outputs), tuple(outputs), tuple(sums),
             tuple([x if p is None else p for x, p in zip(outputs, powers, strict=True)]), variances(graphs),
             tuple(widths), graph.row_count, graph.column_count, graph.offset, parts,
@@ -288,21 +289,23 @@ def _nodes_gradients(
     graphs, own: Sequence[Values], other: Sequence[Values], terms, column_terms, widths
 ) -> list[Tensor]:
     graph, powers = graphs[0], terms
-    if graph.product.scaled:
-        powers = [all_powers(*of_stage) for of_stage in zip(graphs, own, strict=True)]
+    width = max(widths)
+    longest = graph.tile_product(width).longest
+    if longest is not None:
+        powers = [all_powers(*of_stage, longest) for of_stage in zip(graphs, own, strict=True)]
     if graph.is_wide(widths[0]):
         of_stages = zip(graphs, own, other, terms, column_terms, powers, widths, strict=True)
         return [strips.nodes_gradient(*stage) for stage in of_stages]
     has_upstream = other[0].upstream is not None
-    grid, parts, node_width, sum_gradients = _walking(
-        graphs, "graph_gradients", max(widths), HAS_UPSTREAM=has_upstream, SCALED=graph.product.scaled
+    grid, parts, sum_gradients = _walking(
+        graphs, "graph_gradients", width, HAS_UPSTREAM=has_upstream, SCALED=longest is not None
     )
-    columns = node_operands(graphs, [node_width] * len(graphs))
+    columns = node_operands(graphs, [graph.form(width) for graph in graphs])
     gradients = [of_parts(graph.nodes, parts, *graph.nodes.shape) for graph in graphs]
     dims = tuple([graph.dim for graph in graphs])
     with on_device(graph.nodes):
         sum_gradients(
-            grid, *node_arguments(graphs, node_width), tuple([x.centre for _, x in columns]),
+            grid, *node_arguments(graphs, width), tuple([x.centre for _, x in columns]),
             tuple([x.messages.rows for x in own]), tuple([x.upstream.rows for x in own]),
             tuple([x.messages.rows for x in other]),
             tuple([(x.upstream if has_upstream else x.messages).rows for x in other]), tuple(terms),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.common.launch import cdiv, on_device
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.operands import Operand, stored_width
+from gkd_fast.kernels.common.operands import Operand
 from gkd_fast.kernels.common.strips import (
     add_products,
     aligned,
@@ -55,7 +55,7 @@ def kernel_sums(graph, values: Operand | None, power: Tensor | None, width: int)
     """Σ_j K_ij values_j, or None without values, and Σ_j K_ij; power: what the values were multiplied by."""
     sums = graph.nodes.new_empty(graph.row_count)
     output = None if values is None else graph.nodes.new_zeros(graph.row_count, width)
-    rows, columns = graph.operands(stored_width(graph.dim, True))
+    rows, columns = graph.operands(graph.form(width))
     with on_device(graph.nodes):
         for strip in row_strips(graph.row_count, max(graph.dim, width)):
             pieces, parts = _pieces(graph, strip, 1)
@@ -76,7 +76,7 @@ def kernel_sums(graph, values: Operand | None, power: Tensor | None, width: int)
 def nodes_gradient(graph, own, other, terms, column_terms, powers, width: int) -> Tensor:
     """dE_i = Σ_j M_ij e_j; own, other: ``Values`` of the rows and of the columns."""
     gradient = torch.zeros_like(graph.nodes)
-    rows, columns = graph.operands(stored_width(graph.dim, True))
+    rows, columns = graph.operands(graph.form(width))
     with on_device(graph.nodes):
         for strip in row_strips(graph.row_count, max(graph.dim, width)):
             pieces, parts = _pieces(graph, strip, 2)

@@ -18,7 +18,7 @@ from gkd_fast.kernels.common.tangents import (
     spread,
     tiling,
 )  # fmt: skip
-from gkd_fast.kernels.graph_conv.graphs import Graph
+from gkd_fast.kernels.graph_conv.graphs import Form, Graph
 from gkd_fast.kernels.graph_conv.tangent_tiles import (
     graph_degree_tangents,
     graph_double_gradients,
@@ -41,7 +41,7 @@ class MovingGraph(Graph):
             of_columns = spread("column_tangent", given, moving, [self.columns])
         self.directions = Directions(self.product, of_rows, of_columns, bound=bound)
         self.width = stored_width(self.dim, True)
-        self.row_nodes, self.column_nodes = self.operands(self.width)
+        self.row_nodes, self.column_nodes = self.operands(Form(self.product, self.width))
         ((tangent,), (column_tangent,)) = self.directions.sides
         self.moves = tangent is not None
         # A kernel gets the nodes in the place of tangents that it does not read.

@@ -10,11 +10,12 @@ import triton.language as tl
 from gkd_fast.kernels.common.strips import store_strip, strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
-    add_product,
+    add_inner_products,
     column_range,
-    convert,
     divide_walk,
     edge_tile,
+    gather,
+    inner_products,
     inner_tile,
     load_block,
     load_numbers,
@@ -22,7 +23,6 @@ from gkd_fast.kernels.common.tile import (
     load_vector,
     number,
     pick,
-    product,
     replace_edges,
     store_rows,
     store_tile,
@@ -58,7 +58,7 @@ def walked_adjacency(
     EDGE: tl.constexpr,
 ):  # fmt: skip
     """``adjacency`` of a block of rows, whose ``level`` is h·slope, and a block of columns."""
-    c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    c = inner_products(rows, columns, PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
     return adjacency(c * slope - near, i, j, offset, column_count, DIAGONAL, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
 
@@ -68,7 +68,7 @@ def add_degrees(
     total, rows, level, column_nodes, column_numbers, i, j, stop, offset, slope, EDGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH, PRECISION)
     k = walked_adjacency(rows, level, columns, column_numbers, i, j, stop, offset, slope, 1.0, 0, BLOCK_ROWS,
                          BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
     return total + tl.sum(k, 1)
@@ -89,7 +89,7 @@ def graph_degree_sums(
     degrees, inverse_variance = pick(degrees, stage), pick(inverse_variances, stage)
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
-    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH, PRECISION)
     level = load_numbers(numbers, i, BLOCK_ROWS) * slope
     total = tl.zeros([BLOCK_ROWS], SUM)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -121,11 +121,11 @@ def add_values(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ K_ij values_j and Σ K_ij with those of the tile at (i, j) added."""
-    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
-    v = load_block(values, j, BLOCK_COLUMNS, VALUE_WIDTH)
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH, PRECISION)
+    v = load_block(values, j, BLOCK_COLUMNS, VALUE_WIDTH, PRECISION)
     k = walked_adjacency(rows, level, columns, column_numbers, i, j, column_count, offset, slope, DIAGONAL, BOOST,
                          BLOCK_ROWS, BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
-    return add_product(convert(k, TYPE), v, total, PRECISION), degrees + tl.sum(k, 1)
+    return gather(total, k, v, TYPE, PRECISION), degrees + tl.sum(k, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -154,7 +154,7 @@ def graph_sums(
     slope = tl.load(inverse_variance).to(SUM) * LOG2E
     # Small weights keep their precision in float16 when all are scaled up.
     BOOST: tl.constexpr = 14 if SCALED else 0
-    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH, PRECISION)
     level = load_numbers(numbers, i, BLOCK_ROWS) * slope
     degrees = tl.zeros([BLOCK_ROWS], SUM)
     total = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], SUM)
@@ -257,12 +257,12 @@ def add_nodes(
     # Loaded first, although used last: of nodes narrower than values, loaded after these, ptxas 12.8 (in the wheels of
     # Triton 3.6 and 3.7) sets the second product's descriptors at the end of a step only, so that the first step reads
     # elsewhere.
-    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
-    other = load_block(column_messages, j, BLOCK_COLUMNS, VALUE_WIDTH)
-    m = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH, PRECISION)
+    other = load_block(column_messages, j, BLOCK_COLUMNS, VALUE_WIDTH, PRECISION)
+    m = inner_products(g, other, PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     if HAS_UPSTREAM:
-        other = load_block(column_upstream, j, BLOCK_COLUMNS, VALUE_WIDTH)
-        m = add_product(h, tl.trans(other), m, PRECISION)
+        other = load_block(column_upstream, j, BLOCK_COLUMNS, VALUE_WIDTH, PRECISION)
+        m = add_inner_products(m, h, other, PRECISION)
     if SCALED:
         m = m * unscale
     m += d[:, None]
@@ -271,7 +271,7 @@ def add_nodes(
     k = walked_adjacency(rows, level, columns, column_numbers, i, j, column_count, offset, slope, 0.0, 0, BLOCK_ROWS,
                          BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
     weights = k * m * v
-    return add_product(convert(weights, TYPE), columns, total, PRECISION), sums + tl.sum(weights, 1)
+    return gather(total, weights, columns, TYPE, PRECISION), sums + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -307,12 +307,12 @@ def graph_gradients(
     if SCALED:
         unscale = 1 / (tl.load(powers) * tl.load(powers + 1))
         v = v * tl.load(powers + 2)
-    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH, PRECISION)
     level = load_numbers(numbers, i, BLOCK_ROWS) * slope
-    g = load_block(upstream, i, BLOCK_ROWS, VALUE_WIDTH)
+    g = load_block(upstream, i, BLOCK_ROWS, VALUE_WIDTH, PRECISION)
     h = g
     if HAS_UPSTREAM:
-        h = load_block(messages, i, BLOCK_ROWS, VALUE_WIDTH)
+        h = load_block(messages, i, BLOCK_ROWS, VALUE_WIDTH, PRECISION)
     d = load_vector(terms, i, row_count, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
     sums = tl.zeros([BLOCK_ROWS], SUM)

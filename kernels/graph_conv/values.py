@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, matrices, power_of_two
+from gkd_fast.kernels.common.launch import Product, matrices, power_of_two
 from gkd_fast.kernels.common.operands import Operand, means, operands
 from gkd_fast.kernels.graph_conv.graphs import Graph, kinds_of
 
@@ -64,13 +64,28 @@ def _alternating(some: Sequence, others: Sequence) -> list:
 
 def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Operand], list[Tensor | None]]:
     """Values times their factors about their means, and what float16 has them multiplied by."""
-    product = graphs[0].product
-    powers = [power_of_two(_longest(x)) if product.scaled else None for x in values]
-    widths = [stored for *_, stored in kinds_of(graphs, [x.shape[1] for x in values])]
+    kinds = kinds_of(graphs, [x.shape[1] for x in values])
+    products, widths = [kind.form.product for kind in kinds], [kind.value_width for kind in kinds]
+    powers = [
+        None if p.longest is None else power_of_two(_longest(x), p.longest)
+        for x, p in zip(values, products, strict=True)
+    ]
     # As many places as the gradients' launch takes, of messages and upstream.
     places = 2 * len(values)
-    centres = means(values, product, widths, factors, places)
-    return operands(values, product, widths, centres, factors=factors, powers=powers, places=places), powers
+    centres = means(values, products[0], widths, factors, places)
+    return _of_types(products, places, values, widths, centres, factors=factors, powers=powers), powers
+
+
+def _of_types(products: Sequence[Product], places: int, *lists: Sequence, **options: Sequence) -> list[Operand]:
+    """``operands`` of the values of each type."""
+    found: list = [None] * len(products)
+    for product in dict.fromkeys(products):
+        here = [k for k, of_value in enumerate(products) if of_value is product]
+        values, *others = ([x[k] for k in here] for x in lists)
+        chosen = {key: [x[k] for k in here] for key, x in options.items()}
+        for k, x in zip(here, operands(values, product, *others, places=places, **chosen), strict=True):
+            found[k] = x
+    return found
 
 
 def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream, columns=None) -> list[Values]:
@@ -80,10 +95,11 @@ def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream,
     """
     has_upstream = sides[0].upstream is not None
     values, factors = [side.messages for side in sides], list(of_messages)
-    stored = widths = [width for *_, width in kinds_of(graphs, [x.shape[1] for x in values])]
+    of_sides = kinds_of(graphs, [x.shape[1] for x in values])
     if has_upstream:
         values = _alternating(values, [side.upstream for side in sides])
-        factors, widths = _alternating(factors, of_upstream), _alternating(stored, stored)
+        factors, of_sides = _alternating(factors, of_upstream), _alternating(of_sides, of_sides)
+    products, widths = [kind.form.product for kind in of_sides], [kind.value_width for kind in of_sides]
     kinds = len(values) // len(sides)
     if columns is None:
         centres = means(values, graphs[0].product, widths, factors)
@@ -94,8 +110,8 @@ def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream,
             centres += [x.messages.centre, of_other][:kinds]
     # Where there is no G' of columns, nothing is added to products for H'.
     others = [centres[k ^ 1] if has_upstream else torch.zeros_like(x) for k, x in enumerate(centres)]
-    made = operands(
-        values, graphs[0].product, widths, centres, others=others, factors=factors,
+    made = _of_types(
+        products, 0, values, widths, centres, others=others, factors=factors,
         powers=[x for both in powers for x in both[:kinds]],
     )  # fmt: skip
     return [
@@ -103,11 +119,11 @@ def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream,
     ]
 
 
-def all_powers(graph: Graph, own: Values) -> Tensor:
+def all_powers(graph: Graph, own: Values, longest: float) -> Tensor:
     """Powers of two for H', G' and M = v K (…), whose terms are bounded by the product of the longest H' and G', in
-    ``powers`` 2^14 long.
+    ``powers`` as long as ``longest``.
     """
-    bound = 4 * LARGEST_FLOAT16**2 * graph.inverse_variance / (own.powers[0] * own.powers[1])
+    bound = 4 * longest**2 * graph.inverse_variance / (own.powers[0] * own.powers[1])
     return torch.stack([*own.powers, power_of_two(bound)])
 
 
@@ -124,7 +140,9 @@ def _lengths(x: Tensor) -> Tensor:
 
 def value_powers(graph: Graph, own: Side, other: Side) -> tuple[Tensor | None, Tensor | None]:
     """Powers of two for H' and G' in float16: rows have degrees ≥ 1, so H and G bound H' and G'."""
-    if not graph.product.scaled:
+    longest = graph.tile_product(own.messages.shape[1]).longest
+    if longest is None:
         return None, None
     sides = [own] if other is own else [own, other]
-    return tuple(power_of_two(_longest(*(getattr(x, name) for x in sides))) for name in ("messages", "upstream"))
+    lengths = (_longest(*(getattr(x, name) for x in sides)) for name in ("messages", "upstream"))
+    return tuple(power_of_two(length, longest) for length in lengths)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import LARGEST_FLOAT16, cdiv, matrices, on_device, power_of_two
+from gkd_fast.kernels.common.launch import cdiv, matrices, on_device, power_of_two
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, stored_width
-from gkd_fast.kernels.graph_conv.graphs import Graph, node_operands, of_parts, variances, walk
+from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand
+from gkd_fast.kernels.graph_conv.graphs import Form, Graph, node_operands, of_parts, variances, walk
 from gkd_fast.kernels.graph_conv.launches import complete, weighted_sums
 from gkd_fast.kernels.graph_conv.values import ONE, Side, Values, both_values, convolved_values, value_powers
 from gkd_fast.kernels.neighbor_conv import small, strips
@@ -25,10 +25,10 @@ class NeighborGraph(Graph):
 
     diagonal = 0.0
 
-    def at_levels(self, width: int, rows: Operand, columns: Operand) -> "NeighborGraph":
+    def at_levels(self, form: Form, rows: Operand, columns: Operand) -> "NeighborGraph":
         """The same graph with these operands of its nodes, whose numbers are levels."""
         graph = copy(self)
-        graph._operands = {width: (rows, columns)}
+        graph._operands = {form.key: (rows, columns)}
         return graph
 
 
@@ -65,13 +65,13 @@ def convolutions(
 ) -> list[Tensor]:
     """Σ_j A_ij values_j of graphs of one kind; values: the columns'."""
     graph = graphs[0]
-    width = stored_width(graph.dim, graph.is_wide(values[0].shape[1]))
-    sides = node_operands(graphs, [width] * len(graphs))
+    form = graph.form(values[0].shape[1])
+    sides = node_operands(graphs, [form] * len(graphs))
     rows, columns = ([of_graph[k] for of_graph in sides] for k in range(2))
     of_rows = of_columns = _levels(graphs, rows, log_sums, shares[0])
     if graph.has_columns or shares[0] != shares[1]:
         of_columns = _levels(graphs, columns, column_log_sums, shares[1])
-    levelled = [x.at_levels(width, *own) for x, *own in zip(graphs, of_rows, of_columns, strict=True)]
+    levelled = [x.at_levels(form, *own) for x, *own in zip(graphs, of_rows, of_columns, strict=True)]
     convolved, powers = convolved_values(graphs, values, [None] * len(graphs))
     # In the place of the degrees, which a factor of one makes nothing of, numbers of as many rows.
     return weighted_sums(levelled, convolved, powers, values, [x.numbers for x in of_rows], ONE)[0]
@@ -137,15 +137,11 @@ def nodes_gradients(
         ]
         column_terms = [_terms(x, d, symmetric) for x, d in zip(columns, given, strict=True)]
     all_powers = [x.d for x in terms]
-    if graph.product.scaled:
-        sides = zip(graphs, rows, terms, column_terms, strict=True)
-        all_powers = [_all_powers(*of_stage) for of_stage in sides]
-    if is_wide:
-        width = stored_width(graph.dim, True)
-    else:
-        grid, parts, constants = walk(graphs, "neighbor_gradients", max(widths))
-        width = constants["WIDTH"]
-    sides = node_operands(graphs, [width] * len(graphs))
+    longest = graph.tile_product(max(widths)).longest
+    if longest is not None:
+        of_stages = zip(graphs, rows, terms, column_terms, strict=True)
+        all_powers = [_all_powers(longest, *of_stage) for of_stage in of_stages]
+    sides = node_operands(graphs, [graph.form(max(widths))] * len(graphs))
     of_rows, of_columns = ([of_graph[k] for of_graph in sides] for k in range(2))
     levels = column_levels = _levels(graphs, of_rows, log_sums, 1.0)
     if graph.has_columns:
@@ -155,11 +151,12 @@ def nodes_gradients(
     if is_wide:
         of_stages = zip(graphs, levels, column_levels, rows, columns, terms, column_terms, all_powers, strict=True)
         return [strips.nodes_gradient(*of_stage, symmetric) for of_stage in of_stages]
+    grid, parts, constants = walk(graphs, "neighbor_gradients", max(widths))
     gradients = [of_parts(graph.nodes, parts, *graph.nodes.shape) for graph in graphs]
     dims = tuple(graph.dim for graph in graphs)
     with on_device(graph.nodes):
         launch(
-            neighbor_gradients, SYMMETRIC=symmetric, HAS_UPSTREAM=has_upstream, SCALED=graph.product.scaled, **constants
+            neighbor_gradients, SYMMETRIC=symmetric, HAS_UPSTREAM=has_upstream, SCALED=longest is not None, **constants
         )(
             grid, tuple(x.rows for x in of_rows), tuple(x.numbers for x in of_rows), tuple(x.numbers for x in levels),
             tuple(x.rows for x in of_columns), tuple(x.numbers for x in of_columns),
@@ -186,9 +183,9 @@ def _terms(values: Values, node_terms: Tensor, symmetric: bool) -> Terms:
     return Terms(node_terms + of_upstream, of_messages)
 
 
-def _all_powers(graph: Graph, own: Values, *terms: Terms) -> Tensor:
+def _all_powers(longest: float, graph: Graph, own: Values, *terms: Terms) -> Tensor:
     """Powers of two for messages, upstream and M, |M| ≤ v (4 times the longest messages' and upstream's product and
     twice the largest terms)."""
     largest = torch.stack([x.d.abs().amax() for x in terms]).amax()
-    products = LARGEST_FLOAT16**2 / (own.powers[0] * own.powers[1])
+    products = longest**2 / (own.powers[0] * own.powers[1])
     return torch.stack([*own.powers, power_of_two(graph.inverse_variance * (4 * products + 2 * largest))])

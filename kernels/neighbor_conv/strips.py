@@ -5,7 +5,6 @@ from torch import Tensor
 
 from gkd_fast.kernels.common.launch import cdiv, on_device
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.operands import stored_width
 from gkd_fast.kernels.common.strips import (
     add_products,
     aligned,
@@ -23,7 +22,7 @@ from gkd_fast.kernels.neighbor_conv.tiles import neighbor_strip
 def nodes_gradient(graph, levels, column_levels, own, other, terms, column_terms, powers, symmetric: bool) -> Tensor:
     """dE_i = Σ_j M_ij e_j; own, other: ``Values`` of the rows and of the columns."""
     gradient = torch.zeros_like(graph.nodes)
-    rows, columns = graph.operands(stored_width(graph.dim, True))
+    rows, columns = graph.operands(graph.form(own.messages.rows.shape[1]))
     has_upstream = other.upstream is not None
     config = tiles("strip", graph.arch, graph.product.name, 16)
     constants = {

@@ -19,6 +19,7 @@ from gkd_fast.kernels.common.tile import (
     column_range,
     divide_walk,
     edge_tile,
+    inner_products,
     inner_tile,
     load_block,
     load_numbers,
@@ -26,7 +27,6 @@ from gkd_fast.kernels.common.tile import (
     load_vector,
     number,
     pick,
-    product,
     replace_edges,
     store_vector,
 )  # fmt: skip
@@ -90,8 +90,8 @@ def walked_exponents(
     if STRIP:
         c = load_tile(column_nodes, i, j, row_count, strip_stride(column_count), BLOCK_ROWS, BLOCK_COLUMNS)
     else:
-        columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)
-        c = product(rows, tl.trans(columns), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH, PRECISION)
+        c = inner_products(rows, columns, PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
     return replace_edges(c * slope - near, i, j, offset, column_count, NOWHERE, NOWHERE, True, EDGE, BLOCK_ROWS,
                          BLOCK_COLUMNS)  # fmt: skip
@@ -114,7 +114,7 @@ def neighbor_sums(
     if STRIP:
         rows = 0.0
     else:
-        rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+        rows = load_block(nodes, i, BLOCK_ROWS, WIDTH, PRECISION)
     level = load_numbers(numbers, i, BLOCK_ROWS) * slope
     total = no_sums(BLOCK_ROWS, SUM)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)

@@ -8,7 +8,6 @@ from torch import Tensor
 from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import cdiv, on_device
 from gkd_fast.kernels.common.launcher import launch
-from gkd_fast.kernels.common.operands import stored_width
 from gkd_fast.kernels.common.strips import aligned, column_strips, entry_bytes, multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, variances, walk
@@ -32,14 +31,14 @@ def sums(graphs: Sequence[Graph]) -> Sums:
     """Of graphs of one kind."""
     graph = graphs[0]
     if graph.is_wide():
-        node_operands(graphs, [stored_width(graph.dim, True)] * len(graphs))
+        node_operands(graphs, [graph.form()] * len(graphs))
         found = [_of_strips(graph) for graph in graphs]
         return tuple(zip(*found, strict=True))
     grid, parts, constants = walk(graphs, "graph_degree_sums")
     partial = _empty(graphs, parts)
     with on_device(graph.nodes):
         launch(neighbor_sums_kernel, STRIP=False, **constants)(
-            grid, *node_arguments(graphs, constants["WIDTH"]), *partial, variances(graphs), graph.row_count,
+            grid, *node_arguments(graphs), *partial, variances(graphs), graph.row_count,
             graph.column_count, graph.offset, parts, graph.row_count,
         )  # fmt: skip
     return _complete(graphs, partial, parts)
@@ -80,7 +79,7 @@ def _complete(graphs: Sequence[Graph], partial: Sums, parts: int) -> Sums:
 def _of_strips(graph: Graph) -> tuple[Tensor, ...]:
     """Of rows too wide for a program; what a piece of the columns gives is a part."""
     config = tiles("strip", graph.arch, graph.product.name, 16)
-    rows, columns = graph.operands(stored_width(graph.dim, True))
+    rows, columns = graph.operands(graph.form())
     constants = {
         "STRIP": True, "WIDTH": 16, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
         "num_warps": config.warps, "num_stages": config.stages, **graph.product.constants(),

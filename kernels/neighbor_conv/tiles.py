@@ -12,11 +12,12 @@ import triton.language as tl
 from gkd_fast.kernels.common.strips import store_strip, strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
-    add_product,
+    add_inner_products,
     column_range,
-    convert,
     divide_walk,
     edge_tile,
+    gather,
+    inner_products,
     inner_tile,
     load_block,
     load_numbers,
@@ -24,7 +25,6 @@ from gkd_fast.kernels.common.tile import (
     load_vector,
     number,
     pick,
-    product,
     store_rows,
     store_vector,
 )  # fmt: skip
@@ -89,20 +89,20 @@ def add_nodes(
 ):  # fmt: skip
     """Σ M_ij e_j and Σ M_ij with those of the tile at (i, j) added."""
     BOTH: tl.constexpr = SYMMETRIC or HAS_UPSTREAM
-    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH)  # first, as in graph_conv
-    other = load_block(column_messages, j, BLOCK_COLUMNS, VALUE_WIDTH)
-    ahead = product(g, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH, PRECISION)  # first, as in graph_conv
+    other = load_block(column_messages, j, BLOCK_COLUMNS, VALUE_WIDTH, PRECISION)
+    ahead = inner_products(g, other, PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     behind = ahead
     if HAS_UPSTREAM:
-        other = load_block(column_upstream, j, BLOCK_COLUMNS, VALUE_WIDTH)
+        other = load_block(column_upstream, j, BLOCK_COLUMNS, VALUE_WIDTH, PRECISION)
         if SYMMETRIC:
-            ahead = add_product(h, tl.trans(other), ahead, PRECISION)
+            ahead = add_inner_products(ahead, h, other, PRECISION)
         else:
-            behind = product(h, tl.trans(other), PRECISION)
+            behind = inner_products(h, other, PRECISION)
     if SCALED:
         ahead = ahead * unscale
         behind = behind * unscale
-    c = product(rows, tl.trans(columns), PRECISION)
+    c = inner_products(rows, columns, PRECISION)
     numbers = load_numbers(column_numbers, j, BLOCK_COLUMNS) * half
     levels = numbers
     if BOTH:
@@ -112,7 +112,7 @@ def add_nodes(
     column_d = load_vector(column_terms, j, column_count, BLOCK_COLUMNS)
     column_e = load_vector(column_others, j, column_count, BLOCK_COLUMNS)
     weights = gradient_weights(u, t, ahead, behind, d, e, column_d, column_e, SYMMETRIC, HAS_UPSTREAM) * v
-    return add_product(convert(weights, TYPE), columns, total, PRECISION), sums + tl.sum(weights, 1)
+    return gather(total, weights, columns, TYPE, PRECISION), sums + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -147,13 +147,13 @@ def neighbor_gradients(
     if SCALED:
         unscale = 1 / (tl.load(powers) * tl.load(powers + 1))
         v = v * tl.load(powers + 2)
-    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH)
+    rows = load_block(nodes, i, BLOCK_ROWS, WIDTH, PRECISION)
     own_number = load_numbers(numbers, i, BLOCK_ROWS) * half
     own_level = load_numbers(levels, i, BLOCK_ROWS) * half
-    g = load_block(upstream, i, BLOCK_ROWS, VALUE_WIDTH)
+    g = load_block(upstream, i, BLOCK_ROWS, VALUE_WIDTH, PRECISION)
     h = g
     if HAS_UPSTREAM:
-        h = load_block(messages, i, BLOCK_ROWS, VALUE_WIDTH)
+        h = load_block(messages, i, BLOCK_ROWS, VALUE_WIDTH, PRECISION)
     d, e = load_vector(terms, i, row_count, BLOCK_ROWS), load_vector(others, i, row_count, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
     sums = tl.zeros([BLOCK_ROWS], SUM)

@@ -18,6 +18,7 @@ from gkd_fast.kernels.common.launch import (
     padded_width,
     power_of_two,
     product_of,
+    walk_product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
@@ -25,7 +26,7 @@ from gkd_fast.kernels.common.operands import BLOCK_ROWS, BLOCK_WIDTH, Prepared, 
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.row_maxima import row_maxima
 from gkd_fast.kernels.common.small import is_small
-from gkd_fast.kernels.common.table import largest_width, tiles
+from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.node_contrast import small, strips
 from gkd_fast.kernels.node_contrast.tiles import (
     contrast_differences,
@@ -63,7 +64,9 @@ class Shape:
         self.product, self.arch = PRODUCTS[product], arch
         self.temperature, self.scale = temperature, LOG2E / temperature
         self.width = padded_width(dim)
-        self.is_wide = self.width > largest_width(arch, product)
+        walk_product = walk_product_of(self.product, arch, dim)
+        self.is_wide = walk_product is None
+        self.walk_product = walk_product or self.product
 
 
 _shape = planned(Shape)
@@ -107,7 +110,7 @@ class Problem(Shape):
     def constants(self, config) -> dict:
         return {
             "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
-            "num_warps": config.warps, "num_stages": config.stages, **self.product.constants(),
+            "num_warps": config.warps, "num_stages": config.stages, **self.walk_product.constants(),
         }  # fmt: skip
 
     def sides(self, students: list[Tensor], teachers: list[Tensor], owned: bool) -> "Sides":
@@ -115,7 +118,7 @@ class Problem(Shape):
         own = [*self.students, *self.teachers]
         is_whole = students is self.students and teachers is self.teachers
         prepared = self.prepared if is_whole else None
-        return Sides(self.product, width, students, teachers, own, owned, self.wanted, prepared)
+        return Sides(self.walk_product, width, students, teachers, own, owned, self.wanted, prepared)
 
     def epilogue_constants(self) -> dict:
         return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
@@ -170,7 +173,7 @@ def node_contrast(
         return losses, log_sums, weighted
     if num_pairs == 0:
         return losses, log_sums, weighted
-    config = tiles("contrast_sums", problem.arch, problem.product.name, problem.width)
+    config = tiles("contrast_sums", problem.arch, problem.walk_product.name, problem.width)
     row_blocks = cdiv(rows, config.rows)
     processors = multiprocessors(problem.device)
     parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, processors, LEAST_SAVED)
@@ -283,7 +286,7 @@ def _gradients(problem, sides, column_count, owned, offset, own_side, side, grad
     partners, rows, columns, numbers = problem.teachers, sides.students, sides.teachers, sides.numbers
     if by_column:
         partners, rows, columns, numbers = problem.students, columns, rows, numbers[::-1]
-    config = tiles("contrast_gradients", problem.arch, problem.product.name, problem.width)
+    config = tiles("contrast_gradients", problem.arch, problem.walk_product.name, problem.width)
     row_blocks = cdiv(problem.row_count, config.rows)
     count = 0 if side is None else column_count
     side = own_side if side is None else side

@@ -17,11 +17,11 @@ from gkd_fast.kernels.common.strips import store_strip, strip_stride
 from gkd_fast.kernels.common.tile import (
     COUNTS,
     NOWHERE,
-    add_product,
     column_range,
-    convert,
     divide_walk,
     edge_tile,
+    gather,
+    inner_products,
     inner_tile,
     load_block,
     load_numbers,
@@ -30,7 +30,6 @@ from gkd_fast.kernels.common.tile import (
     load_vector,
     number,
     pick,
-    product,
     replace_diagonal,
     replace_missing,
     store_rows,
@@ -103,8 +102,8 @@ def others_similarities(
     BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x_i·ŷ_j of the tile at (i, j), at an EDGE without own and missing columns, and ŷ_j."""
-    values = load_block(columns, j, BLOCK_COLUMNS, WIDTH)
-    c = product(rows, tl.trans(values), PRECISION)
+    values = load_block(columns, j, BLOCK_COLUMNS, WIDTH, PRECISION)
+    c = inner_products(rows, values, PRECISION)
     if EDGE:
         c = without_own(c, i, j, column_count, offset, BLOCK_ROWS, BLOCK_COLUMNS)
     return c, values
@@ -130,7 +129,7 @@ def add_weights(
     weights = tl.exp2(c * scale + (column_level[None, :] - level[:, None]))
     z += tl.sum(weights, 1)
     if KEEP:
-        total = add_product(convert(weights, TYPE), columns, total, PRECISION)
+        total = gather(total, weights, columns, TYPE, PRECISION)
     return z, total
 
 
@@ -169,7 +168,7 @@ def contrast_sums(
     if KEEP:
         y = load_rows(pick(partners, pair % T), i, row_count * owned, dim, BLOCK_ROWS, WIDTH, SUM)
         total = own_weight[:, None] * (y - load_numbers(pick(centres, pair % T), 0, WIDTH)[None, :])
-    mine = load_block(pick(rows, pair // T), i, BLOCK_ROWS, WIDTH)
+    mine = load_block(pick(rows, pair // T), i, BLOCK_ROWS, WIDTH, PRECISION)
     level = row_shift - load_vector(numbers, i, row_count, BLOCK_ROWS) * scale
     whole, first, crossed, ragged = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in range(whole - crossed):
@@ -277,7 +276,7 @@ def add_pair(
     else:
         weights = tl.exp2(c * scale + (column_level[None, :] - level[:, None])) * g[:, None]
     sums += tl.sum(weights, 1)
-    return add_product(convert(weights, TYPE), values, total, PRECISION), sums
+    return gather(total, weights, values, TYPE, PRECISION), sums
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -307,7 +306,7 @@ def contrast_gradients(
     if SCALED:
         unit = unit * tl.load(power)
     row = i + tl.arange(0, BLOCK_ROWS)
-    mine = load_block(pick(rows, stage), i, BLOCK_ROWS, WIDTH)
+    mine = load_block(pick(rows, stage), i, BLOCK_ROWS, WIDTH, PRECISION)
     total = tl.zeros([BLOCK_ROWS, WIDTH], SUM)
     for n in range(PARTNERS):
         pair = stage * stride + n * partner_stride

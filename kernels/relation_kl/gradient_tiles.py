@@ -11,12 +11,12 @@ from gkd_fast.kernels.common.log_sums import LN2, LOG2E, shift_and_ratio
 from gkd_fast.kernels.common.strips import store_strip
 from gkd_fast.kernels.common.tile import (
     COUNTS,
-    add_product,
     column_range,
-    convert,
     divide_walk,
     edge_tile,
+    gather,
     inner_tile,
+    is_split,
     load_numbers,
     load_vector,
     number,
@@ -163,7 +163,7 @@ def add_weighted_tile(
         store_strip(gradients[place], m, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
         return (sums, total[2 * place + 1])
     else:
-        return (sums, add_product(convert(m, TYPE), columns, total[2 * place + 1], PRECISION))
+        return (sums, gather(total[2 * place + 1], m, columns, TYPE, PRECISION))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -195,7 +195,7 @@ def relation_gradients(
     other_numbers = ()
     total = ()
     for side in tl.static_range(2):
-        own = own + (own_rows(pick(rows, places[side]), i, STRIP, BLOCK_ROWS, WIDTH),)
+        own = own + (own_rows(pick(rows, places[side]), i, STRIP, BLOCK_ROWS, WIDTH, PRECISION),)
         levels = levels + (load_numbers(pick(row_numbers, places[side]), i, BLOCK_ROWS) * inner,)
         others = others + (pick(columns, places[side]),)
         other_numbers = other_numbers + (pick(column_numbers, places[side]),)
@@ -217,7 +217,7 @@ def relation_gradients(
             )  # fmt: skip
     else:
         whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
-        for k in range(0, whole - crossed):
+        for k in tl.range(0, whole - crossed, disable_licm=is_split(PRECISION)):
             j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
             total = add_gradients(
                 total, own, levels, others, other_numbers, gradients, mine, column_factors, i, j, row_count,

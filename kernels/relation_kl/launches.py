@@ -18,6 +18,7 @@ from gkd_fast.kernels.common.launch import (
     padded_width,
     power_of_two,
     product_of,
+    walk_product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import launch
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, Prepared, centred, operands, stored_width
@@ -34,7 +35,7 @@ from gkd_fast.kernels.common.strips import (
     strip_columns,
     strip_parts,
 )  # fmt: skip
-from gkd_fast.kernels.common.table import Tiles, largest_width, polynomials, sharing, teachers_at_once, tiles
+from gkd_fast.kernels.common.table import Tiles, polynomials, sharing, teachers_at_once, tiles
 from gkd_fast.kernels.relation_kl import small
 from gkd_fast.kernels.relation_kl.gradient_tiles import FACTORS, add_slots, relation_factors, relation_gradients
 from gkd_fast.kernels.relation_kl.tiles import num_sums, relation_losses, relation_sums
@@ -63,10 +64,12 @@ class Shape:
         self.product, self.arch = PRODUCTS[product], arch
         self.inner, self.outer = LOG2E / bandwidth**2, LOG2E / temperature
         bounded = 2 * self.inner <= LARGEST_POLYNOMIAL_RANGE
-        self.polynomials = polynomials(arch, product) if bounded else 0
         self.slope = 1 / (bandwidth**2 * temperature)
         self.own_shift = 1 / temperature > LARGEST_SHARED_SHIFT
-        self.is_wide = padded_width(self.widest) > largest_width(arch, product)
+        walk_product = walk_product_of(self.product, arch, self.widest)
+        self.is_wide = walk_product is None
+        self.walk_product = walk_product or self.product
+        self.polynomials = polynomials(arch, self.walk_product.name) if bounded else 0
         self.width = 16 if self.is_wide else padded_width(self.widest)
 
 
@@ -109,13 +112,13 @@ class Problem(Shape):
         """The rows and the columns as products take them, about the columns' means."""
         widths = self.stored_widths()
         if not self.has_columns:
-            return (self.prepared.centred(range(len(self.rows)), self.rows, self.product, widths),) * 2
-        columns = centred(self.columns, self.product, widths)
-        rows = operands(self.rows, self.product, widths, [x.centre for x in columns])
+            return (self.prepared.centred(range(len(self.rows)), self.rows, self.walk_product, widths),) * 2
+        columns = centred(self.columns, self.walk_product, widths)
+        rows = operands(self.rows, self.walk_product, widths, [x.centre for x in columns])
         return rows, columns
 
     def tiles(self, kernel: str) -> Tiles:
-        return tiles("strip" if self.is_wide else kernel, self.arch, self.product.name, self.width)
+        return tiles("strip" if self.is_wide else kernel, self.arch, self.walk_product.name, self.width)
 
     def parts(self, config: Tiles, rows: int, programs: int, columns: int) -> int:
         """Among how many programs ``columns`` of a row block are divided, of which ``programs`` work on each."""
@@ -140,7 +143,7 @@ class Problem(Shape):
         return {
             "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide, "WIDTH": self.width, "BLOCK_ROWS": config.rows,
             "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": self.polynomials, "num_warps": config.warps,
-            "num_stages": config.stages, **self.product.constants(),
+            "num_stages": config.stages, **self.walk_product.constants(),
         }  # fmt: skip
 
 
@@ -181,7 +184,8 @@ def relation_kl(
 def _forward(problem: Problem, strip: slice, shifts: Tensor, losses: Tensor, *log_sums: Tensor):
     """The losses and log-sums of a strip of rows, written to their places."""
     count, teachers = len(losses), problem.num_teachers
-    shared = 1 if problem.is_wide else teachers_at_once(problem.arch, problem.product.name, problem.width, teachers)
+    product = problem.walk_product
+    shared = 1 if problem.is_wide else teachers_at_once(problem.arch, product.name, problem.width, teachers)
     groups = problem.num_students * triton.cdiv(teachers, shared)
     config = sharing(problem.tiles("relation_sums"), shared)
     rows, columns = problem.operands

@@ -27,6 +27,7 @@ class MovingProblem(Problem):
 
     def __init__(self, *arguments, tangents, moving, column_tangents):
         super().__init__(*arguments)
+        self.walk_product = self.product
         of_rows = of_columns = spread("tangents", tangents, moving, self.rows)
         if self.has_columns != (column_tangents is not None):
             raise ValueError("a column set and column_tangents go together")

@@ -23,6 +23,7 @@ from gkd_fast.kernels.common.tile import (
     column_range,
     divide_walk,
     edge_tile,
+    inner_products,
     inner_tile,
     load_block,
     load_numbers,
@@ -30,7 +31,6 @@ from gkd_fast.kernels.common.tile import (
     load_vector,
     number,
     pick,
-    product,
     replace_edges,
     store_vector,
 )  # fmt: skip
@@ -68,20 +68,20 @@ def walked_relations(
         other = load_tile(columns, i, j, row_count, strip_stride(column_count), BLOCK_ROWS, BLOCK_COLUMNS)
         c = other
     else:
-        other = load_block(columns, j, BLOCK_COLUMNS, WIDTH)
-        c = product(own, tl.trans(other), PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        other = load_block(columns, j, BLOCK_COLUMNS, WIDTH, PRECISION)
+        c = inner_products(own, other, PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * inner)[None, :]
     r = relations(c * inner - near, i, j, offset, column_count, MISSING, BLOCK_ROWS, BLOCK_COLUMNS, POLYNOMIALS, EDGE)
     return r, other
 
 
 @triton.jit
-def own_rows(rows, i, STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def own_rows(rows, i, STRIP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """A program's own rows of a stage; none with STRIP."""
     if STRIP:
         return 0.0
     else:
-        return load_block(rows, i, BLOCK_ROWS, WIDTH)
+        return load_block(rows, i, BLOCK_ROWS, WIDTH, PRECISION)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def relation_sums(
     shift = ()
     for q in tl.static_range(1 + TEACHERS):
         stage = stage_of(group, q, S, T, TEACHERS)
-        own = own + (own_rows(pick(rows, stage), i, STRIP, BLOCK_ROWS, WIDTH),)
+        own = own + (own_rows(pick(rows, stage), i, STRIP, BLOCK_ROWS, WIDTH, PRECISION),)
         levels = levels + (load_numbers(pick(row_numbers, stage), i, BLOCK_ROWS) * inner,)
         others = others + (pick(columns, stage),)
         other_numbers = other_numbers + (pick(column_numbers, stage),)

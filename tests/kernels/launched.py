@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import CompiledKernel
@@ -30,17 +29,6 @@ def launches(take: Take) -> Iterator[None]:
 
     with offline(f"sm_{HOPPER}"), mock.patch.object(Launch, "__call__", call):
         yield
-
-
-@contextmanager
-def float32_precision(value: str) -> Iterator[None]:
-    """``torch.backends.cuda.matmul.fp32_precision``; "ieee" asks for float32's own products."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = value
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def ptxas_version() -> tuple[int, int]:
