@@ -111,6 +111,33 @@ def test_the_tables_of_a_file(tmp_path):
     assert f"- {target.name()}: the kernels take *0.85 ms*, the longest for matrix, and 9 launches" in text
 
 
+def test_every_kernel_of_a_call_is_timed_in_every_tile_size(monkeypatch):
+    from bench.gpu.allocations import kernels_left_out, op_run
+    from gkd_fast.kernels.common import table
+
+    seen = []
+
+    def seconds(call) -> float:
+        call()
+        seen.append(dict(table.overrides))
+        if any(tile.columns == 32 for tile in table.overrides.values()):
+            raise RuntimeError("out of resources")
+        return 1e-3
+
+    monkeypatch.setattr(measured, "prepared", lambda work: op_run(work.op, 1024, work.dim, 1, work.dtype))
+    monkeypatch.setattr(measured, "device_seconds", seconds)
+    monkeypatch.setattr(session, "TILED", session.TILED[:1])
+    made = session.Session([], fresh=False)
+    made.deadline = time.monotonic() + 60
+    with kernels_left_out([]):
+        session.tiles(made)
+    tiles = made.content["tiles"]
+    assert {entry["kernel"] for entry in tiles} == {"relation_sums", "relation_gradients"}
+    assert all(len(of_one) == 1 for of_one in seen) and not table.overrides
+    assert sum(entry["chosen"] for entry in tiles) == 2 and len(tiles) + len(made.content["failed"]) == len(seen)
+    assert len(made.content["failed"]) == 4 and "relation_sums 128x32w8s2 D=128" in made.content["failed"][2]
+
+
 def command(monkeypatch, *arguments) -> int:
     from bench.__main__ import main
 

@@ -219,3 +219,23 @@ def test_extra_memory_of_a_large_batch(op, megabytes):
     torch.cuda.synchronize()
     kept = sum(x.nbytes for x in (output, *gradients)) + len(leaves) * batch * dim * 4 * 3
     assert torch.cuda.max_memory_allocated() - before - kept < megabytes * 1e6
+
+
+@pytest.mark.parametrize("teachers_wanted", [False, True], ids=["students", "both"])
+def test_strips_of_wide_rows_keep_to_their_budget(monkeypatch, teachers_wanted):
+    """Beside unit rows, weighted sums, gradients, operands, and what cuBLAS works in and vectors take."""
+    from gkd_fast.kernels.common import strips
+
+    monkeypatch.setattr(strips, "STRIP_BYTES", 64 * 2**20)
+    batch, dim = 16_384, 512
+    checked = problem("node_contrast", batch, dim, torch.bfloat16, stages=(1, 1), teachers_wanted=teachers_wanted)
+    leaves = [x.detach().requires_grad_(k < checked.wanted) for k, x in enumerate(checked.inputs.values())]
+    upstream = checked.upstream.to(DEVICE)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = checked.call("triton", leaves)
+    torch.autograd.grad(output, leaves[: checked.wanted], upstream.to(output.dtype))
+    torch.cuda.synchronize()
+    matrices = 2 + 1 + 1.5 * checked.wanted + 1 + 1.25
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20 + matrices * batch * dim * 4
