@@ -90,12 +90,12 @@ def graph_report(criterion: Any, last: LastCall) -> Report:
     numbers = {name: select_pairs(x, criterion.pairs) for name, x in numbers.items() if x is not None}
     if shards is not None:
         numbers = dict(zip(numbers, shards.gather(list(numbers.values()))))
-    report: Report = {"weight_mean": DEFAULT_WEIGHT, "weight_std": 0.0}
+    report: dict[str, Any] = {"weight_mean": DEFAULT_WEIGHT, "weight_std": 0.0}
     if "weights" in numbers:
-        report["weight_mean"] = numbers["weights"].mean().item()
-        report["weight_std"] = numbers["weights"].std(correction=0).item()
+        report["weight_mean"] = numbers["weights"].mean()
+        report["weight_std"] = numbers["weights"].std(correction=0)
     if "node_losses" in numbers:
-        report["node_loss_minus_log_batch"] = numbers["node_losses"].mean().item() - math.log(last.batch)
+        report["node_loss_minus_log_batch"] = numbers["node_losses"].mean() - math.log(last.batch)
     features = last.features()
     embeddings = last.embeddings() if features is None else criterion.embed(*features)
     if embeddings is not None:
@@ -107,26 +107,39 @@ def graph_report(criterion: Any, last: LastCall) -> Report:
                 pools = getattr(criterion, f"{side}_pool")
                 nodes = nodes_of(f"{side}_feats", stages, getattr(criterion, f"{side}_dims"), pools)
                 found = graph_bandwidths(list(getattr(criterion, f"{side}_heads")), nodes, shards)
-                sigmas = [torch.as_tensor(sigma, device=x.device) for sigma, x in zip(found, nodes)]
-                report[f"{side}_bandwidth"] = [sigma.item() for sigma in sigmas]
+                report[f"{side}_bandwidth"] = list(found)
                 report[f"{side}_neighbors"] = [
-                    mean_neighbors(x, sigma, criterion, shards) for x, sigma in zip(nodes, sigmas)
+                    mean_neighbors(x, sigma, criterion, shards) for x, sigma in zip(nodes, found)
                 ]
                 if criterion.neighbors is not None:
                     report["wanted_neighbors"] = criterion.neighbors
-    return report
+    return _numbers_of(report)
 
 
-def mean_neighbors(nodes: Tensor, bandwidth: Tensor, criterion: Any, shards: Shards | None) -> float:
+def _numbers_of(report: dict[str, Any]) -> Report:
+    """The report with numbers in the place of its tensors, for all of which the device is waited for once."""
+    values = [x for value in report.values() for x in (value if isinstance(value, list) else [value])]
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+
+    def number(x: Any) -> float:
+        return next(numbers) if isinstance(x, Tensor) else x
+
+    return {
+        name: [number(x) for x in value] if isinstance(value, list) else number(value) for name, value in report.items()
+    }
+
+
+def mean_neighbors(nodes: Tensor, bandwidth: float | Tensor, criterion: Any, shards: Shards | None) -> Tensor:
     """Effective neighbours, mean over the batch, that of all ranks with ``shards``."""
     is_plain = shards is None and len(nodes) <= PLAIN_NODES
     backend = "reference" if is_plain else criterion.backend
     options: Any = {"others": criterion.self_weight is not None, "backend": backend}
     neighbors = functional.effective_neighbors(nodes, bandwidth, process_group=shards, **options).sum()
-    return neighbors.item() / len(nodes) if shards is None else shards.sum(neighbors).item() / shards.total
+    return neighbors / len(nodes) if shards is None else shards.sum(neighbors) / shards.total
 
 
-def mean_cosine(x: Tensor, shards: Shards | None) -> float:
+def mean_cosine(x: Tensor, shards: Shards | None) -> Tensor:
     """Mean of c_ij over i ≠ j, from (‖Σ e‖² − Σ ‖e‖²) / (B (B − 1)); 0 for one row."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     e = unit_rows(x) if len(x) else x
@@ -134,7 +147,7 @@ def mean_cosine(x: Tensor, shards: Shards | None) -> float:
     batch = len(e)
     if shards is not None:
         sums, batch = shards.sum(sums), shards.total
-    return ((sums[:-1].square().sum() - sums[-1]) / max(batch * (batch - 1), 1)).item()
+    return (sums[:-1].square().sum() - sums[-1]) / max(batch * (batch - 1), 1)
 
 
 def vacuous(report: dict[str, Any], batch: int, criterion: Any, judges_embeddings: bool) -> str | None:

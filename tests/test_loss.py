@@ -263,6 +263,21 @@ def test_diagnostics():
     assert 0.3 < report["weight_mean"] < 0.7 and report["weight_std"] > 0
 
 
+def test_diagnostics_wait_for_the_device_once(monkeypatch):
+    """Numbers of weights, losses and of every stage come together."""
+    criterion = GraphKDLoss([6, 7], [5], num_classes=3, embed_dim=8, backend="reference").eval()
+    students, teachers = [torch.randn(12, 6), torch.randn(12, 7)], [torch.randn(12, 5)]
+    criterion(students, teachers, torch.randint(0, 3, (12,)), weights=torch.rand(12, 2, 1))
+    waits = []
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, f=plain, n=name: (waits.append(n), f(x))[1])
+    report = criterion.diagnostics()
+    assert waits == ["tolist"]
+    numbers = [x for value in report.values() for x in (value if isinstance(value, list) else [value])]
+    assert len(numbers) == 3 + 3 * 3 and all(type(x) is float for x in numbers)
+
+
 def test_a_vacuous_graph_warns_once():
     student, teacher, target = _batch()
     alike = [1 + 0.05 * s.abs() for s in student]
