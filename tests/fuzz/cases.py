@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from gkd_fast import functional, reference
+from gkd_fast import GraphKDLoss, functional, reference
 
 D64 = torch.float64
 DTYPES = {"float64": D64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,7 +21,7 @@ STAGED = ["graph_conv", "node_contrast", "relation_kl"]
 RELATIONS = ["similarity_preserving", "correlation_congruence", "pkt", "rkd_distance", "rkd_angle", "info_nce"]
 WITH_BANKS = ["similarity_preserving", "correlation_congruence", "pkt", "rkd_distance", "info_nce"]
 MEASURES = ["adaptive_bandwidth", "effective_neighbors", "neighbor_bandwidth"]
-FUNCTIONS = STAGED * 2 + RELATIONS + ["kd_divergence"] + MEASURES
+FUNCTIONS = STAGED * 2 + RELATIONS + ["kd_divergence", "GraphKDLoss"] + MEASURES
 
 
 def draw(seed: int, number: int, backend: str) -> dict:
@@ -43,8 +43,13 @@ def draw(seed: int, number: int, backend: str) -> dict:
     }
     if case["function"] in STAGED:
         case |= _stages(case["function"], rng, backend)
+    elif case["function"] == "GraphKDLoss":
+        case |= _loss(rng, backend)
     else:
         case |= _two_sides(case["function"], rng, backend)
+    if case["function"] == "GraphKDLoss":
+        # Its parts are drawn in every type.
+        case |= {"dtype": "float64", "autocast": False, "order": case["order"].replace("second", "first")}
     # Autocast takes float32; second derivatives are judged in float64.
     if case["autocast"]:
         case["dtype"] = "float32"
@@ -97,6 +102,19 @@ def _stages(function: str, rng: random.Random, backend: str) -> dict:
     if rng.random() < 0.4:
         drawn["bank"] = rng.choice([0, 1, 9, 40])
     return drawn
+
+
+def _loss(rng: random.Random, backend: str) -> dict:
+    students, teachers = rng.choice([(1, 1), (2, 1), (2, 2)])
+    drawn = {"students": students, "widths": [rng.choice(WIDTHS[backend]) for _ in range(students + teachers)]}
+    options = {
+        "layers": rng.choice([1, 2]), "normalization": rng.choice(["symmetric", "row"]), "embed_dim": 8,
+        "node_temperature": _temperature(rng), "relation_temperature": _temperature(rng),
+        "self_weight": rng.choice([None, rng.random()]), "bandwidth": rng.choice([_bandwidth(rng), "auto", "auto"]),
+        "pairs": rng.choice(["all", "matched"]) if students == teachers else "all",
+    }  # fmt: skip
+    options["neighbors"] = _neighbors(rng) if options["bandwidth"] == "auto" and rng.random() < 0.7 else None
+    return drawn | {"options": options}
 
 
 def _two_sides(function: str, rng: random.Random, backend: str) -> dict:
@@ -224,11 +242,24 @@ def arguments_of(case: dict, inputs: list[Tensor]) -> dict:
     return named
 
 
+def loss_of(case: dict, *inputs: Tensor, backend: str) -> Tensor:
+    """A GraphKDLoss of fixed parameters, of given targets."""
+    count, widths = case["students"], case["widths"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case["seed"])
+        criterion = GraphKDLoss(widths[:count], widths[count:], num_classes=3, backend=backend, **case["options"])
+    target = torch.arange(case["batch"]) % 3
+    loss = criterion.to(inputs[0].dtype).eval()(list(inputs[:count]), list(inputs[count:]), target)
+    return loss + 0 * sum(x.sum() for x in inputs[count:])  # Teachers have no gradient.
+
+
 def function_of(case: dict, backend: str) -> Callable[..., Tensor]:
     """The case's function of its features, on ``backend``, where another is not asked for."""
 
     def call(*inputs: Tensor, backend: str = backend) -> Tensor:
         inputs = tuple(laid_out(x, case["strides"]) for x in inputs)
+        if case["function"] == "GraphKDLoss":
+            return loss_of(case, *inputs, backend=backend)
         if case["function"] in WITHOUT_BACKENDS and backend == "reference":
             return WITHOUT_BACKENDS[case["function"]](**arguments_of(case, list(inputs)))
         chosen = {} if case["function"] in WITHOUT_BACKENDS else {"backend": backend}

@@ -52,6 +52,9 @@ def gain_of(case: dict) -> float:
             sharpness /= min(0.01 if isinstance(each, str) else float(each) for each in bandwidths) ** 2
         return sharpness
     options = case["options"]
+    if function == "GraphKDLoss":
+        sigma = 0.01 if options["bandwidth"] == "auto" else options["bandwidth"]
+        return (1 / options["node_temperature"] + 1 / options["relation_temperature"]) / sigma**2
     return {
         # The size of what losses are differences of.
         "similarity_preserving": lambda: 10.0,

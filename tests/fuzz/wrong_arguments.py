@@ -3,11 +3,12 @@
 import inspect
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from gkd_fast import functional
+from gkd_fast import GraphKDLoss, functional
 
 from .cases import arguments_of, features
 
@@ -22,13 +23,26 @@ JUNK = [
 def try_wrong_argument(case: dict, backend: str) -> str:
     """Calls with one argument exchanged; the call works, or its error names the argument."""
     rng = random.Random(case["seed"])
+    if case["function"] == "GraphKDLoss":
+        return _try_wrong_option(case, rng)
     function = getattr(functional, case["function"])
     parameters = inspect.signature(function).parameters
     named = arguments_of(case, [x.float() for x in features(case)])
     if "backend" in parameters:
         named["backend"] = backend
     name = rng.choice(sorted(parameters))
-    place = rng.randrange(len(JUNK))
+    return _judged(function, named, name, rng.randrange(len(JUNK)))
+
+
+def _try_wrong_option(case: dict, rng: random.Random) -> str:
+    """The same of a loss's options; those of its call are the functions'."""
+    count, widths = case["students"], case["widths"]
+    named = {"student_dims": widths[:count], "teacher_dims": widths[count:], "num_classes": 3, **case["options"]}
+    name = rng.choice(sorted(set(inspect.signature(GraphKDLoss).parameters) - {"process_group"}))
+    return _judged(GraphKDLoss, named, name, rng.randrange(len(JUNK)))
+
+
+def _judged(function: Callable, named: dict, name: str, place: int) -> str:
     named[name] = JUNK[place]
     try:
         function(**named)
