@@ -1,6 +1,5 @@
 """The float64 truth at any size: plain autograd on strips of rows, so that no B×B matrix is held."""
 
-from functools import partial
 from unittest import mock
 
 import torch
@@ -217,11 +216,12 @@ def _strip_bandwidths(nodes, neighbors, starts, backend, process_group) -> list[
     """The search's own steps, with sums over strips, and what they lead to judged by its definition."""
     units = [F.normalize(x.detach().double(), dim=1) for x in nodes]
     begun = torch.stack([functional.adaptive_bandwidth(e) for e in units])
-    graphs = [partial(_neighbor_sums, e) for e in units]
-    arguments = neighbors, len(nodes[0]), _neighbors.COLD_PASSES, torch.float64
-    found = _neighbors.search(graphs, begun, *arguments, lambda x: x)
-    for sums, sigma in zip(graphs, found, strict=True):
-        log_sums, sharp_log_sums, *_ = sums(sigma**-2)
+
+    def sums(variances: Tensor) -> list[tuple[Tensor, ...]]:
+        return list(zip(*[_neighbor_sums(e, v) for e, v in zip(units, variances, strict=True)], strict=True))
+
+    found = _neighbors.search(sums, begun, neighbors, len(nodes[0]), _neighbors.COLD_PASSES, torch.float64, lambda x: x)
+    for log_sums, sharp_log_sums, sigma in zip(*sums(found**-2)[:2], found, strict=True):
         mean = (2 * log_sums - sharp_log_sums).exp().mean()
         if not (mean / neighbors - 1).abs() < FOUND_NEIGHBORS:
             raise ArithmeticError(f"σ = {sigma:g} gives {mean:g} neighbours, not {neighbors:g}")

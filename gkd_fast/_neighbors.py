@@ -20,19 +20,21 @@ MIN_BANDWIDTH, MAX_BANDWIDTH = 0.01, 1000.0
 _LOWEST, _HIGHEST = -2 * math.log(MAX_BANDWIDTH), -2 * math.log(MIN_BANDWIDTH)
 _FLATTEST = 1e-6  # a slope of log n: less is rounding
 
-# log-sums, sharp log-sums, means and sharp means of a graph's nodes at an inverse variance
-Sums = Callable[[Tensor], Sequence[Tensor]]
+# Of graphs of as many nodes, at inverse variances [graphs]: their nodes' log-sums, sharp log-sums, means and sharp
+# means, a list of the graphs' each.
+Sums = Callable[[Tensor], Sequence[Sequence[Tensor]]]
 
 
-def moments(sums: Sequence[Tensor]) -> Tensor:
-    """Σ n_i and Σ dn_i/d log v of a graph's nodes, ``[2]``; 0 of a node without others."""
-    log_sums, sharp_log_sums, means, sharp_means = sums
+def moments(sums: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Σ n_i and Σ dn_i/d log v of every graph's nodes, ``[graphs, 2]``; 0 of a node without others."""
+    together = torch.stack([x for of_graphs in sums for x in of_graphs])
+    log_sums, sharp_log_sums, means, sharp_means = together.unflatten(0, (4, -1)).unbind()
     n = (2 * log_sums - sharp_log_sums).exp().nan_to_num(0)
-    return torch.stack([n.sum(), (2 * n * (means - sharp_means)).sum()])
+    return torch.stack([n.sum(dim=1), (2 * n * (means - sharp_means)).sum(dim=1)], dim=1)
 
 
 def search(
-    graphs: Sequence[Sums],
+    sums: Sums,
     starts: Tensor,
     neighbors: float,
     nodes: int,
@@ -43,7 +45,7 @@ def search(
     """The bandwidths of several graphs, ``[graphs]``, from ``starts``; nothing waits for the device.
 
     Args:
-        graphs: what gives the sums of each.
+        sums: a pass over the pairs of all graphs.
         starts: σ, ``[graphs]``, float64.
         neighbors: the wanted mean of n, below ``nodes`` − 1, the number of nodes on all ranks less one.
         dtype: of v.
@@ -55,9 +57,7 @@ def search(
     before: Tensor | None = None
     slope_before = t
     for _ in range(passes):
-        variances = t.exp().to(dtype).unbind()
-        found = total(torch.stack([moments(sums(v)) for sums, v in zip(graphs, variances, strict=True)]))
-        n, change = (found / nodes).unbind(dim=1)
+        n, change = (total(moments(sums(t.exp().to(dtype)))) / nodes).unbind(dim=1)
         n = n.clamp(min=1)
         slope = (-change / n).clamp(min=_FLATTEST)  # of −log n
         distance = (n / neighbors).log()

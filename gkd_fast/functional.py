@@ -7,7 +7,6 @@ error there, never a silent zero).
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -182,9 +181,10 @@ def _convolve_stages(
         if len(checked) != len(nodes):
             raise ValueError(f"bandwidth must hold one for each of {len(nodes)} stages, got {len(checked)}")
         check_choice("normalization", normalization, NORMALIZATIONS)
-        old = all(self_weight is None for *_, self_weight in checked)
-        shares = old and select_backend(backend, nodes[0]) == "triton" and process_group is None
-    if not shares or torch.compiler.is_compiling() or transformed():
+        self_weight = checked[0][2]
+        # A node without others keeps its message.
+        shares = _in_shared_launches(nodes, backend, process_group) and (self_weight is None or len(nodes[0]) > 1)
+    if not shares:
         options = normalization, backend, process_group
         return [_convolve(x, h, sigma, tuple(own), *options) for x, h, (sigma, *own) in zip(nodes, messages, checked)]
     precision = product_precision(nodes[0])
@@ -196,7 +196,7 @@ def _convolve_stages(
                 for (sigma, neighbors, _), x in zip(checked, nodes)
             ]
             variances = torch.stack([_inverse_variance(sigma, dtype, nodes[0].device) for sigma in sigmas])
-        return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision)
+        return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision, self_weight)
 
 
 @leaves_graphs(meets_columns)
@@ -465,26 +465,45 @@ def _neighbor_bandwidths(
         if starts is None:
             given = [adaptive_bandwidth(x, process_group=shards) for x in stages]
         begun = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=first.device).detach() for x in given])
-        graphs: list[_neighbors.Sums] = []
-        for x in stages:
-            if fused:
-                (unit,) = ops.unit_rows([x], dtype)
-                columns = None if shards is None else unit_columns(shards, [x], dtype)
-                graphs.append(partial(_fused_sums, unit, precision, columns))
-            else:
-                graphs.append(partial(_reference_sums, x.to(dtype), shards))
+        sums = _sums_of_neighbors(stages, dtype, precision, fused, backend, shards)
         passes = _neighbors.COLD_PASSES if starts is None else 1
         total = shards.sum if shards is not None else lambda x: x
-        return list(_neighbors.search(graphs, begun, neighbors, nodes, passes, dtype, total).to(dtype).unbind())
+        return list(_neighbors.search(sums, begun, neighbors, nodes, passes, dtype, total).to(dtype).unbind())
 
 
-def _fused_sums(unit: Tensor, precision: str, columns: Any, inverse_variance: Tensor) -> list[Tensor]:
-    return ops.neighbor_sums(unit, inverse_variance, precision, columns)
+def _sums_of_neighbors(
+    stages: Sequence[Tensor], dtype: torch.dtype, precision: str, fused: bool, backend: str, shards: Shards | None
+) -> _neighbors.Sums:
+    """What passes over the pairs of all stages; their rows are normalised once."""
+    if not fused:
+
+        def of_definition(variances: Tensor) -> Sequence[Sequence[Tensor]]:
+            found = []
+            for x, v in zip(stages, variances.unbind(), strict=True):
+
+                def sums(nodes: Tensor, v: Tensor = v) -> Tensor:
+                    return reference.neighbor_sums(nodes, v.rsqrt()).T
+
+                found.append(of_union(sums, [x.to(dtype)], shards).double().unbind(dim=1))
+            return list(zip(*found, strict=True))
+
+        return of_definition
+    units = ops.unit_rows(list(stages), dtype)
+    if _in_shared_launches(stages, backend, shards):
+        return lambda variances: ops.neighbor_sums_stages(units, variances, precision)
+    columns = [None if shards is None else unit_columns(shards, [x], dtype) for x in stages]
+
+    def of_each(variances: Tensor) -> Sequence[Sequence[Tensor]]:
+        graphs = zip(units, variances.unbind(), columns, strict=True)
+        return list(zip(*[ops.neighbor_sums(e, v, precision, c) for e, v, c in graphs], strict=True))
+
+    return of_each
 
 
-def _reference_sums(nodes: Tensor, shards: Shards | None, inverse_variance: Tensor) -> list[Tensor]:
-    sums = of_union(lambda x: reference.neighbor_sums(x, inverse_variance.rsqrt()).T, [nodes], shards)
-    return list(sums.double().unbind(dim=1))
+def _in_shared_launches(stages: Sequence[Tensor], backend: str, process_group: Group) -> bool:
+    """Whether stages share the launches of their graphs."""
+    shares = process_group is None and select_backend(backend, stages[0]) == "triton"
+    return shares and not torch.compiler.is_compiling() and not transformed()
 
 
 @leaves_graphs(meets_columns)
@@ -523,17 +542,13 @@ def effective_neighbors(
     with torch.no_grad(), autocast_disabled(nodes):
         if others:
             variance = _inverse_variance(sigma, dtype, nodes.device)
-            if fused:
-                (unit,) = ops.unit_rows([nodes], dtype)
-                columns = None if shards is None else unit_columns(shards, [nodes], dtype)
-                found = _fused_sums(unit, precision, columns, variance)
-            else:
-                found = _reference_sums(nodes.to(dtype), shards, variance)
-            return (2 * found[0] - found[1]).exp().nan_to_num(0).to(dtype)
+            sums = _sums_of_neighbors([nodes], dtype, precision, fused, backend, shards)
+            (log_sums,), (sharp_log_sums,), *_ = sums(variance[None])
+            return (2 * log_sums - sharp_log_sums).exp().nan_to_num(0).to(dtype)
         if fused:
             (unit,) = ops.unit_rows([nodes], dtype)
             columns = None if shards is None else unit_columns(shards, [nodes], dtype)
-            sums = [
+            degree_sums = [
                 ops.graph_degrees(unit, _inverse_variance(width, dtype, nodes.device), precision, columns)
                 for width in widths
             ]
@@ -542,8 +557,8 @@ def effective_neighbors(
             def degrees(width):
                 return lambda x: reference.similarities(x, width, diagonal=1.0).sum(dim=1)
 
-            sums = [of_union(degrees(width), [nodes.to(dtype)], shards) for width in widths]
-    return sums[0].square() / sums[1]
+            degree_sums = [of_union(degrees(width), [nodes.to(dtype)], shards) for width in widths]
+    return degree_sums[0].square() / degree_sums[1]
 
 
 def _inverse_variance(sigma: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,8 +9,14 @@
         As ``graph_conv``'s, a tensor of each stage in the place of each tensor; stages may differ in width.  needs: of
         the nodes, then of the messages.  Messages and upstream may be of shorter types than the nodes; outputs and
         gradients are of the nodes' type.
+    neighbor_sums_stages(nodes, inverse_variances, product_precision) -> (log_sums, sharp_log_sums, means, sharp_means)
+    neighbor_conv_stages(nodes, messages, inverse_variances, normalization, product_precision) -> (outputs, log_sums)
+    neighbor_conv_stages_backward(upstream, nodes, messages, outputs, log_sums, inverse_variances, normalization,
+               product_precision, needs) -> gradients
+        As ``neighbor_sums``, ``neighbor_conv`` with the log-sums that it takes, and ``neighbor_conv_gradients``; all of
+        the nodes' type but the float64 sums.
 
-Triton kernels alone implement them. Second derivatives are those of the stages' own ``graph_conv``.
+Triton kernels alone implement them. Second derivatives are those of the stages' own ``graph_conv``, ``neighbor_conv``.
 """
 
 from collections.abc import Sequence
@@ -20,24 +26,31 @@ from torch import Tensor
 
 from gkd_fast.ops.autograd import PT2, asked_for, needed_like, refuse_derivative, refuse_forward_mode, saveable, scatter
 from gkd_fast.ops.backends import implementation, kept_by
-from gkd_fast.ops.graph_conv import gradients_of
+from gkd_fast.ops.graph_conv import gradients_of as gradients_of_graph_conv
+from gkd_fast.ops.neighbor_conv import gradients_of as gradients_of_neighbor_conv
 from gkd_fast.ops.unit_rows import row_gradients, unit_rows_and_norms
 
 torch.library.define(
     "gkd_fast::graph_inverse_variances", "(Tensor[] nodes, float share, float least) -> Tensor", tags=PT2
 )
 torch.library.define(
-    "gkd_fast::graph_conv_stages",
-    "(Tensor[] nodes, Tensor[] messages, Tensor inverse_variances, str normalization, str product_precision) "
-    "-> (Tensor[], Tensor[])",
+    "gkd_fast::neighbor_sums_stages",
+    "(Tensor[] nodes, Tensor inverse_variances, str product_precision) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
     tags=PT2,
 )
-torch.library.define(
-    "gkd_fast::graph_conv_stages_backward",
-    "(Tensor[] upstream, Tensor[] nodes, Tensor[] messages, Tensor[] outputs, Tensor[] degrees, "
-    "Tensor inverse_variances, str normalization, str product_precision, bool[] needs) -> Tensor[]",
-    tags=PT2,
-)
+for _op, _sums in (("graph_conv_stages", "degrees"), ("neighbor_conv_stages", "log_sums")):
+    torch.library.define(
+        f"gkd_fast::{_op}",
+        "(Tensor[] nodes, Tensor[] messages, Tensor inverse_variances, str normalization, str product_precision) "
+        "-> (Tensor[], Tensor[])",
+        tags=PT2,
+    )
+    torch.library.define(
+        f"gkd_fast::{_op}_backward",
+        f"(Tensor[] upstream, Tensor[] nodes, Tensor[] messages, Tensor[] outputs, Tensor[] {_sums}, "
+        "Tensor inverse_variances, str normalization, str product_precision, bool[] needs) -> Tensor[]",
+        tags=PT2,
+    )
 
 
 @torch.library.register_fake("gkd_fast::graph_inverse_variances")
@@ -50,23 +63,43 @@ def _(nodes, messages, inverse_variances, normalization, product_precision):
     return [nodes[0].new_empty(x.shape) for x in messages], [x.new_empty(x.shape[0]) for x in nodes]
 
 
+@torch.library.register_fake("gkd_fast::neighbor_sums_stages")
+def _(nodes, inverse_variances, product_precision):
+    sums = [[x.new_empty(x.shape[0], dtype=torch.float64) for x in nodes] for _ in range(4)]
+    return sums[0], sums[1], sums[2], sums[3]
+
+
+@torch.library.register_fake("gkd_fast::neighbor_conv_stages")
+def _(nodes, messages, inverse_variances, normalization, product_precision):
+    log_sums = [x.new_empty(x.shape[0], dtype=torch.float64) for x in nodes]
+    return [x.new_empty(x.shape) for x in messages], log_sums
+
+
 @torch.library.register_fake("gkd_fast::graph_conv_stages_backward")
-def _(upstream, nodes, messages, outputs, degrees, inverse_variances, normalization, product_precision, needs):
+@torch.library.register_fake("gkd_fast::neighbor_conv_stages_backward")
+def _(upstream, nodes, messages, outputs, sums, inverse_variances, normalization, product_precision, needs):
     return [nodes[0].new_empty(x.shape) for x in needed_like((*nodes, *messages), needs)]
 
 
-for _op in ("inverse_variances", "conv_stages", "conv_stages_backward"):
-    refuse_derivative(f"gkd_fast::graph_{_op}")
+OPS = (
+    "graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward", "neighbor_sums_stages",
+    "neighbor_conv_stages", "neighbor_conv_stages_backward",
+)  # fmt: skip
+for _op in OPS:
+    refuse_derivative(f"gkd_fast::{_op}")
+
+# Of a stage alone.
+_GRADIENTS_OF = {"graph_conv_stages": gradients_of_graph_conv, "neighbor_conv_stages": gradients_of_neighbor_conv}
 
 
 class GraphConvStages(torch.autograd.Function):
-    """The first ``count`` tensors are the nodes, the others the messages.
+    """``op`` of nodes, the first ``count`` tensors, and messages, the others.
 
     settings: [stages] variances, or the numbers that ``graph_inverse_variances`` takes; normalization, precision.
     """
 
     @staticmethod
-    def forward(ctx, count: int, dtype: torch.dtype, settings: tuple, *tensors: Tensor):
+    def forward(ctx, op: str, count: int, dtype: torch.dtype, settings: tuple, *tensors: Tensor):
         variances, *settings = settings
         nodes, messages = tensors[:count], tensors[count:]
         ops = implementation(tensors)
@@ -74,46 +107,46 @@ class GraphConvStages(torch.autograd.Function):
             unit, inverse_norms = ops.unit_rows(nodes, dtype)
             if not isinstance(variances, Tensor):
                 variances = ops.graph_inverse_variances(unit, *variances)
-            outputs, degrees = ops.graph_conv_stages(unit, messages, variances, *settings)
+            outputs, sums = getattr(ops, op)(unit, messages, variances, *settings)
             # The caller may change in place what it gets: never what the gradients read.
             found = _copies(outputs, messages[0].dtype)
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if True in needs:
-            ctx.count, ctx.dtype, ctx.settings = count, dtype, settings
+            ctx.op, ctx.count, ctx.dtype, ctx.settings = op, count, dtype, settings
             ctx.dtypes = [x.dtype for x in nodes]
             # Of frozen nodes the unit rows are enough.
             raw = [x if needed else None for x, needed in zip(nodes, needs)]
             ctx.prepared, prepared = kept_by(ops)
-            ctx.save_for_backward(variances, *raw, *messages, *unit, *inverse_norms, *outputs, *degrees, *prepared)
+            ctx.save_for_backward(variances, *raw, *messages, *unit, *inverse_norms, *outputs, *sums, *prepared)
         return tuple(found)
 
     @staticmethod
     def backward(ctx, *upstream):
-        count, needs = ctx.count, asked_for(ctx, 3)
+        count, needs = ctx.count, asked_for(ctx, 4)
         variances, *saved = ctx.saved_tensors
-        nodes, messages, unit, inverse_norms, outputs, degrees = (
+        nodes, messages, unit, inverse_norms, outputs, sums = (
             saved[k * count : (k + 1) * count] for k in range(6)
         )  # fmt: skip
         upstream = [g.contiguous() for g in upstream]
         if torch.is_grad_enabled():
-            own = nodes, messages, unit, inverse_norms, outputs, degrees
+            own = nodes, messages, unit, inverse_norms, outputs, sums
             of_nodes, of_messages = _differentiable(ctx, upstream, own, variances, needs)
         else:
             ops = implementation(unit, (ctx.prepared, saved[6 * count :]))
             with torch._C._AutoDispatchBelowAutograd():
-                found = ops.graph_conv_stages_backward(
-                    upstream, unit, messages, outputs, degrees, variances, *ctx.settings, needs
+                found = getattr(ops, f"{ctx.op}_backward")(
+                    upstream, unit, messages, outputs, sums, variances, *ctx.settings, needs
                 )
                 moved = sum(needs[:count])
                 of_nodes = scatter(found[:moved], needs[:count])
                 of_messages = scatter(_in_type(found[moved:], messages[0].dtype), needs[count:])
                 of_nodes = row_gradients(of_nodes, unit, inverse_norms, ctx.dtypes, ops=ops)
-        return None, None, None, *of_nodes, *of_messages
+        return None, None, None, None, *of_nodes, *of_messages
 
 
 def _differentiable(ctx, upstream, own, variances, needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of nodes and messages with a derivative: those of each stage's ``graph_conv``."""
-    nodes, messages, unit, inverse_norms, outputs, degrees = own
+    """Gradients of nodes and messages with a derivative: those of each stage's own op."""
+    nodes, messages, unit, inverse_norms, outputs, sums = own
     count = len(nodes)
     live = [k for k, x in enumerate(nodes) if x is not None]
     again = unit_rows_and_norms([nodes[k] for k in live], ctx.dtype) if live else ([], [])
@@ -122,8 +155,8 @@ def _differentiable(ctx, upstream, own, variances, needs) -> tuple[list[Tensor |
     gradients: list[Tensor | None] = [None] * (2 * count)
     for k, variance in enumerate(variances):
         of_stage = slice(k, None, count)
-        inputs, results = (unit[k], messages[k].to(ctx.dtype)), (outputs[k].detach(), degrees[k])
-        gradients[of_stage] = gradients_of(
+        inputs, results = (unit[k], messages[k].to(ctx.dtype)), (outputs[k].detach(), sums[k])
+        gradients[of_stage] = _GRADIENTS_OF[ctx.op](
             torch.ops.gkd_fast, upstream[k].to(ctx.dtype), inputs, results, (variance, *ctx.settings), needs[of_stage]
         )
     of_nodes = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
@@ -137,15 +170,30 @@ def graph_conv_stages(
     variances: Tensor | tuple[float, float],
     normalization: str,
     product_precision: str,
+    self_weight: float | None = None,
 ) -> list[Tensor]:
-    """The convolutions ``[B, K]`` of all stages, in the messages' type; see the head."""
+    """The convolutions ``[B, K]`` of all stages, in the messages' type; see the head. With a ``self_weight`` the graphs
+    are over the others, of which there are some."""
     refuse_forward_mode((*nodes, *messages))
     settings = variances, normalization, product_precision
     own = [x.dtype for x in messages]
-    if len(set(own)) > 1:  # which autocast allows
+    # Types differ where autocast allows it; beside an own message the sum of its two gradients is rounded once.
+    if len(set(own)) > 1 or self_weight is not None:
         messages = [x.to(dtype) for x in messages]
-    outputs = GraphConvStages.apply(len(nodes), dtype, settings, *nodes, *[saveable(x) for x in messages])
+    messages = [saveable(x) for x in messages]
+    op = "graph_conv_stages" if self_weight is None else "neighbor_conv_stages"
+    outputs = GraphConvStages.apply(op, len(nodes), dtype, settings, *nodes, *messages)
+    if self_weight is not None:
+        outputs = [torch.lerp(y, h, self_weight) for y, h in zip(outputs, messages, strict=True)]
     return [x if x.dtype == t else x.to(t) for x, t in zip(outputs, own, strict=True)]
+
+
+def neighbor_sums_stages(
+    nodes: Sequence[Tensor], inverse_variances: Tensor, product_precision: str
+) -> Sequence[Sequence[Tensor]]:
+    """Of unit rows, without gradient; see the head."""
+    nodes = [x.detach() for x in nodes]
+    return implementation(nodes).neighbor_sums_stages(nodes, inverse_variances, product_precision)
 
 
 def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

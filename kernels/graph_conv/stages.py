@@ -15,7 +15,7 @@ from gkd_fast.kernels.graph_conv.values import Side
 __all__ = ["graph_conv_stages", "graph_conv_stages_backward", "graph_inverse_variances"]
 
 
-def _small(nodes, messages, inverse_variances: Tensor, product_precision: str) -> small.Stages | None:
+def small_stages(nodes, messages, inverse_variances: Tensor, product_precision: str) -> small.Stages | None:
     """What the kernels of small batches take; None for others."""
     if not is_small(nodes[0].shape[0], False, *[x.shape[1] for x in (*nodes, *messages)]):
         return None
@@ -28,7 +28,7 @@ def graph_conv_stages(
     product_precision: str, *, prepared: Prepared | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     nodes, messages = matrices("nodes", nodes), matrices("messages", messages, nodes[0].shape[0], FLOATING)
-    stages = _small(nodes, messages, inverse_variances, product_precision)
+    stages = small_stages(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv(stages, messages, launches._is_row(normalization))
     graphs = _graphs(nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
@@ -52,7 +52,7 @@ def graph_conv_stages_backward(
     upstream, outputs = matrices("upstream", upstream, rows, FLOATING), matrices("outputs", outputs, rows)
     if upstream[0].dtype != messages[0].dtype:
         raise ValueError(f"upstream must be of the messages' type, {messages[0].dtype}, got {upstream[0].dtype}")
-    stages = _small(nodes, messages, inverse_variances, product_precision)
+    stages = small_stages(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv_backward(
             stages, upstream, messages, outputs, degrees, launches._is_row(normalization), needs

@@ -40,7 +40,7 @@ class Terms:
     e: Tensor
 
 
-def _shares(normalization: str, among: Sequence[str] = tuple(SHARES)) -> tuple[float, float]:
+def shares_of(normalization: str, among: Sequence[str] = tuple(SHARES)) -> tuple[float, float]:
     if normalization not in among:
         raise ValueError(f"normalization must be one of {tuple(among)}, got {normalization!r}")
     return SHARES[normalization]
@@ -50,7 +50,7 @@ def neighbor_conv(
     nodes, messages, log_sums, inverse_variance, normalization, product_precision, column_nodes=None,
     column_messages=None, offset=0, column_log_sums=None,
 ) -> Tensor:  # fmt: skip
-    shares = _shares(normalization)
+    shares = shares_of(normalization)
     graph = NeighborGraph(nodes, inverse_variance, product_precision, column_nodes, offset)
     if not graph.has_columns:
         column_messages, column_log_sums = messages, log_sums
@@ -96,7 +96,7 @@ def neighbor_conv_backward(
     column_nodes=None, column_messages=None, offset=0, column_upstream=None, column_log_sums=None,
     column_node_terms=None,
 ) -> Tensor:  # fmt: skip
-    _shares(normalization, ("row", "symmetric"))
+    shares_of(normalization, ("row", "symmetric"))
     symmetric = normalization == "symmetric"
     graph = NeighborGraph(nodes, inverse_variance, product_precision, column_nodes, offset)
     upstream, messages = matrices("upstream, messages", [upstream, messages], graph.row_count)

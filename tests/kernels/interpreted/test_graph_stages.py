@@ -1,5 +1,7 @@
 """graph_conv of several stages at once, and their bandwidths, against the stages' own in float64."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -24,33 +26,42 @@ def results(nodes, messages, wanted, backend: str, **options) -> list[torch.Tens
     return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
 
 
+both_forms = pytest.mark.parametrize("self_weight", [None, 0.3], ids=["own node", "others"])
+
+
+@both_forms
 @pytest.mark.parametrize("normalization", ["symmetric", "row"])
 @pytest.mark.parametrize("bandwidth", ["auto", 0.8, "each"])
-def test_values_and_gradients(small_or_large, normalization, bandwidth):
+def test_values_and_gradients(small_or_large, normalization, bandwidth, self_weight):
     nodes, messages = stages(20)
     if bandwidth == "each":
         bandwidth = [0.7, "auto", torch.tensor(1.3, dtype=torch.float64)]
-    options = {"bandwidth": bandwidth, "normalization": normalization}
+    options = {"bandwidth": bandwidth, "normalization": normalization, "self_weight": self_weight}
     with table.forced(16, 16, width=64):
         fused = results(nodes, messages, [*nodes, *messages], "triton", **options)
     torch.testing.assert_close(fused, results(nodes, messages, [*nodes, *messages], "reference", **options))
 
 
-def test_gradients_of_some(small_or_large):
+@both_forms
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_gradients_of_some(small_or_large, normalization, self_weight):
     """Frozen nodes, as the teacher's are, and a stage whose gradient nobody asks for."""
     nodes, messages = stages(20)
     nodes = [nodes[0], nodes[1].detach(), nodes[2]]
     wanted = [nodes[0], messages[0], messages[1]]
     with table.forced(16, 16, width=64):
-        fused = results(nodes, messages, wanted, "triton")
-    torch.testing.assert_close(fused, results(nodes, messages, wanted, "reference"))
+        options = {"normalization": normalization, "self_weight": self_weight}
+        fused = results(nodes, messages, wanted, "triton", **options)
+    torch.testing.assert_close(fused, results(nodes, messages, wanted, "reference", **options))
 
 
-def test_second_derivatives(small_or_large):
+@both_forms
+def test_second_derivatives(small_or_large, self_weight):
     nodes, messages = stages(18)
+    options = {"bandwidth": 0.9, "self_weight": self_weight}
 
     def second(backend: str) -> list[torch.Tensor]:
-        outputs = functional.graph_conv(nodes, messages, bandwidth=0.9, backend=backend)
+        outputs = functional.graph_conv(nodes, messages, backend=backend, **options)
         first = torch.autograd.grad(sum(x.square().sum() for x in outputs), [*nodes, *messages], create_graph=True)
         return list(torch.autograd.grad(sum(x.sin().sum() for x in first), [*nodes, *messages]))
 
@@ -74,6 +85,18 @@ def test_bandwidths(dtype, batch, noise):
     torch.testing.assert_close(
         found.double(), exact, rtol=1e-9 if dtype == torch.float64 else 2e-5, atol=0, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("k", [4, 30])
+def test_bandwidths_of_neighbors(small_or_large, k):
+    """Of all stages at once those that each finds alone; as many neighbours as there are others or more."""
+    nodes, _ = stages(20)
+    with table.forced(16, 16, width=64):
+        together = functional._neighbor_bandwidths(nodes, k, None, "triton", None)
+        started = functional._neighbor_bandwidths(nodes, k, [1.02 * x for x in together], "triton", None)
+    alone = [functional.neighbor_bandwidth(x, k, backend="reference") for x in nodes]
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
+    torch.testing.assert_close(started, alone, rtol=2e-3, atol=0)
 
 
 def test_a_loss_goes_in_step(monkeypatch):
@@ -147,10 +170,16 @@ def test_opcheck_of_the_ops_of_stages(monkeypatch):
     variances = calls.graph_inverse_variances(unit, BANDWIDTH_SHARE, MIN_BANDWIDTH)
     settings = variances, "symmetric", "float64"
     outputs, degrees = calls.graph_conv_stages(unit, messages, *settings)
+    of_others, log_sums = calls.neighbor_conv_stages(unit, messages, *settings)
     needs = [True, False, True, True, True, False]
-    for name, arguments in (
-        ("graph_inverse_variances", (unit, BANDWIDTH_SHARE, MIN_BANDWIDTH)),
-        ("graph_conv_stages", (unit, messages, *settings)),
-        ("graph_conv_stages_backward", (messages, unit, messages, outputs, degrees, *settings, needs)),
-    ):
-        opcheck(getattr(calls, name).default, arguments)
+    arguments = {
+        "graph_inverse_variances": (unit, BANDWIDTH_SHARE, MIN_BANDWIDTH),
+        "graph_conv_stages": (unit, messages, *settings),
+        "graph_conv_stages_backward": (messages, unit, messages, outputs, degrees, *settings, needs),
+        "neighbor_sums_stages": (unit, variances, "float64"),
+        "neighbor_conv_stages": (unit, messages, *settings),
+        "neighbor_conv_stages_backward": (messages, unit, messages, of_others, log_sums, *settings, needs),
+    }
+    assert set(arguments) == set(import_module("gkd_fast.ops.graph_conv_stages").OPS)
+    for name, given in arguments.items():
+        opcheck(getattr(calls, name).default, given)
