@@ -150,8 +150,8 @@ def round_rows(
 
 
 def block_width(product: Product) -> int:
-    """Columns of an operand that a program rounds at a time; more of float64 would spill on sm_100."""
-    return 32 if product.name == "float64" else BLOCK_WIDTH
+    """Columns of an operand that a program rounds at a time; more of 32 or 64 bits would spill on sm_100."""
+    return BLOCK_WIDTH if product.torch_type.itemsize == 2 else 32
 
 
 def stored_width(dim: int, is_wide: bool = False) -> int:
