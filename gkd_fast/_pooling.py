@@ -113,18 +113,18 @@ def resolved(pool: StagePool) -> Pooling | Callable[[Tensor], Tensor]:
     """What a name stands for; ValueError or TypeError for what :func:`pool_features` does not know."""
     if callable(pool):
         return pool
-    if pool == "mean":
-        return usual_mean
-    if pool == "cls":
-        return Pooling(token=0)
-    if pool == "mean_patches":
-        return Pooling(prefix=1)
     known = (
         f"pool must be 'mean', 'cls' or a callable, got {pool!r}; further names are 'mean_patches' and 'mean_' with a "
         "layout, as 'mean_nhwc', 'mean_ncl' or 'mean_lnc'"
     )
     if not isinstance(pool, str):
         raise TypeError(known)
+    if pool == "mean":
+        return usual_mean
+    if pool == "cls":
+        return Pooling(token=0)
+    if pool == "mean_patches":
+        return Pooling(prefix=1)
     layout = pool.removeprefix("mean_")
     if layout == pool or not _is_layout(layout):
         raise ValueError(known)

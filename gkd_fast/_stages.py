@@ -10,7 +10,7 @@ from gkd_fast._arguments import is_whole
 def check_dims(name: str, dims: int | Sequence[int]) -> list[int]:
     """The widths as a list; ValueError unless they are positive ints."""
     given: Any = [dims] if is_whole(dims) else dims
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         raise TypeError(f"{name} must be a positive int or a list of them, got {type(dims).__name__}")
     widths = list(given)
     if not widths or any(not is_whole(d) or d < 1 for d in widths):
@@ -20,9 +20,10 @@ def check_dims(name: str, dims: int | Sequence[int]) -> list[int]:
 
 def check_pairs(pairs: str | Sequence[tuple[int, int]], num_students: int, num_teachers: int) -> list[tuple[int, int]]:
     """The wanted (student stage, teacher stage) pairs as a sorted list; ValueError for others than those that exist."""
-    if pairs == "all":
+    name = pairs if isinstance(pairs, str) else None
+    if name == "all":
         return [(s, t) for s in range(num_students) for t in range(num_teachers)]
-    if pairs == "matched":
+    if name == "matched":
         if num_students != num_teachers:
             raise ValueError(
                 f"pairs='matched' needs as many student as teacher stages, got {num_students}, {num_teachers}"

@@ -36,6 +36,10 @@ def _made(**options) -> GraphKDLoss:
         ({"teacher_dims": 4.0}, TypeError, "teacher_dims must be a positive int or a list of them, got float"),
         ({"column_bank": 1.5}, ValueError, "column_bank must be a number of embeddings, 0 or more, got 1.5"),
         ({"bandwidth": "1"}, ValueError, "bandwidth must be a positive number or 'auto', got '1'"),
+        ({"pairs": np.ones(3)}, ValueError, r"pairs must be 'all', 'matched' or a list of .*, got array"),
+        ({"pool": np.ones(3)}, TypeError, r"pool must be 'mean', 'cls' or a callable, got array"),
+        ({"student_dims": np.array(4.0)}, TypeError, "student_dims must be a positive int or a list of them, got nd"),
+        ({"teacher_dims": torch.ones(())}, TypeError, "teacher_dims must be a positive int or a list of them, got Te"),
     ],
 )
 def test_options_that_are_not_taken(options, error, message):
