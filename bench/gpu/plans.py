@@ -6,7 +6,7 @@ from bench.gpu import devices
 
 SMALL_BATCH = 256  # gkd_fast.kernels.common.small's, which needs Triton
 # Rows are copied as products take them, in so many bytes a number.
-COPIED_TYPES = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
+COPIED_TYPES = {"bfloat16": 2, "float16": 2, "tf32": 4, "tf32x3": 4, "float32": 4}
 PLANNED = ("relation_kl", "node_contrast", "graph_conv", "unit_rows")
 # What cuBLAS reached of the published rate on an H200, on strips of 4,096 rows 768 wide in bfloat16.
 CUBLAS_SHARE = 0.64
