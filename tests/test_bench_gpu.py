@@ -27,7 +27,7 @@ PREDICTED = {
 
 
 def content(**others) -> dict:
-    made = session.Session(session.kept(PREDICTED), fresh=False)
+    made = session.Session(session.kept(PREDICTED), "abc", fresh=False)
     return made.content | others
 
 
@@ -46,7 +46,7 @@ def test_a_run_takes_six_minutes_and_its_times_come_first():
 
 
 def test_a_step_that_raises_is_told_and_the_next_one_runs(capsys):
-    made = session.Session([], fresh=False)
+    made = session.Session([], "abc", fresh=False)
 
     def broken(session):
         raise RuntimeError("no such tile\nmore")
@@ -62,7 +62,7 @@ def test_a_step_that_raises_is_told_and_the_next_one_runs(capsys):
 
 
 def test_commands_that_fail_are_told_by_their_tests(monkeypatch):
-    made = session.Session([], fresh=False)
+    made = session.Session([], "abc", fresh=False)
     made.deadline = time.monotonic() + 60
     monkeypatch.setattr(session, "TESTS", ("-c", "print('FAILED tests/gpu/a.py::b'); print('1 failed'); exit(1)"))
     monkeypatch.setattr(session, "SANITIZER", "no-such-sanitizer")
@@ -73,7 +73,7 @@ def test_commands_that_fail_are_told_by_their_tests(monkeypatch):
 
 
 def test_commands_end_with_their_time(monkeypatch):
-    made = session.Session([], fresh=False)
+    made = session.Session([], "abc", fresh=False)
     monkeypatch.setattr(session, "TESTS", ("-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(session, "SANITIZER", "true")
     start = time.monotonic()
@@ -107,7 +107,13 @@ def test_the_tables_of_a_file(tmp_path):
     assert sum("not yet" in line for line in text.splitlines()) == len(targets.TARGETS) - 1
     assert "| relation_kl B=9 | wrong | 18.7 | – |" in text
     assert "| relation_sums | 128 | 64x64w4s2 0.5 | 64x32w4s2 0.4 |" in text
-    assert "- tests/gpu: 1" in text and "old" not in text and text.startswith("before") and text.endswith("after")
+    assert (
+        "Predicted from commit abc." in text
+        and "- tests/gpu: 1" in text
+        and "old" not in text
+        and text.startswith("before")
+        and text.endswith("after")
+    )
     assert f"- {target.name()}: the kernels take *0.85 ms*, the longest for matrix, and 9 launches" in text
 
 
@@ -127,7 +133,7 @@ def test_every_kernel_of_a_call_is_timed_in_every_tile_size(monkeypatch):
     monkeypatch.setattr(measured, "prepared", lambda work: op_run(work.op, 1024, work.dim, 1, work.dtype))
     monkeypatch.setattr(measured, "device_seconds", seconds)
     monkeypatch.setattr(session, "TILED", session.TILED[:1])
-    made = session.Session([], fresh=False)
+    made = session.Session([], "abc", fresh=False)
     made.deadline = time.monotonic() + 60
     with kernels_left_out([]):
         session.tiles(made)
@@ -209,6 +215,8 @@ def test_small_cases_take_small_and_large_kernels_and_strips():
 
 def test_measured_calls_ask_for_what_is_predicted():
     """Gradients of teachers where the target has them, and no kept sums then."""
+    for target in targets.TARGETS:
+        assert measured.prepared(dataclasses.replace(target.work(), batch=40, dim=8), "cpu")()
     target = next(target for target in targets.TARGETS if target.teachers_wanted)
     work = dataclasses.replace(target.work(), batch=40, dim=8)
     assert len(measured.prepared(work, "cpu")()) == 2

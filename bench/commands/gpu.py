@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import files, report
+from bench import files, machine, report
 from bench.gpu import session, targets
 
 SECTION = "targets"
@@ -41,9 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
         filling.fill_tests(arguments.arch)
     if arguments.fill or arguments.predict:
         found = session.kept(targets.predictions([target.work() for target in targets.TARGETS]))
-        files.write(predicted_file, session.SCHEMA, {"predicted": found})
+        predicted = {"predicted": found, "predicted_at": machine.commit()}
+        files.write(predicted_file, session.SCHEMA, predicted)
         content = files.read(arguments.json, session.SCHEMA) if arguments.json.exists() else {"times": []}
-        write(arguments.markdown, content | {"predicted": found}, console)
+        write(arguments.markdown, content | predicted, console)
         return 0
     if not torch.cuda.is_available():
         console.print("no run: no CUDA device here (torch.cuda.is_available() is False); --fill needs none")
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"no run: {predicted_file} is not there: python -m bench gpu --fill makes it, and the cache, first"
         )
         return 1
-    made = session.Session(files.read(predicted_file, session.SCHEMA)["predicted"])
+    predicted = files.read(predicted_file, session.SCHEMA)
+    made = session.Session(predicted["predicted"], predicted["predicted_at"])
     chosen = [step for step in session.steps() if not arguments.only or step.name in arguments.only]
     session.run(made, chosen, console)
     content = made.content
@@ -77,9 +79,10 @@ def write(page: Path | None, content: dict, console) -> None:
 
 def markdown(content: dict) -> str:
     found = session.predictions(content)
-    parts = [report.markdown_table(*targets.table(found, content["times"]))]
+    parts = [f"Predicted from commit {content['predicted_at']}."]
+    parts.append(report.markdown_table(*targets.table(found, content["times"])))
     if reasons := targets.reasons(found):
-        parts.append("\n".join(f"- {line}" for line in reasons))
+        parts += ["What is missed, and why:", "\n".join(f"- {line}" for line in reasons)]
     if content.get("peers"):
         parts += ["### As called, beside others", report.markdown_table(*session.peer_table(content))]
     if content.get("tiles"):

@@ -52,10 +52,11 @@ class Step:
 class Session:
     """What a run has found so far; ``content`` is what its file holds."""
 
-    def __init__(self, predicted: list[dict], fresh: bool = True):
+    def __init__(self, predicted: list[dict], predicted_at: str, fresh: bool = True):
         self.deadline = 0.0
         self.content: dict = {
-            "machine": machine.describe("cuda") if fresh else {}, "predicted": predicted, "seconds": {}, "times": [],
+            "machine": machine.describe("cuda") if fresh else {}, "predicted": predicted,
+            "predicted_at": predicted_at, "seconds": {}, "times": [],
             "peers": [], "tiles": [], "tests": "", "failed": [],
         }  # fmt: skip
 
