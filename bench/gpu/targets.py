@@ -118,11 +118,13 @@ def table(predicted_times: dict[Work, Prediction], times: list[dict]) -> tuple[l
                "measured", "first version, measured", "others, measured"]  # fmt: skip
     rows = []
     for target in TARGETS:
-        found = predicted_times[target.work()]
-        met = "" if found.seconds * 1e3 <= target.wanted else " **missed**"
+        prediction, cells = predicted_times.get(target.work()), ["–"] * 4
+        if prediction is not None:
+            met = "" if prediction.seconds * 1e3 <= target.wanted else " **missed**"
+            cells = [f"*{report.milliseconds(x)}*" for x in (prediction.seconds, prediction.kernels)]
+            cells = [cells[0] + met, cells[1], str(prediction.launches), prediction.limit]
         rows.append([
-            target.name(), f"{target.wanted:g}", f"*{report.milliseconds(found.seconds)}*{met}",
-            f"*{report.milliseconds(found.kernels)}*", str(found.launches), found.limit,
+            target.name(), f"{target.wanted:g}", *cells,
             measured.cell(target.work(), times) or "not yet", "–" if target.first is None else f"{target.first:g}",
             target.peer,
         ])  # fmt: skip
@@ -133,8 +135,8 @@ def reasons(found: dict[Work, Prediction]) -> list[str]:
     """Of each target that the prediction misses, what the time is made of."""
     lines = []
     for target in TARGETS:
-        prediction = found[target.work()]
-        if prediction.seconds * 1e3 <= target.wanted:
+        prediction = found.get(target.work())
+        if prediction is None or prediction.seconds * 1e3 <= target.wanted:
             continue
         waits = report.milliseconds(prediction.seconds - prediction.kernels)
         lines.append(
