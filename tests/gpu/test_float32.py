@@ -8,7 +8,7 @@ import torch
 from .problems import D64, OPS, problem
 from .target import GPU, TARGET
 
-ROWS = (300, 65536) if TARGET is GPU else (24, 80)
+ROWS = (300, 65536) if TARGET is GPU else (20, 36)
 WIDTH = 64 if TARGET is GPU else 20
 EPS = torch.finfo(torch.float32).eps
 
