@@ -7,14 +7,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gkd_fast import GraphKDLoss, _column_bank, loss
 from tests.ops_cases import GRAPHS, requires_cpp
 
-# Operations that give the host what only the device knows.
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique"}
+# What gives the host what only the device knows.
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "tolist"}
 
 
 class Operations(TorchDispatchMode):
+    """The names of the operations within, and of ``tolist``, which dispatches nothing on CPUs."""
+
     def __init__(self):
         super().__init__()
         self.names: set[str] = set()
+        self.patches = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        plain = torch.Tensor.tolist
+        self.patches.setattr(torch.Tensor, "tolist", lambda x: (self.names.add("tolist"), plain(x))[1])
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.undo()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         self.names.add(function.overloadpacket.__name__)

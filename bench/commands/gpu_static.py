@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.calibration:
         console.print(report.rich_table(*calibration.table(), f"measured within {calibration.NEAR} × of predicted"))
         return 0
+    times = load_measured(arguments.json)
     kernels = [
         read_kernel(spec, stages, arguments.batch)
         for arch in arguments.arch
@@ -55,7 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not kernels:
         console.print("no kernel was chosen")
         return 1
-    times = load_measured(arguments.json)
     if arguments.measure:
         times += measured.measure(list(time_rows(kernels)), console)
     console.print(report.rich_table(*tables.resource_table(kernels), "resources"))
