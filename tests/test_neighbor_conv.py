@@ -99,6 +99,37 @@ def test_blocks_of_columns_give_what_strips_give(tile_rows, variance, normalizat
 
 @requires_cpp
 @both_normalizations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nodes_of_one_neighbor_have_no_gradient_where_products_are_rounded(dtype, normalization):
+    """Where a weight is 1 all of a gradient cancels, but for 1/σ² times what differs in the numbers that should."""
+    generator = torch.Generator().manual_seed(0)
+    x, messages, upstream = (torch.randn(96, 24, generator=generator).to(dtype) for _ in range(3))
+    nodes = (x[:48].repeat(2, 1) + x / 10).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        output = graph_conv(
+            nodes, messages, bandwidth=0.01, self_weight=0.5, normalization=normalization, backend="cpp"
+        )
+    (gradient,) = torch.autograd.grad(output, nodes, upstream.to(output.dtype))
+    assert gradient.abs().max() <= 8 * torch.finfo(torch.float32).eps / 0.01**2
+
+
+@requires_cpp
+@both_normalizations
+def test_no_upstream_of_columns_is_one_of_zeros_where_products_are_rounded(normalization):
+    nodes, messages, upstream = (x.float() for x in rows(96, 24, 24, 24))
+    nodes, upstream, v = reference.unit_rows(nodes), upstream + 4, torch.tensor(2.0)
+    log_sums = strips.neighbor_sums(nodes, v, "float32")[0]
+    own, others, terms = slice(0, 40), slice(40, 96), upstream[:, 0].contiguous()
+    given = upstream[own], nodes[own], messages[own], log_sums[own], terms[own], v, normalization, "bfloat16"
+    columns = nodes[others], messages[others], -40
+    found = torch.ops.gkd_fast.neighbor_conv_backward(*given, *columns, None, log_sums[others], None)
+    zeros = torch.zeros(56, 24), log_sums[others], torch.zeros(56)
+    expected = strips.neighbor_conv_backward(*given, *columns, *zeros)
+    assert (found - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+@requires_cpp
+@both_normalizations
 def test_the_second_order_of_rounded_products_is_of_one_set_of_weights(normalization):
     # Narrow weights: the node terms cancel only where output and log-sums are of the weights that are differentiated.
     generator = torch.Generator().manual_seed(1)

@@ -42,6 +42,21 @@ Centre<T> centre_of(const Host& host, const T* rows, int64_t count, int64_t dim,
   return {mean_row(host, rows, count, dim, factors, true), nullptr, nullptr};
 }
 
+// The rows as products of rows about their centre take them, with the centre added again: these rows where none is.
+template <class T>
+const T* rounded_rows(const Host& host, const T* rows, int64_t count, int64_t dim, const Centre<T>& centre) {
+  if (!centre.row || !rows) return rows;
+  T* out = allocate<T>(host, count * dim);
+  if constexpr (kRounds<T>) {
+    parallel(host, count, [&](int64_t i, int64_t) {
+      const T* x = rows + i * dim;
+      T* y = out + i * dim;
+      for (int64_t k = 0; k < dim; ++k) y[k] = value_of(nearest(x[k] - centre.row[k])) + centre.row[k];
+    }, grain_of(dim));
+  }
+  return out;
+}
+
 // The centre `mean` for these unit rows, with the halves of their squares; zero rows have no share in it.
 template <class T>
 Centre<T> unit_centre(const Host& host, const T* mean, const T* rows, int64_t count, int64_t dim) {

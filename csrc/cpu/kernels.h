@@ -183,7 +183,10 @@ struct NeighborGradient {
   WideTerms<T> log_sums;  // in base 2
   Terms<T> left, right;   // G and m, [count, width]
   int64_t width;
-  Terms<T> terms;         // d, [count]
+  Terms<T> terms;         // d, [count], or null: 0
+  // Y and of the symmetric normalization the messages' gradient, [row_count, width], of which d is made; or null: it is
+  // given. Only in the symmetric case.
+  const T *output, *messages_gradient;
   T* gradient;            // [row_count, dim], cleared by the caller
 };
 

@@ -128,21 +128,22 @@ struct Side {
   at::Tensor upstream, messages, log_sums, terms;  // all but messages may be undefined: 0
 };
 
+// Output and messages' gradient, where they are defined, in place of the terms.
 template <class T>
-at::Tensor backward(const Graph& graph, const Side& own, const Side& columns, bool symmetric) {
+at::Tensor backward(const Graph& graph, const Side& own, const Side& columns, bool symmetric,
+                    const at::Tensor& output = {}, const at::Tensor& messages_gradient = {}) {
   Call call(graph.product);
   auto args = arguments<T, NeighborGradient<T>>(graph);
   auto pointer = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<T>() : nullptr; };
-  auto terms = [&](const at::Tensor& x, int64_t count) {
-    return x.defined() ? call.copy<T>(x.const_data_ptr<T>(), count) : call.zeros<T>(count);
-  };
   args.inverse_variance = T(graph.inverse_variance);
   args.symmetric = symmetric;
   args.log_sums = wide_terms<T>(call, graph, own.log_sums, columns.log_sums, {1, 1});
   args.left = {pointer(own.upstream), pointer(columns.upstream)};
   args.right = {pointer(own.messages), pointer(columns.messages)};
   args.width = own.upstream.size(1);
-  args.terms = {terms(own.terms, graph.rows), terms(columns.terms, graph.column_count)};
+  args.terms = {pointer(own.terms), pointer(columns.terms)};
+  args.output = pointer(output);
+  args.messages_gradient = pointer(messages_gradient);
   at::Tensor gradient = at::zeros_like(graph.nodes);
   args.gradient = gradient.mutable_data_ptr<T>();
   kernels<T>().neighbor_gradient(call.host(), args);
@@ -176,12 +177,39 @@ at::Tensor neighbor_conv_backward(
   return GKD_DISPATCH(type, [&] { return backward<scalar_t>(graph, own, columns, symmetric); });
 }
 
+std::vector<at::Tensor> neighbor_conv_gradients(
+    const at::Tensor& upstream, const at::Tensor& nodes, const at::Tensor& messages, const at::Tensor& output,
+    const at::Tensor& log_sums, const at::Tensor& inverse_variance, c10::string_view normalization,
+    c10::string_view product_precision, c10::List<bool> needs) {
+  const Shares shares = shares_of(normalization);
+  TORCH_CHECK(shares.row > 0, "normalization must be row or symmetric, got ", normalization);
+  TORCH_CHECK(needs.size() == 2, "needs must have 2 entries, got ", needs.size());
+  const bool symmetric = shares.row == shares.column, needs_nodes = needs.get(0), needs_messages = needs.get(1);
+  const Graph graph = graph_of_others(nodes, {}, 0, inverse_variance, product_precision);
+  const int64_t rows = graph.rows, width = messages.size(-1);
+  const Side own{matrix("upstream", upstream, graph.type, rows, width), matrix("messages", messages, graph.type, rows),
+                 log_sums_of("log_sums", log_sums, rows), {}};
+  const at::Tensor y = matrix("output", output, graph.type, rows, width);
+  return GKD_DISPATCH(graph.type, [&] {
+    std::vector<at::Tensor> gradients;
+    at::Tensor messages_gradient;
+    if (needs_messages || symmetric) {
+      messages_gradient =
+          forward<scalar_t>(graph, own.upstream, own.log_sums, own.log_sums, {shares.column, shares.row});
+    }
+    if (needs_nodes) gradients.push_back(backward<scalar_t>(graph, own, own, symmetric, y, messages_gradient));
+    if (needs_messages) gradients.push_back(messages_gradient);
+    return gradients;
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("neighbor_sums", &neighbor_sums);
   library.impl("neighbor_conv", &neighbor_conv);
   library.impl("neighbor_conv_backward", &neighbor_conv_backward);
+  library.impl("neighbor_conv_gradients", &neighbor_conv_gradients);
 }
 
 }  // namespace gkd::neighbors

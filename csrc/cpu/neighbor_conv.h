@@ -195,14 +195,18 @@ void neighbor_conv(const Host& host, const NeighborConv<T>& args) {
 // With u = exp((x_ij − l_i)/2) and t = exp((x_ij − l_j)/2):
 //   M_ij = v (u² (G_i·m_j + d_i) + t² (G_j·m_i + d_j))              (row)
 //   M_ij = v (u t (G_i·m_j + G_j·m_i) + u² d_i + t² d_j)            (symmetric)
-// and dE_i = Σ_j M_ij e_j. Of messages about their centre h, G_i·m_j = G_i·m̂_j + z_i with z_i = G_i·h.
+// and dE_i = Σ_j M_ij e_j. About the centres h of messages and g of the upstream,
+//   G_i·m_j = ĝ_i·m̂_j + a_i + b_j,  a_i = G_i·h − g·h/2,  b_j = g·m_j − g·h/2.
+// Where a weight is 1 all of M cancels: G and m are the rounded rows in all of it, in the node terms too.
 template <class T>
 struct NeighborGradientTiles : NeighborTiles<T> {
   using NeighborTiles<T>::N, NeighborTiles<T>::stride;
 
   const NeighborGradient<T>& args;
-  Centre<T> centre;      // of the messages
-  Terms<T> centre_dots;  // z
+  Centre<T> left_centre, right_centre;  // of the columns' upstream, if there is any, and messages
+  // What is added to a row's products: own terms to G_i·m_j, other ones to G_j·m_i; of the symmetric normalization the
+  // other ones to both, and the own ones are the node terms.
+  Terms<T> own_terms, other_terms;
   Operand<T> left_columns, right_columns;
   Values<T> values;
   Operand<T> tile_rows;  // a block per worker
@@ -210,29 +214,47 @@ struct NeighborGradientTiles : NeighborTiles<T> {
 
   NeighborGradientTiles(const Host& host, const NeighborGradient<T>& args)
       : NeighborTiles<T>(host, args.sides, args.scale), args(args),
-        centre(centre_of(host, args.right.column, args.sides.column_count, args.width)),
-        centre_dots(dots_of(host)),
-        left_columns(columns_of(host, args.left.column, args.sides.column_count, args.width, stride)),
-        right_columns(columns_of(host, args.right.column, args.sides.column_count, args.width, stride, centre)),
+        left_centre(centre_of(host, args.left.column, args.sides.column_count, args.width)),
+        right_centre(centre_of(host, args.right.column, args.sides.column_count, args.width)),
+        left_columns(columns_of(host, args.left.column, args.sides.column_count, args.width, stride, left_centre)),
+        right_columns(columns_of(host, args.right.column, args.sides.column_count, args.width, stride, right_centre)),
         values(values_of(host, args.sides.columns, args.sides.column_count, args.sides.dim, args.sides.row_count,
                          this->units.centre)),
-        tile_rows(row_blocks<T>(host, host.workers, args.width, stride, centre)),
-        tiles(cleared<T>(host, host.workers * 3 * tile_elements(stride))) {}
-
-  Terms<T> dots_of(const Host& host) const {
-    auto side = [&](const T* g, int64_t count) {
-      T* out = cleared<T>(host, count);
-      if (!centre.row || !g) return out;
-      double* totals = cleared<double>(host, count);
-      add_dots(host, g, static_cast<const T*>(nullptr), centre.row, count, args.width, totals);
-      for (int64_t i = 0; i < count; ++i) out[i] = T(totals[i]);
-      return out;
-    };
-    const T* row = side(args.left.row, args.sides.row_count);
-    return {row, args.sides.symmetric ? row : side(args.left.column, args.sides.column_count)};
+        tile_rows(row_blocks<T>(host, host.workers, args.width, stride, right_centre)),
+        tiles(cleared<T>(host, host.workers * 3 * tile_elements(stride))) {
+    add_terms(host, args.left.row, args.right.row, args.terms.row, args.sides.row_count, own_terms.row,
+              other_terms.row);
+    own_terms.column = own_terms.row;
+    other_terms.column = other_terms.row;
+    if (args.sides.symmetric) return;
+    add_terms(host, args.left.column, args.right.column, args.terms.column, args.sides.column_count, own_terms.column,
+              other_terms.column);
   }
 
-  // M of G rows in place of m, which holds G_i·m̂_j, and of the symmetric normalization G_j·m̂_i too, else `back`.
+  void add_terms(const Host& host, const T* upstream, const T* messages, const T* given, int64_t count,
+                 const T*& own_terms, const T*& other_terms) const {
+    T *own = cleared<T>(host, count), *other = cleared<T>(host, count);
+    own_terms = own;
+    other_terms = other;
+    const int64_t width = args.width;
+    const T *left = rounded_rows(host, upstream, count, width, left_centre), *g = left_centre.row;
+    const T *right = rounded_rows(host, messages, count, width, right_centre), *h = right_centre.row;
+    const double half = g ? wide_dot(g, h, width) / 2 : 0;
+    parallel(host, count, [&](int64_t i, int64_t) {
+      const T *of_left = left ? left + i * width : nullptr, *of_right = right + i * width;
+      const double a = h && left ? wide_dot(of_left, h, width) - half : 0;
+      const double b = g ? wide_dot(g, of_right, width) - half : 0;
+      double d = given ? given[i] : 0;
+      if (args.output) {
+        d = -wide_dot(of_left, args.output + i * width, width);
+        if (args.symmetric) d = (d - wide_dot(of_right, args.messages_gradient + i * width, width)) / 2;
+      }
+      own[i] = T(args.symmetric ? d : d + a);
+      other[i] = T(args.symmetric ? a + b : b);
+    }, grain_of(4 * width));
+  }
+
+  // M of G rows in place of m, which holds ĝ_i·m̂_j, and of the symmetric normalization ĝ_j·m̂_i too, else `back`.
   template <bool Symmetric, int G>
   GKD_INLINE void weigh_rows(const Tile& t, const T* c, T* m, const T* back, int64_t r) const {
     const Terms<T>&high = args.log_sums.high, &low = args.log_sums.low;
@@ -248,17 +270,18 @@ struct NeighborGradientTiles : NeighborTiles<T> {
         w[G + g] = (exponents - log_sum - rest) * T(0.5);
       }
       exp2_nonpositive<T>(w);
-      const Vec<T> z = load(centre_dots.column + j), d = load(args.terms.column + j);
+      const Vec<T> own_column = load(own_terms.column + j), other_column = load(other_terms.column + j);
 #pragma GCC unroll 2
       for (int g = 0; g < G; ++g) {
         T* out = m + (r + g) * stride + x;
-        const Vec<T> u = w[g], v = w[G + g], forth = load(out) + centre_dots.row[i + g];
-        const T own = args.terms.row[i + g];
+        const Vec<T> u = w[g], t = w[G + g], forth = load(out);
+        const T own = own_terms.row[i + g], other = other_terms.row[i + g];
         Vec<T> weight;
         if constexpr (Symmetric) {
-          weight = u * (v * (forth + z) + u * own) + v * v * d;
+          weight = u * (t * (forth + (other + other_column)) + u * own) + t * t * own_column;
         } else {
-          weight = u * u * (forth + own) + v * v * (load(back + (r + g) * stride + x) + z + d);
+          const Vec<T> behind = load(back + (r + g) * stride + x);
+          weight = u * u * (forth + (own + other_column)) + t * t * (behind + (other + own_column));
         }
         store(out, args.inverse_variance * weight);
       }
@@ -274,8 +297,8 @@ struct NeighborGradientTiles : NeighborTiles<T> {
       multiply_own_rows(t, worker, tile_rows, rows, static_cast<const T*>(nullptr), args.width, of_rows, columns, out,
                         stride, accumulate);
     };
-    multiply(args.left.row, {}, right_columns, m, false);
-    if (left_columns) multiply(args.right.row, centre, left_columns, args.symmetric ? m : back, args.symmetric);
+    multiply(args.left.row, left_centre, right_columns, m, false);
+    if (left_columns) multiply(args.right.row, right_centre, left_columns, args.symmetric ? m : back, args.symmetric);
     for_row_groups<2>(t.rows, [&]<int G>(int64_t r) {
       if (args.symmetric) weigh_rows<true, G>(t, c, m, back, r);
       else weigh_rows<false, G>(t, c, m, back, r);
