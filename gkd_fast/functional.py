@@ -188,13 +188,15 @@ def _convolve_stages(
         options = normalization, backend, process_group
         return [_convolve(x, h, sigma, tuple(own), *options) for x, h, (sigma, *own) in zip(nodes, messages, checked)]
     precision = product_precision(nodes[0])
+    sigmas = []
+    if any(sigma != "auto" or neighbors is not None for sigma, neighbors, _ in checked):
+        # As of a graph alone, whose search takes products as autocast has them.
+        sigmas = [
+            _bandwidth(sigma, neighbors, x, dtype, backend, None) for (sigma, neighbors, _), x in zip(checked, nodes)
+        ]
     with autocast_disabled(nodes[0]):
         variances: Tensor | tuple[float, float] = (BANDWIDTH_SHARE, MIN_BANDWIDTH)
-        if any(sigma != "auto" or neighbors is not None for sigma, neighbors, _ in checked):
-            sigmas = [
-                _bandwidth(sigma, neighbors, x, dtype, backend, None)
-                for (sigma, neighbors, _), x in zip(checked, nodes)
-            ]
+        if sigmas:
             variances = torch.stack([_inverse_variance(sigma, dtype, nodes[0].device) for sigma in sigmas])
         return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision, self_weight)
 

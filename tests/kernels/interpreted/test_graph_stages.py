@@ -55,6 +55,13 @@ def test_gradients_of_some(small_or_large, normalization, self_weight):
     torch.testing.assert_close(fused, results(nodes, messages, wanted, "reference", **options))
 
 
+def test_the_search_for_bandwidths_under_autocast_is_that_of_a_graph_alone():
+    (x, *_), (h, *_) = stages(18, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        together = functional.graph_conv([x], [h], neighbors=4, backend="triton")
+        assert torch.equal(together[0], functional.graph_conv(x, h, neighbors=4, backend="triton"))
+
+
 @both_forms
 def test_second_derivatives(small_or_large, self_weight):
     nodes, messages = stages(18)
