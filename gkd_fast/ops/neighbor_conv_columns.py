@@ -1,11 +1,12 @@
 """neighbor_conv over blocks of columns, what their results make together, and the derivatives: over column sets, and of
 the second order also over the rows themselves, which take the same passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from gkd_fast.ops import neighbor_conv_strips as strips
 from gkd_fast.ops.autograd import flags, last_derivative, scatter
 from gkd_fast.ops.backends import has_kernels
 from gkd_fast.ops.columns import Columns, run
@@ -16,13 +17,17 @@ TRANSPOSED = {"row": "column", "symmetric": "symmetric"}
 
 
 def neighbor_sums(
-    nodes: Tensor, inverse_variance: Tensor, product_precision: str, columns: Columns | None = None
+    nodes: Tensor,
+    inverse_variance: Tensor,
+    product_precision: str,
+    columns: Columns | None = None,
+    op: Callable | None = None,
 ) -> list[Tensor]:
     """What the op of that name gives of unit rows and all blocks of columns, ``[B]`` each; without gradient."""
     nodes = nodes.detach()
 
     def sums(**block):
-        return run(torch.ops.gkd_fast.neighbor_sums, nodes, inverse_variance, product_precision, **block)
+        return run(op or torch.ops.gkd_fast.neighbor_sums, nodes, inverse_variance, product_precision, **block)
 
     if columns is None:
         return list(sums())
@@ -41,12 +46,15 @@ def merged(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [*totals, *means]
 
 
-def convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, product_precision) -> Tensor:
+def convolved(
+    columns, nodes, messages, log_sums, inverse_variance, normalization, product_precision,
+    op: Callable | None = None,
+) -> Tensor:  # fmt: skip
     """Y of this rank's rows."""
     return over(
         columns,
         lambda **block: run(
-            torch.ops.gkd_fast.neighbor_conv, nodes, messages, log_sums, inverse_variance, normalization,
+            op or torch.ops.gkd_fast.neighbor_conv, nodes, messages, log_sums, inverse_variance, normalization,
             product_precision, **block,
         ),
         MESSAGES, column_log_sums=log_sums,
@@ -68,7 +76,7 @@ def node_terms(
 
 
 def _messages_gradient(
-    columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision
+    columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision, op: Callable | None = None
 ) -> Tensor:
     """dM of this rank's rows; ``columns``: nodes, messages and upstream, of which the last are the values."""
     settings = inverse_variance, TRANSPOSED[normalization], product_precision
@@ -76,7 +84,7 @@ def _messages_gradient(
     def convolved(column_messages=None, column_upstream=None, **block):
         if column_upstream is not None:
             block["column_messages"] = column_upstream
-        return run(torch.ops.gkd_fast.neighbor_conv, nodes, upstream, log_sums, *settings, **block)
+        return run(op or torch.ops.gkd_fast.neighbor_conv, nodes, upstream, log_sums, *settings, **block)
 
     return over(columns, convolved, UPSTREAM, column_log_sums=log_sums)[0]
 
@@ -167,12 +175,13 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
     normalization, precision = ctx.normalization, ctx.product_precision
     symmetric = normalization == "symmetric"
     calls = torch.ops.gkd_fast
+    convolve = None
     if precision in SHORT and _only_first_order_rounds(nodes.device):
         # These passes do not round nodes; what they sum cancels only where log-sums, output and the messages' gradient
-        # are of the same weights.
-        precision = "float32"
-        log_sums = neighbor_sums(nodes, inverse_variance, precision, columns)[0]
-        output = convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, precision)
+        # are of the same weights, whose exponents have a rounding of their own wherever they are computed.
+        sums, convolve = (strips.in_own_type(op) for op in (strips.neighbor_sums, strips.neighbor_conv))
+        log_sums = neighbor_sums(nodes, inverse_variance, precision, columns, sums)[0]
+        output = convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, precision, convolve)
         messages_gradient = None
     growth = None
     if nodes_tangent is not None:
@@ -203,7 +212,7 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
         if messages_gradient is None and symmetric:
             with_upstream = columns and columns.beside(upstream)
             messages_gradient = _messages_gradient(
-                with_upstream, upstream, nodes, log_sums, inverse_variance, normalization, precision
+                with_upstream, upstream, nodes, log_sums, inverse_variance, normalization, precision, convolve
             )
         terms = node_terms(upstream, output, messages, messages_gradient, normalization)
         # d˙ = −G·Ẏ (row), −(G·Ẏ + ṁ·dM + m·dṀ)/2 (symmetric)
