@@ -12,7 +12,6 @@ from gkd_fast.ops.backends import has_kernels
 from gkd_fast.ops.columns import Columns, run
 from gkd_fast.ops.graph_conv_columns import MESSAGES, NODES, UPSTREAM, dots, over
 
-SHORT = ("bfloat16", "float16")
 TRANSPOSED = {"row": "column", "symmetric": "symmetric"}
 
 
@@ -61,8 +60,8 @@ def convolved(
     )[0]  # fmt: skip
 
 
-def _only_first_order_rounds(device: torch.device) -> bool:
-    """Whether kernels, which round rows, have the first order alone, and the strips, which do not, the second."""
+def _second_order_is_in_strips(device: torch.device) -> bool:
+    """Whether kernels have the first order alone, and the strips, whose exponents round otherwise, the second."""
     return has_kernels("neighbor_conv", device) and not has_kernels("neighbor_conv_tangent", device)
 
 
@@ -176,9 +175,8 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
     symmetric = normalization == "symmetric"
     calls = torch.ops.gkd_fast
     convolve = None
-    if precision in SHORT and _only_first_order_rounds(nodes.device):
-        # These passes do not round nodes; what they sum cancels only where log-sums, output and the messages' gradient
-        # are of the same weights, whose exponents have a rounding of their own wherever they are computed.
+    if _second_order_is_in_strips(nodes.device):
+        # What these passes sum cancels only where log-sums, output and the messages' gradient are of the same weights.
         sums, convolve = (strips.in_own_type(op) for op in (strips.neighbor_sums, strips.neighbor_conv))
         log_sums = neighbor_sums(nodes, inverse_variance, precision, columns, sums)[0]
         output = convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, precision, convolve)

@@ -144,17 +144,6 @@ def _of_distances(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, 
     return output, gradients, seconds
 
 
-def _of_log_sums(case: dict) -> float:
-    """By how much second derivatives of the graph over the others err where rows have one near neighbour.
-
-    Its weights are exp(x − l) with l of the size v = 1/σ², in float64 without a second part: a rounding ε v of all
-    weights of a row, which with the own node's weight of 1 are nearly 0. What cancels in a row where they add up to 1
-    then leaves ε v, and each of two derivatives along nodes multiplies by v.
-    """
-    is_of_others = case["function"] == "graph_conv" and case["self_weight"] is not None
-    return 1e-15 * gain_of(case) ** 3 if is_of_others else 0.0
-
-
 def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[float, float]]:
     inputs = [x.requires_grad_() for x in inputs]
     shape = function_of(case, "reference")(*inputs).shape
@@ -163,7 +152,7 @@ def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[
     # The definition's own second derivatives lose digits where it divides by what it then multiplies with.
     growth = shortness_of(case, inputs) ** 2 * crowd_of(case)
     gain = gain_of(case) * growth
-    lost = _of_log_sums(case) * growth
+    lost = 0.0
     if case["function"] in OF_DISTANCES:
         lost = _of_distances(case, inputs, 1e-15)[2] * crowd_of(case)
     bounds = [1e-10 * max(1, gain) * max(1, y.abs().max().item()) + lost for y in truth]
