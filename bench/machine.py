@@ -50,10 +50,6 @@ def commit() -> str:
         return "unknown"
 
 
-def available_memory() -> int:
-    return psutil.virtual_memory().available
-
-
 def _cpuinfo(key: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -60,9 +60,6 @@ SIZES = ("dim", "student_dim", "teacher_dim", "dims", "places", "width", "widths
 DOUBLES = ("constants", "constant_tangents", "moments", "squares", "totals")
 FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero", "share", "least")
 
-# Rows that are multiplied by the kernel itself, in copies of whole tiles.
-WHOLE = {"STRIP": False, "ALIGNED": True}
-
 
 @dataclass(frozen=True)
 class Specialization:

@@ -130,18 +130,6 @@ def load_rows(matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexp
     return convert(tl.load(corner + (row[:, None] * dim + column[None, :]), mask=mask, other=0), TYPE)  # [BLOCK, WIDTH]
 
 
-@triton.jit
-def load_columns(
-    matrix, start, count, dim, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """``load_rows``; an ALIGNED matrix is WIDTH wide and whole blocks long, so that no load is masked."""
-    if ALIGNED:
-        corner = matrix + number(start, tl.int64) * WIDTH
-        return convert(tl.load(corner + (tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])), TYPE)
-    else:
-        return load_rows(matrix, start, count, dim, BLOCK, WIDTH, TYPE)
-
-
 # Split rows, at most 2 long, are stored times this, so that the second numbers of short ones have all their digits.
 SPLIT_UNIT = tl.constexpr(2.0**13)
 

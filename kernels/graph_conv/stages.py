@@ -1,6 +1,7 @@
 """graph_conv of all stages of a call."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from gkd_fast.kernels.graph_conv.graphs import Graph
 from gkd_fast.kernels.graph_conv.values import Side
 
 __all__ = ["graph_conv_stages", "graph_conv_stages_backward", "graph_inverse_variances"]
+
+Of = TypeVar("Of", bound=Graph)
 
 
 def small_stages(nodes, messages, inverse_variances: Tensor, product_precision: str) -> small.Stages | None:
@@ -31,14 +34,16 @@ def graph_conv_stages(
     stages = small_stages(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv(stages, messages, launches._is_row(normalization))
-    graphs = _graphs(nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
+    graphs = graphs_of(Graph, nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
     return launches.convolutions(graphs, messages, launches._is_row(normalization))
 
 
-def _graphs(nodes, inverse_variances: Tensor, product_precision: str, prepared, places: Sequence[int]) -> list[Graph]:
-    """The graphs of the stages at these places."""
+def graphs_of(
+    kind: type[Of], nodes, inverse_variances: Tensor, product_precision: str, prepared, places: Sequence[int]
+) -> list[Of]:
+    """The graphs, of a kind, of the stages at these places."""
     prepared = prepared or Prepared()
-    return [Graph(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k, len(nodes)) for k in places]
+    return [kind(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k, len(nodes)) for k in places]
 
 
 def graph_conv_stages_backward(
@@ -60,7 +65,7 @@ def graph_conv_stages_backward(
     used = [k for k in range(count) if needs[k] or needs[count + k]]
     if not used:
         return []
-    graphs = _graphs(nodes, inverse_variances, product_precision, prepared, used)
+    graphs = graphs_of(Graph, nodes, inverse_variances, product_precision, prepared, used)
     sides = [Side(messages[k], upstream[k], degrees[k].contiguous()) for k in used]
     wanted = [(needs[k], needs[count + k]) for k in used]
     of_nodes, of_messages = launches.convolution_gradients(

@@ -9,7 +9,7 @@ from gkd_fast.kernels.common.launch import FLOATING, matrices
 from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.graph_conv.graphs import by_kind
 from gkd_fast.kernels.graph_conv.small import Stages
-from gkd_fast.kernels.graph_conv.stages import small_stages
+from gkd_fast.kernels.graph_conv.stages import graphs_of, small_stages
 from gkd_fast.kernels.graph_conv.values import Side
 from gkd_fast.kernels.neighbor_conv import small
 from gkd_fast.kernels.neighbor_conv.launches import NeighborGraph, convolutions, nodes_gradients, shares_of
@@ -25,7 +25,7 @@ def neighbor_sums_stages(
     nodes = matrices("nodes", nodes)
     stages = small_stages(nodes, [], inverse_variances, product_precision)
     if stages is None:
-        found = _sums(_graphs(nodes, inverse_variances, product_precision, None, range(len(nodes))))
+        found = _sums(graphs_of(NeighborGraph, nodes, inverse_variances, product_precision, None, range(len(nodes))))
     else:
         found = small_sums(stages)
     return tuple(list(of_stages) for of_stages in found)
@@ -41,7 +41,7 @@ def neighbor_conv_stages(
     if stages is not None:
         log_sums = small_sums(stages)[0]
         return small.weighted(stages, messages, log_sums, shares), list(log_sums)
-    graphs = _graphs(nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
+    graphs = graphs_of(NeighborGraph, nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
     log_sums = _sums(graphs)[0]
     return _weighted(graphs, messages, log_sums, shares), list(log_sums)
 
@@ -64,7 +64,7 @@ def neighbor_conv_stages_backward(
         """What the kernels of these stages take, small batches' or others'."""
         some = [nodes[k] for k in places], [messages[k] for k in places], inverse_variances[places]
         stages = small_stages(*some, product_precision) if is_small else None
-        return stages or _graphs(nodes, inverse_variances, product_precision, prepared, places)
+        return stages or graphs_of(NeighborGraph, nodes, inverse_variances, product_precision, prepared, places)
 
     is_small = small_stages(nodes, messages, inverse_variances, product_precision) is not None
     moved = [k for k in range(count) if needs[k]]
@@ -82,15 +82,6 @@ def neighbor_conv_stages_backward(
             of_nodes[k] = gradient
     found = [*of_nodes, *of_messages]
     return [x for x, needed in zip(found, needs, strict=True) if needed and x is not None]
-
-
-def _graphs(nodes, inverse_variances: Tensor, product_precision: str, prepared, places: Sequence[int]):
-    """The graphs of the stages at these places."""
-    prepared = prepared or Prepared()
-    return [
-        NeighborGraph(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k, len(nodes))
-        for k in places
-    ]
 
 
 def _sums(graphs: Sequence[NeighborGraph]) -> Sums:

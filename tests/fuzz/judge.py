@@ -152,9 +152,8 @@ def _second_order(case: dict, backend: str, inputs: list[Tensor]) -> list[tuple[
     # The definition's own second derivatives lose digits where it divides by what it then multiplies with.
     growth = shortness_of(case, inputs) ** 2 * crowd_of(case)
     gain = gain_of(case) * growth
-    lost = 0.0
-    if case["function"] in OF_DISTANCES:
-        lost = _of_distances(case, inputs, 1e-15)[2] * crowd_of(case)
+    of_distances = case["function"] in OF_DISTANCES
+    lost = _of_distances(case, inputs, 1e-15)[2] * crowd_of(case) if of_distances else 0.0
     bounds = [1e-10 * max(1, gain) * max(1, y.abs().max().item()) + lost for y in truth]
     return [((x - y).abs().max().item(), bound) for x, y, bound in zip(found, truth, bounds, strict=True)]
 
