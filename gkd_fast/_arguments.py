@@ -5,12 +5,12 @@ import numbers
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from gkd_fast import ops
+from gkd_fast._autocast import autocast_enabled
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 # What neighbors="auto" and self_weight="auto" stand for where bandwidth="auto"; None: a graph with K_ii = 1 whose
@@ -18,8 +18,6 @@ BACKENDS = ("auto", "reference", "cpp", "triton")
 DEFAULT_NEIGHBORS: float | None = None
 DEFAULT_SELF_WEIGHT: float | None = None
 NORMALIZATIONS = ("symmetric", "row")
-# Device types without autocast: torch.compile of PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
-_WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")
 
 
 def check_bandwidth(bandwidth: float | Tensor | str) -> float | Tensor | str:
@@ -304,14 +302,3 @@ def compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
         if x.dtype != first.dtype and not autocast_enabled(first):
             raise TypeError(f"{name} must have the type of {first_name} ({first.dtype}), got {x.dtype}")
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
-
-
-def autocast_enabled(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device; never on a device that has none ("meta")."""
-    device = tensor.device.type
-    return device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device)
-
-
-def autocast_disabled(tensor: Tensor) -> AbstractContextManager[None]:
-    """A context in which operations on the tensor's device keep their types."""
-    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else nullcontext()

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_fast._arguments import autocast_disabled, stages_of
+from gkd_fast._arguments import stages_of
+from gkd_fast._autocast import autocast_disabled
 from gkd_fast._pooling import StagePool, pool_features
 from gkd_fast.modules import PairWeightNetwork, first_parameter
 

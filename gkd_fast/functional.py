@@ -16,7 +16,6 @@ from gkd_fast import _neighbors, ops, reference
 from gkd_fast._arguments import (
     BACKENDS,
     NORMALIZATIONS,
-    autocast_disabled,
     bank_size,
     check_bandwidth,
     check_bank,
@@ -34,6 +33,7 @@ from gkd_fast._arguments import (
     product_precision,
     select_backend,
 )
+from gkd_fast._autocast import autocast_disabled
 from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast._neighbors import MAX_BANDWIDTH, MIN_BANDWIDTH
 from gkd_fast._pairs import blocks_of, losses_of_blocks, used_of

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gkd_fast import functional, reference
-from gkd_fast._arguments import BACKENDS, NORMALIZATIONS, autocast_enabled, check_choice, check_count, check_graph
+from gkd_fast._arguments import BACKENDS, NORMALIZATIONS, check_choice, check_count, check_graph
+from gkd_fast._autocast import autocast_enabled
 from gkd_fast._training import recomputing, repeats_or_is_undone
 from gkd_fast.distributed import Group, Shards, shards_of
 from gkd_fast.ops.autograd import transformed

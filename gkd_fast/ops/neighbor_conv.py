@@ -146,12 +146,17 @@ def _(upstream, nodes, *arguments, **named):
     return nodes.new_empty(nodes.shape)
 
 
-@torch.library.impl("gkd_fast::neighbor_conv_gradients", "CompositeExplicitAutograd")
-def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs):
+def composed_gradients(
+    upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs
+):
+    """``neighbor_conv_gradients`` by the ops above."""
     rows = upstream, nodes, messages, output, log_sums, inverse_variance
     gradients, _ = gradients_of_rows(None, rows, normalization, product_precision, needs)
     # Of an op, no result may be another's alias.
     return [x for x in gradients if x is not None]
+
+
+torch.library.impl("gkd_fast::neighbor_conv_gradients", "CompositeExplicitAutograd", composed_gradients)
 
 
 def _setup_context(ctx, inputs, output):

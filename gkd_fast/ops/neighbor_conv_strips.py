@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from gkd_fast._autocast import autocast_disabled
+
 STRIP = 1 << 22
 CPU_STRIP = 1 << 18  # what a core's cache holds
 
@@ -22,7 +24,7 @@ def in_own_type(op: Callable) -> Callable:
 
     @functools.wraps(op)
     def unrounded(first: Tensor, *arguments, **named):
-        with torch.autocast(first.device.type, enabled=False):
+        with autocast_disabled(first):
             return op(first, *arguments, **named)
 
     return unrounded

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gkd_fast import distributed, ops, reference
 from gkd_fast._arguments import (
-    autocast_disabled,
     bank_size,
     check_banks,
     check_choice,
@@ -19,6 +18,7 @@ from gkd_fast._arguments import (
     select_backend,
     warn_once,
 )
+from gkd_fast._autocast import autocast_disabled
 from gkd_fast.distributed import Group, Shards, checking, of_union, shards_of
 from gkd_fast.ops.autograd import refuse_transforms
 

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from gkd_fast import ops, reference
 from gkd_fast._arguments import (
-    autocast_disabled,
     bank_size,
     check_bank,
     check_choice,
@@ -15,6 +14,7 @@ from gkd_fast._arguments import (
     product_precision,
     select_backend,
 )
+from gkd_fast._autocast import autocast_disabled
 from gkd_fast._compilation import leaves_graphs, meets_columns
 from gkd_fast.distributed import Group, Shards, checking, shards_of, union, unit_columns
 from gkd_fast.relations.common import REDUCTIONS, check_within, graphs_of, mean, unit_rows

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gkd_fast import ops
-from gkd_fast._arguments import autocast_disabled
+from gkd_fast._autocast import autocast_disabled
 from gkd_fast.ops.autograd import transformed
 
 # Rows whose temporaries are held at once: a block of the usual widths stays in the core's cache.

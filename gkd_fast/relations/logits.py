@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from gkd_fast import reference
-from gkd_fast._arguments import autocast_disabled, check_choice, check_flag, check_positive, compute_dtype
+from gkd_fast._arguments import check_choice, check_flag, check_positive, compute_dtype
+from gkd_fast._autocast import autocast_disabled
 from gkd_fast.relations.common import REDUCTIONS, check_pair
 
 

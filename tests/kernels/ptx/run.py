@@ -13,6 +13,7 @@ from triton.compiler import CompiledKernel
 
 from gkd_fast import kernels, ops
 from gkd_fast.ops import affinities
+from gkd_fast.ops.neighbor_conv import composed_gradients
 
 from ..launched import launches
 from .machine import Machine
@@ -80,6 +81,8 @@ def triton_on_cpu() -> Iterator[list[str]]:
             warnings.simplefilter("ignore")  # PyTorch tells that a kernel is overridden
             for name, launcher in kernels.OPS.items():
                 library.impl(name, launcher, "CPU")
+            # Devices without a kernel of it take what it is composed of.
+            library.impl("neighbor_conv_gradients", composed_gradients, "CPU")
         with (
             mock.patch.object(ops, "missing", lambda backend, device: None),
             mock.patch.object(affinities, "keeps", lambda *_: False),
