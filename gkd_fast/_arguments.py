@@ -13,10 +13,10 @@ from gkd_fast import ops
 from gkd_fast._autocast import autocast_enabled
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
-# What neighbors="auto" and self_weight="auto" stand for where bandwidth="auto"; None: a graph with K_ii = 1 whose
-# bandwidth follows from the mean distance.
-DEFAULT_NEIGHBORS: float | None = None
-DEFAULT_SELF_WEIGHT: float | None = None
+# What neighbors="auto" and self_weight="auto" stand for where bandwidth="auto", chosen on validation images
+# (docs/results.md); elsewhere for None: a graph with K_ii = 1.
+DEFAULT_NEIGHBORS: float | None = 8.0
+DEFAULT_SELF_WEIGHT: float | None = 0.8
 NORMALIZATIONS = ("symmetric", "row")
 
 

@@ -115,8 +115,9 @@ def graph_conv(
         bandwidth: σ > 0, a number or a 0-dim tensor (taken without gradient), or ``"auto"``, found for the nodes. A
             sequence has one for each stage.
         neighbors: with ``bandwidth="auto"``, how many other nodes a node listens to: σ is
-            :func:`neighbor_bandwidth` of it, or with None :func:`adaptive_bandwidth`. ``"auto"``: None.
-        self_weight: ρ from 0 to 1, or None: the graph with A_ii = 1. ``"auto"``: None.
+            :func:`neighbor_bandwidth` of it, or with None :func:`adaptive_bandwidth`. ``"auto"``: 8.
+        self_weight: ρ from 0 to 1, or None: the graph with A_ii = 1. ``"auto"``: 0.8 with ``bandwidth="auto"``, else
+            None.
         normalization: ``"symmetric"`` or ``"row"``.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
         process_group: the samples of all its ranks are the nodes, see :mod:`gkd_fast.distributed`.

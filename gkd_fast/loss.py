@@ -59,8 +59,10 @@ class GraphKDLoss(nn.Module):
         layers: graph convolutions per stage.
         bandwidth: of the graph convolutions: σ > 0, or ``"auto"``.
         neighbors: of the graph convolutions, with ``bandwidth="auto"``: how many others a node listens to at any batch
-            size, or None: a bandwidth that follows from the mean distance; see :class:`gkd_fast.BatchGCN`.
+            size (``"auto"``: 8), or None: a bandwidth that follows from the mean distance; see
+            :class:`gkd_fast.BatchGCN`.
         self_weight: of the graph convolutions: the own message's weight beside the others', from 0 to 1, or None.
+            ``"auto"``: 0.8 with ``bandwidth="auto"``, else None.
         normalization: ``"symmetric"`` or ``"row"``.
         node_temperature: τ > 0 of the node loss.
         relation_temperature: τ > 0 of the relation loss.

@@ -34,11 +34,12 @@ class BatchGCN(nn.Module):
         embed_dim: width of every layer's output.
         layers: number of convolutions, at least 1.
         bandwidth: σ > 0, or ``"auto"``: adapted to each batch.
-        neighbors: with ``bandwidth="auto"``, how many others a node listens to at any batch size, or None: as many as
-            the mean distance gives; see :func:`gkd_fast.functional.graph_conv`. In training each call's σ is the next
-            one's start (``found_bandwidth`` and ``found_batch``, buffers), so that one pass over the pairs finds it; at
-            another batch size it is sought anew.
+        neighbors: with ``bandwidth="auto"``, how many others a node listens to at any batch size (``"auto"``: 8), or
+            None: as many as the mean distance gives; see :func:`gkd_fast.functional.graph_conv`. In training each
+            call's σ is the next one's start (``found_bandwidth`` and ``found_batch``, buffers), so that one pass over
+            the pairs finds it; at another batch size it is sought anew.
         self_weight: the own message's weight beside the others', from 0 to 1, or None: the graph with A_ii = 1.
+            ``"auto"``: 0.8 with ``bandwidth="auto"``, else None.
         normalization: ``"symmetric"`` or ``"row"``.
         backend: as in :mod:`gkd_fast.functional`.
 
@@ -114,8 +115,11 @@ class BatchGCN(nn.Module):
             self.found_batch.fill_(batch)
             self._batch = batch
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if self.neighbors is not None:  # A state without what a search found begins with one.
+            state_dict.setdefault(prefix + "found_bandwidth", torch.ones(()))
+            state_dict.setdefault(prefix + "found_batch", torch.zeros((), dtype=torch.int64))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
         if self.neighbors is not None and not self.found_batch.is_meta:
             self._batch = int(self.found_batch.item())
 

@@ -139,8 +139,9 @@ class GraphConfig:
         embed_dim: width of the graph embeddings.
         layers: graph convolutions per stage.
         bandwidth: of the adjacency: a positive number, or auto.
-        neighbors: with bandwidth auto, how many others a sample listens to, null, or auto.
-        self_weight: the own message's weight beside the others', from 0 to 1, null, or auto.
+        neighbors: with bandwidth auto, how many others a sample listens to, null, or auto: 8.
+        self_weight: the own message's weight beside the others', from 0 to 1, null, or auto: 0.8 with bandwidth auto,
+            else null.
         normalization: of the adjacency: symmetric or row.
         node_temperature: of the node loss.
         relation_temperature: of the relation loss.
