@@ -35,22 +35,22 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-_unrolling: ContextVar[bool] = ContextVar("unrolling", default=False)
+_beside_training: ContextVar[bool] = ContextVar("beside_training", default=False)
 
 
 @contextmanager
-def unrolling() -> Iterator[None]:
-    """Within the block calls are those of unrolled steps, which are undone, and of their replays."""
-    token = _unrolling.set(True)
+def beside_training() -> Iterator[None]:
+    """Within the block calls are looks, or those of unrolled steps, which are undone, and of their replays."""
+    token = _beside_training.set(True)
     try:
         yield
     finally:
-        _unrolling.reset(token)
+        _beside_training.reset(token)
 
 
 def repeats_or_is_undone() -> bool:
-    """Whether this call is not a training step's own: recomputed, or of an unrolled step."""
-    return not torch.compiler.is_compiling() and (recomputing() or _unrolling.get())
+    """Whether this call is not a training step's own: recomputed, a look, or of an unrolled step."""
+    return not torch.compiler.is_compiling() and (recomputing() or _beside_training.get())
 
 
 def being_captured(x: Tensor) -> bool:

@@ -23,6 +23,7 @@ from gkd_fast._training import (
     CHECKED_CALLS,
     TrainingWatch,
     being_captured,
+    beside_training,
     recomputing,
     repeats_or_is_undone,
 )
@@ -388,6 +389,7 @@ class GraphKDLoss(nn.Module):
             self.bank.add([*student_embeddings, *teacher_embeddings], self._last.shards)
 
     @torch.no_grad()
+    @beside_training()
     def diagnostics(
         self, student_feats: Features | None = None, teacher_feats: Features | None = None, *, weights: Weights = None
     ) -> Report:

@@ -10,7 +10,7 @@ from gkd_fast import distributed
 from gkd_fast._arguments import check_choice
 from gkd_fast._compilation import as_written
 from gkd_fast._snapshot import Snapshot
-from gkd_fast._training import unrolling
+from gkd_fast._training import beside_training
 
 Objective = Callable[[], Tensor]
 
@@ -206,7 +206,7 @@ class UnrolledSGD:
         objective, state, *_ = self._trajectory[step]
         if step == 0:
             state.restore(self._params)
-            with torch.no_grad(), unrolling():
+            with torch.no_grad(), beside_training():
                 self._replayed[step] = objective().detach()
         moved = [(p, x) for p, x in zip(self._params, v) if x is not None]
         if not moved:
@@ -255,7 +255,7 @@ class UnrolledSGD:
 
     def _differentiate(self, objective: Objective, inputs: Sequence[Tensor], create_graph: bool):
         """This rank's value, the mean over the ranks and the gradients."""
-        with torch.enable_grad(), unrolling():
+        with torch.enable_grad(), beside_training():
             value = objective()
             if not isinstance(value, Tensor):
                 raise TypeError(f"objective must return a Tensor, got {type(value).__name__}")

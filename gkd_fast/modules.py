@@ -209,7 +209,7 @@ def _batch_of(nodes: Sequence[Tensor], process_group: Group) -> int:
 
 def _moves_state() -> bool:
     """Whether this call is a training step's own."""
-    return torch.is_grad_enabled() and not transformed() and not repeats_or_is_undone()
+    return not transformed() and not repeats_or_is_undone()
 
 
 class PairWeightNetwork(nn.Module):

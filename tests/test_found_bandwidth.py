@@ -38,14 +38,19 @@ def test_the_bandwidth_of_a_step_is_the_next_ones_start():
     assert passes(module, batch_of(30, 4)) == 1
 
 
-def test_evaluation_and_calls_without_gradient_leave_the_bandwidth_as_it_is():
+def test_evaluation_and_diagnostics_leave_the_bandwidth_as_it_is():
     module = head()
     module(batch_of(50, 0))
     before = module.found_bandwidth.clone()
-    with torch.no_grad():
-        module(batch_of(50, 1))
     assert passes(module.eval(), batch_of(50, 1)) == 1
     assert torch.equal(module.found_bandwidth, before)
+    criterion = GraphKDLoss([12], [12], num_classes=3, neighbors=6)
+    criterion([batch_of(50, 0)], [batch_of(50, 1)], torch.arange(50) % 3)
+    before = [x.clone() for x in criterion.buffers()]
+    criterion.diagnostics([batch_of(50, 2)], [batch_of(50, 3)])
+    criterion.diagnostics([batch_of(30, 2)], [batch_of(30, 3)])
+    assert len(before) == 4 and all(torch.equal(x, y) for x, y in zip(criterion.buffers(), before))
+    assert passes(criterion.student_heads[0], batch_of(50, 4)) == 1
 
 
 @pytest.mark.parametrize("how", ["state", "copy"])
@@ -61,18 +66,45 @@ def test_a_resumed_module_goes_on_with_the_same_bits(how):
     assert torch.equal(module.found_bandwidth, resumed.found_bandwidth)
 
 
-def test_a_checkpointed_call_is_computed_again_as_it_was():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_call_is_computed_again_as_it_was(reentrant):
+    """Reentrant checkpointing makes the call itself without gradient."""
     plain, again = head(), head()
     for step in range(3):
-        nodes = batch_of(50, step)
+        nodes = batch_of(50, step).requires_grad_()
         plain(nodes).square().sum().backward()
-        torch.utils.checkpoint.checkpoint(again, nodes, use_reentrant=False).square().sum().backward()
+        torch.utils.checkpoint.checkpoint(again, nodes, use_reentrant=reentrant).square().sum().backward()
     assert torch.equal(plain.found_bandwidth, again.found_bandwidth)
     assert torch.equal(plain.linears[0].weight.grad, again.linears[0].weight.grad)
 
 
 def test_without_neighbors_there_is_nothing_more_to_save():
-    assert set(BatchGCN(3, 4).state_dict()) == {"linears.0.weight", "linears.0.bias"}
+    assert set(BatchGCN(3, 4, neighbors=None).state_dict()) == {"linears.0.weight", "linears.0.bias"}
+    assert set(BatchGCN(3, 4, bandwidth=0.5).state_dict()) == {"linears.0.weight", "linears.0.bias"}
+
+
+def test_a_state_of_a_graph_without_a_search_begins_with_one():
+    """Such as one that was saved when the default was another."""
+    trained = BatchGCN(12, 5, neighbors=None)
+    module = head()
+    module(batch_of(50, 0))
+    module.load_state_dict(trained.state_dict())
+    assert torch.equal(module.linears[0].weight, trained.linears[0].weight)
+    fresh = head()
+    fresh.load_state_dict(trained.state_dict())
+    nodes = batch_of(50, 1)
+    assert passes(module, nodes) > 1
+    fresh(nodes)
+    assert torch.equal(module.found_bandwidth, fresh.found_bandwidth)
+
+
+@pytest.mark.parametrize("options", [{"neighbors": None}, {"bandwidth": 0.5}])
+def test_a_state_of_a_graph_with_a_search_is_none_of_one_without(options):
+    trained, module = head(), BatchGCN(12, 5, **options)
+    with pytest.raises(RuntimeError, match='Unexpected key.*"found_bandwidth", "found_batch"'):
+        module.load_state_dict(trained.state_dict())
+    module.load_state_dict(trained.state_dict(), strict=False)
+    assert torch.equal(module.linears[0].weight, trained.linears[0].weight)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
