@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from gkd_fast.train import pictures, report
-from gkd_fast.train.config import Config, TrainError
+from gkd_fast.train.config import Config, NetworkConfig, TrainError
 from gkd_fast.train.cost import measure_costs
 from gkd_fast.train.evaluation import evaluate_weights
 from gkd_fast.train.files import write_json
@@ -52,6 +52,7 @@ def compare_methods(config: Config, console: Console) -> dict:
             options,
             seed=seed,
             teacher=teacher["weights"],
+            student_network=_of_seed(options.student_network, seed),
             output=str(folder / arm / f"seed-{seed}"),
             threads=1 if config.compare.workers > 1 else config.threads,
         )
@@ -63,7 +64,7 @@ def compare_methods(config: Config, console: Console) -> dict:
     main = PartialState().is_main_process
     if config.compare.cost_batch_sizes and main:
         console.print("measuring time and memory of a step")
-        summary["costs"] = measure_costs(config)
+        summary["costs"] = measure_costs(replace(config, student_network=_of_seed(config.student_network, config.seed)))
     if main:
         write_json(folder / "summary.json", summary)
         metrics = {
@@ -71,6 +72,13 @@ def compare_methods(config: Config, console: Console) -> dict:
         }
         report.print_comparison(summary, pictures.draw(summary, metrics, folder), console)
     return summary
+
+
+def _of_seed(network: NetworkConfig, seed: int) -> NetworkConfig:
+    """The network, which starts from the seed's own weights."""
+    return (
+        network if network.weights is None else replace(network, weights=network.weights.replace("{seed}", str(seed)))
+    )
 
 
 def arms_of(config: Config) -> dict[str, Config]:

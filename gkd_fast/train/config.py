@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from accelerate.utils import LoggerType
 
+from gkd_fast._arguments import check_graph
 from gkd_fast.distiller import MetaSettings
 from gkd_fast.train.data import DataConfig
 
@@ -33,7 +34,8 @@ class NetworkConfig:
         stages: module names of the stages, for networks of other libraries and one's own.
         pretrained: start from the library's weights; for timm/ and torchvision/.
         auxiliary: a branch with a classifier of its own at every stage but the last.
-        weights: file to start from: weights of a run, or a plain state_dict (maybe under "model" or "net").
+        weights: file to start from: weights of a run, or a plain state_dict (maybe under "model" or "net"). In the name
+            of those that compare's students start from {seed} stands for the seed.
     """
 
     name: str = "wrn_16_2"
@@ -315,6 +317,9 @@ def relevant_options(config: Config, role: str) -> dict:
     for name, value in dataclasses.asdict(config).items():
         options |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     options["device"] = config.device.split(":")[0]  # any of several alike
+    # What "auto" stands for may change from version to version.
+    form = check_graph(config.graph.bandwidth, config.graph.neighbors, config.graph.self_weight)
+    options |= dict(zip(("graph.bandwidth", "graph.neighbors", "graph.self_weight"), form))
     return {name: v for name, v in options.items() if name not in free and name.split(".")[0] not in free}
 
 

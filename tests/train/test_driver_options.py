@@ -10,7 +10,7 @@ from torch import nn
 
 from gkd_fast.train import cli
 from gkd_fast.train.build import build_optimizer, build_scheduler
-from gkd_fast.train.config import TrainingConfig
+from gkd_fast.train.config import GraphConfig, TrainingConfig, relevant_options
 from gkd_fast.train.metrics import read_metrics
 from gkd_fast.train.models import build_network
 from gkd_fast.train.run import _mixup, train
@@ -101,6 +101,16 @@ def test_models_of_timm(name, dims):
     assert [x.shape[1] for x in features] == network.feature_dims == dims and logits[0].shape == (2, 5)
     with pytest.raises(ValueError, match="timm has no model 'resnet0'"):
         build_network("timm/resnet0", 5, (3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("graph", "form"),
+    [({}, (8, 0.8)), ({"neighbors": None, "self_weight": None}, (None, None)), ({"bandwidth": 0.5}, (None, None))],
+)
+def test_a_run_can_be_resumed_with_what_its_graph_stood_for(tiny, graph, form):
+    """And with nothing else, whatever the default is by then."""
+    options = relevant_options(replace(tiny, graph=GraphConfig(**graph)), "student")
+    assert (options["graph.neighbors"], options["graph.self_weight"]) == form
 
 
 def test_help_has_the_choices(capsys):
