@@ -2,7 +2,8 @@
 
 The formulas count what ``gkd_fast.distributed`` and the ops send and keep; tests compare them with the bytes that
 processes really send. A step is that of ``GraphKDLoss``, forward + backward, gradients to the students and to both
-sides' graph convolutions (the teacher's learn from labels), with B samples in equal shards of b = B/W rows.
+sides' graph convolutions (the teacher's learn from labels), with B samples in equal shards of b = B/W rows; its graphs
+have their own nodes in them (``neighbors=None, self_weight=None``).
 """
 
 from dataclasses import dataclass

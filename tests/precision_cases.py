@@ -34,9 +34,13 @@ def near_rows(batch: int, cosine: float, *widths: int, seed: int = 0, zero_rows:
     return rows
 
 
-def _graph_conv(normalization: str, **options):
+def _graph_conv(normalization: str, self_weight: float | None = None):
+    """At the adaptive bandwidth, which needs no pairs."""
+
     def function(nodes, messages, backend):
-        return functional.graph_conv(nodes, messages, normalization=normalization, backend=backend, **options)
+        return functional.graph_conv(
+            nodes, messages, neighbors=None, self_weight=self_weight, normalization=normalization, backend=backend
+        )
 
     return function
 

@@ -26,7 +26,8 @@ def test_a_state_loaded_into_deferred_memory_gives_the_usual_loss(assign):
     if not assign:
         deferred.to_empty(device="cpu")
         for tensor in (*deferred.parameters(), *deferred.buffers()):
-            torch.nn.init.constant_(tensor, float("nan"))  # what uninitialised memory may hold
+            # What uninitialised memory may hold.
+            torch.nn.init.constant_(tensor, float("nan") if tensor.is_floating_point() else 8)
     deferred.load_state_dict(usual.state_dict(), assign=assign)
     for criterion in (usual, deferred):
         criterion.eval()

@@ -9,7 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_fast import _arguments, functional, reference
 from gkd_fast.distributed import Shards
-from gkd_fast.functional import adaptive_bandwidth, effective_neighbors, graph_conv, node_contrast, relation_kl
+from gkd_fast.functional import (
+    adaptive_bandwidth,
+    effective_neighbors,
+    graph_conv,
+    neighbor_bandwidth,
+    node_contrast,
+    relation_kl,
+)
 from gkd_fast.ops import backends
 
 X = torch.ones(4, 3)
@@ -164,11 +171,21 @@ def test_adaptive_bandwidth_at_the_edges():
     assert not adaptive_bandwidth(torch.randn(5, 4, requires_grad=True)).requires_grad
 
 
-def test_adaptive_bandwidth_is_the_default_of_graph_conv():
+def test_the_default_graph_is_over_eight_others_with_the_own_message_apart():
+    nodes, messages = torch.randn(2, 30, 4)
+    sigma = neighbor_bandwidth(nodes, 8)
+    expected = graph_conv(nodes, messages, bandwidth=sigma, self_weight=0.8)
+    assert torch.equal(graph_conv(nodes, messages), expected)
+    torch.testing.assert_close(reference.graph_conv(nodes, messages, sigma, "symmetric", 0.8), expected)
+    with_own_node = graph_conv(nodes, messages, bandwidth=0.5)
+    assert torch.equal(with_own_node, graph_conv(nodes, messages, bandwidth=0.5, self_weight=None))
+
+
+def test_without_neighbors_the_bandwidth_is_the_adaptive_one():
     nodes, messages = torch.randn(2, 9, 4)
     sigma = adaptive_bandwidth(nodes)
     expected = graph_conv(nodes, messages, bandwidth=sigma)
-    assert torch.equal(graph_conv(nodes, messages), expected)
+    assert torch.equal(graph_conv(nodes, messages, neighbors=None, self_weight=None), expected)
     torch.testing.assert_close(graph_conv(nodes, messages, bandwidth=sigma.item()), expected)
 
 

@@ -10,14 +10,14 @@ from gkd_fast import GraphKDLoss, functional
 from .ops_cases import FUSED, GRAPHS, requires_fused, rows
 
 pytestmark = requires_fused
-OTHERS = GRAPHS["others"]
+OWN_NODE, OTHERS = GRAPHS["own node"], GRAPHS["others"]
 FUNCTIONS = {
     "relation_kl": lambda x, y, **o: functional.relation_kl([x, x], y, **o),
     "relation_kl with a bank": lambda x, y, **o: functional.relation_kl(x, y, bank=([y[:3]], [y[3:6]]), **o),
     "node_contrast": lambda x, y, **o: functional.node_contrast([x, x], y, **o),
     "node_contrast with a bank": lambda x, y, **o: functional.node_contrast(x, y, bank=[y[:3]], **o),
-    "graph_conv of frozen messages": lambda x, y, **o: functional.graph_conv(x, y, **o),
-    "graph_conv over frozen nodes": lambda x, y, **o: functional.graph_conv(y, x, **o),
+    "graph_conv of frozen messages": lambda x, y, **o: functional.graph_conv(x, y, **OWN_NODE, **o),
+    "graph_conv over frozen nodes": lambda x, y, **o: functional.graph_conv(y, x, **OWN_NODE, **o),
     "neighbor_conv of frozen messages": lambda x, y, **o: functional.graph_conv(x, y, **OTHERS, **o),
     "neighbor_conv over frozen nodes": lambda x, y, **o: functional.graph_conv(y, x, **OTHERS, **o),
     "graph_conv of a frozen bandwidth": lambda x, y, **o: functional.graph_conv(x, x, bandwidth=y.std(), **o),
@@ -45,7 +45,9 @@ def test_gradients_are_those_of_ordinary_features(name, dtype, backend):
 
 @pytest.mark.parametrize("backend", [FUSED, "reference"])
 @pytest.mark.parametrize(
-    ("teacher_graph", "graph"), [("labels", {}), ("frozen", {}), ("labels", OTHERS)], ids=["labels", "frozen", "others"]
+    ("teacher_graph", "graph"),
+    [("labels", OWN_NODE), ("frozen", OWN_NODE), ("labels", OTHERS)],
+    ids=["labels", "frozen", "others"],
 )
 def test_the_loss_trains_with_such_a_teacher(teacher_graph, graph, backend):
     torch.manual_seed(0)

@@ -259,7 +259,13 @@ def test_diagnostics():
     assert report["node_loss_minus_log_batch"] == pytest.approx(losses.mean().item() - math.log(11), abs=1e-5)
     cosines = F.normalize(es[0]) @ F.normalize(es[0]).T
     assert report["student_cosine"][0] == pytest.approx((cosines.sum().item() - 11) / 110, abs=1e-5)
-    assert report["teacher_neighbors"][2] == pytest.approx(functional.effective_neighbors(teacher[2]).mean().item())
+    found = functional.effective_neighbors(teacher[2], report["teacher_bandwidth"][2], others=True)
+    assert report["teacher_neighbors"][2] == pytest.approx(found.mean().item())
+    assert report["wanted_neighbors"] == 8
+    own_node = _criterion(neighbors=None, self_weight=None)
+    own_node(student, teacher, target)
+    found = functional.effective_neighbors(teacher[2]).mean().item()
+    assert own_node.diagnostics()["teacher_neighbors"][2] == pytest.approx(found)
     assert 0.3 < report["weight_mean"] < 0.7 and report["weight_std"] > 0
 
 
@@ -275,7 +281,7 @@ def test_diagnostics_wait_for_the_device_once(monkeypatch):
     report = criterion.diagnostics()
     assert waits == ["tolist"]
     numbers = [x for value in report.values() for x in (value if isinstance(value, list) else [value])]
-    assert len(numbers) == 3 + 3 * 3 and all(type(x) is float for x in numbers)
+    assert len(numbers) == 4 + 3 * 3 and all(type(x) is float for x in numbers)
 
 
 def test_a_vacuous_graph_warns_once():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gkd_fast import BatchGCN, PairWeightNetwork, reference
-from gkd_fast.functional import adaptive_bandwidth
+from gkd_fast.functional import adaptive_bandwidth, neighbor_bandwidth
 
 
 def test_one_layer_is_the_convolution_of_a_linear_map():
@@ -13,12 +13,17 @@ def test_one_layer_is_the_convolution_of_a_linear_map():
 
 
 def test_layers_share_the_graph_and_have_relu_between():
-    gcn = BatchGCN(5, 3, layers=2, backend="reference")
-    x = torch.randn(8, 5)
-    sigma = adaptive_bandwidth(x)
-    hidden = reference.graph_conv(x, gcn.linears[0](x), sigma)
-    expected = reference.graph_conv(x, gcn.linears[1](hidden.relu()), sigma)
-    torch.testing.assert_close(gcn(x), expected)
+    x = torch.randn(20, 5)
+    forms = (
+        (neighbor_bandwidth(x, 8, backend="reference"), 0.8, {}),
+        (adaptive_bandwidth(x), None, {"neighbors": None, "self_weight": None}),
+    )
+    for sigma, self_weight, options in forms:
+        gcn = BatchGCN(5, 3, layers=2, backend="reference", **options)
+        settings = sigma, "symmetric", self_weight
+        hidden = reference.graph_conv(x, gcn.linears[0](x), *settings)
+        expected = reference.graph_conv(x, gcn.linears[1](hidden.relu()), *settings)
+        torch.testing.assert_close(gcn(x), expected)
     assert (gcn(x) < 0).any()  # none after the last
 
 

@@ -49,8 +49,9 @@ def test_a_node_without_others_keeps_its_message(backend):
 def test_the_old_form_takes_the_bandwidth_of_the_neighbors():
     nodes, messages = rows(30, 4, 3)
     expected = graph_conv(nodes, messages, bandwidth=neighbor_bandwidth(nodes, 6, backend=FUSED), backend=FUSED)
-    assert torch.equal(graph_conv(nodes, messages, neighbors=6, backend=FUSED), expected)
-    several = graph_conv([nodes, nodes], [messages, messages], neighbors=6, backend=FUSED)
+    options = {"neighbors": 6, "self_weight": None, "backend": FUSED}
+    assert torch.equal(graph_conv(nodes, messages, **options), expected)
+    several = graph_conv([nodes, nodes], [messages, messages], **options)
     assert all(torch.equal(x, expected) for x in several)
 
 

@@ -2,7 +2,7 @@
 
 The loss is measured like an op: its parameters and the student's features are the inputs with gradient
 (:mod:`bench.cases`). The float64 truth is the loss itself with its three functions computed on strips
-(:mod:`bench.truth`).
+(:mod:`bench.truth`). Graphs have their own nodes in them; ``python -m bench forms`` sets the default graph beside them.
 """
 
 import argparse

@@ -11,7 +11,8 @@ BATCH = 41
 
 # Name: the function of its inputs and of options, and the inputs' widths.
 FUNCTIONS = {
-    "graph_conv symmetric": (lambda x, **o: functional.graph_conv(*x, **o), (4, 3)),
+    "graph_conv": (lambda x, **o: functional.graph_conv(*x, **o), (4, 3)),
+    "graph_conv symmetric": (lambda x, **o: functional.graph_conv(*x, neighbors=None, self_weight=None, **o), (4, 3)),
     "graph_conv row": (lambda x, **o: functional.graph_conv(*x, bandwidth=0.6, normalization="row", **o), (4, 3)),
     "graph_conv of the others": (lambda x, **o: functional.graph_conv(*x, neighbors=5, self_weight=0.3, **o), (4, 3)),
     "graph_conv of the others, row": (

@@ -52,7 +52,8 @@ def problem(group, batch):
     """A loss in its steady state and this rank's arguments."""
     ranks = dist.get_world_size(group)
     torch.manual_seed(0)
-    criterion = GraphKDLoss(*WIDTHS.values(), num_classes=3, embed_dim=48, process_group=group)
+    options = {"neighbors": None, "self_weight": None}  # the graphs of the formulas
+    criterion = GraphKDLoss(*WIDTHS.values(), num_classes=3, embed_dim=48, process_group=group, **options)
     criterion._training_calls = 2  # its own look at the graphs is over
     students, teachers = ([torch.randn(batch // ranks, w) for w in widths] for widths in WIDTHS.values())
     return criterion, [x.requires_grad_() for x in students], teachers, torch.randint(3, (batch // ranks,))

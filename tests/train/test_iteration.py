@@ -20,8 +20,9 @@ BACKENDS = available_backends(torch.device("cpu"))
 def _distiller(backend: str) -> Distiller:
     student, teacher = (build_network(name, 4, (1, 8, 8)).double() for name in ("small_2", "small_3"))
     criterion = GraphKDLoss(
-        student.feature_dims, teacher.feature_dims, num_classes=4, embed_dim=6, backend=backend
-    ).double()
+        student.feature_dims, teacher.feature_dims, num_classes=4, embed_dim=6, backend=backend,
+        neighbors=None, self_weight=None,  # the graph of the transcription
+    ).double()  # fmt: skip
     pair_weights = PairWeightNetwork(6, 3, 3, width=5).double()
     module = GraphDistiller(student, teacher, criterion=criterion, meta=True, pair_weights=pair_weights)
     return Distiller(module, torch.optim.SGD(module.parameters(), **SGD))

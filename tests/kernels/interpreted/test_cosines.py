@@ -17,10 +17,10 @@ def of_one_pair(function):
 
 
 FUNCTIONS = {
-    "graph_conv symmetric": partial(functional.graph_conv, bandwidth="auto"),
-    "graph_conv row": partial(functional.graph_conv, bandwidth="auto", normalization="row"),
-    "neighbor_conv symmetric": partial(functional.graph_conv, bandwidth="auto", self_weight=0.3),
-    "neighbor_conv row": partial(functional.graph_conv, bandwidth="auto", normalization="row", self_weight=0.3),
+    "graph_conv symmetric": partial(functional.graph_conv, neighbors=None, self_weight=None),
+    "graph_conv row": partial(functional.graph_conv, neighbors=None, self_weight=None, normalization="row"),
+    "neighbor_conv symmetric": partial(functional.graph_conv, neighbors=None, self_weight=0.3),
+    "neighbor_conv row": partial(functional.graph_conv, neighbors=None, self_weight=0.3, normalization="row"),
     "node_contrast": functional.node_contrast,
 }
 LOSSES = {name: of_one_pair(getattr(functional, name)) for name in ("relation_kl", "node_contrast")}

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 from gkd_fast import GraphKDLoss, functional, ops, reference
 from gkd_fast.kernels.common import autotune, table
 from gkd_fast.kernels.relation_kl.launches import relation_kl
+from tests.ops_cases import GRAPHS
 
 from .judge import features
 
@@ -95,7 +96,7 @@ def test_nan_in_gives_nan_out():
         assert functional.graph_conv(x, y, bandwidth=0.5, backend="triton")[1].isnan().all()
 
 
-@pytest.mark.parametrize("graph", [{}, {"neighbors": 8, "self_weight": 0.8}], ids=["old", "neighbors"])
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 def test_a_whole_loss_on_interpreted_kernels(graph):
     losses = []
     for backend in ("reference", "triton"):
