@@ -117,6 +117,9 @@ def product_precision(x: Tensor) -> str:
     return _float32_products() if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
+_PRODUCTS_OF_SETTING = {"highest": "float32", "high": "tf32", "medium": "bfloat16"}
+
+
 def _float32_products() -> str:
     """PyTorch's setting for float32 products; a compiled function keeps the one that it was compiled under."""
     try:
@@ -124,7 +127,7 @@ def _float32_products() -> str:
     except RuntimeError:
         # The newer per-backend settings are in use, which this one cannot express.
         setting = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
-    return {"highest": "float32", "high": "tf32", "medium": "bfloat16"}[setting]
+    return _PRODUCTS_OF_SETTING[setting]
 
 
 # What torch.compiler.assume_constant_result does once it has imported torch._dynamo, which takes two seconds.
@@ -138,10 +141,11 @@ def check_features(name: str, x: Tensor, may_be_empty: bool = False) -> None:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got a Tensor of layout {x.layout}")
-    if x.dim() != 2:
-        raise ValueError(f"{name} must have 2 dimensions [batch, width], got shape {tuple(x.shape)}")
-    if x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
-        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != 2:
+        raise ValueError(f"{name} must have 2 dimensions [batch, width], got shape {tuple(shape)}")
+    if shape[1] == 0 or (shape[0] == 0 and not may_be_empty):
+        raise ValueError(f"{name} must not be empty, got shape {tuple(shape)}")
 
 
 def check_positive(name: str, value: float) -> float:
@@ -211,28 +215,28 @@ def check_graph_stages(
     named = {f"nodes[{k}]": x for k, x in enumerate(nodes)} | {f"messages[{k}]": x for k, x in enumerate(messages)}
     for name, x in named.items():
         check_features(name, x, may_be_empty)
-        if len(x) != len(nodes[0]):
-            raise ValueError(f"{name} must have as many rows as nodes[0] ({len(nodes[0])}), got {len(x)}")
+        if x.shape[0] != nodes[0].shape[0]:
+            raise ValueError(f"{name} must have as many rows as nodes[0] ({nodes[0].shape[0]}), got {x.shape[0]}")
     return nodes, messages, compute_dtype(named)
 
 
 def check_stages(
     students: Tensor | Sequence[Tensor], teachers: Tensor | Sequence[Tensor], may_be_empty: bool
 ) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
-    sides = {"students": stages_of("students", students), "teachers": stages_of("teachers", teachers)}
+    students, teachers = stages_of("students", students), stages_of("teachers", teachers)
     named: dict[str, Tensor] = {}
-    for side, stages in sides.items():
+    for side, stages in (("students", students), ("teachers", teachers)):
         if not stages:
             raise ValueError(f"{side} must hold at least one stage, got none")
         for k, x in enumerate(stages):
             named[f"{side}[{k}]"] = x
     for name, x in named.items():
         check_features(name, x, may_be_empty)
-    batch = sides["students"][0].shape[0]
+    batch = students[0].shape[0]
     for name, x in named.items():
         if x.shape[0] != batch:
-            raise ValueError(f"{name} must have the batch size of students[0] ({batch}), got {len(x)}")
-    return sides["students"], sides["teachers"], compute_dtype(named)
+            raise ValueError(f"{name} must have the batch size of students[0] ({batch}), got {x.shape[0]}")
+    return students, teachers, compute_dtype(named)
 
 
 def check_pairs(
@@ -296,9 +300,12 @@ def bank_size(bank: list[Tensor] | None) -> int:
 def compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     """float64 for float64 inputs, else float32; mixed types are an error, except under autocast, which mixes them."""
     (first_name, first), *others = tensors.items()
+    device, dtype, is_double = first.device, first.dtype, first.dtype == torch.float64
     for name, x in others:
-        if x.device != first.device:
-            raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {x.device}")
-        if x.dtype != first.dtype and not autocast_enabled(first):
-            raise TypeError(f"{name} must have the type of {first_name} ({first.dtype}), got {x.dtype}")
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
+        if x.device != device:
+            raise ValueError(f"{name} must be on the device of {first_name} ({device}), got {x.device}")
+        if x.dtype != dtype:
+            if not autocast_enabled(first):
+                raise TypeError(f"{name} must have the type of {first_name} ({dtype}), got {x.dtype}")
+            is_double = is_double or x.dtype == torch.float64
+    return torch.float64 if is_double else torch.float32

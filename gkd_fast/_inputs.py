@@ -41,9 +41,9 @@ def nodes_of(name: str, features: Features, dims: Sequence[int], pools: Sequence
                 f"{name}[{k}] must have width {dim}, got shape {tuple(x.shape)} with pool={pool!r}"
                 + ("" if x.dim() == 2 else "; pool= names other layouts, as 'mean_nhwc' and 'mean_ncl'")
             )
-        if len(nodes[k]) != len(nodes[0]):
+        if nodes[k].shape[0] != nodes[0].shape[0]:
             raise ValueError(
-                f"{name}[{k}] must have the batch size of {name}[0] ({len(nodes[0])}), got {len(nodes[k])}"
+                f"{name}[{k}] must have the batch size of {name}[0] ({nodes[0].shape[0]}), got {nodes[k].shape[0]}"
             )
     return nodes
 

@@ -143,8 +143,9 @@ def _convolve(
         if not isinstance(messages, Tensor):
             raise TypeError(f"messages must be a Tensor, got {type(messages).__name__}, where nodes are one")
         check_features("messages", messages, process_group is not None)
-        if len(messages) != len(nodes):
-            raise ValueError(f"messages must have as many rows as nodes ({len(nodes)}), got {len(messages)}")
+        count = nodes.shape[0]
+        if messages.shape[0] != count:
+            raise ValueError(f"messages must have as many rows as nodes ({count}), got {messages.shape[0]}")
         dtype = compute_dtype({"nodes": nodes, "messages": messages})
         bandwidth, neighbors, self_weight = check_graph(bandwidth, *form)
         check_choice("normalization", normalization, NORMALIZATIONS)
@@ -152,7 +153,7 @@ def _convolve(
     told = bandwidth if isinstance(bandwidth, (str, float, int)) else "a tensor"
     work = "graph_conv", told, neighbors, self_weight, normalization, fused
     shards = shards_of(process_group, [nodes, messages], work)
-    if self_weight is not None and (len(nodes) if shards is None else shards.total) == 1:
+    if self_weight is not None and (count if shards is None else shards.total) == 1:
         return messages + 0 * reference.unit_rows(nodes.to(dtype)).sum().to(messages.dtype)
     sigma = _bandwidth(bandwidth, neighbors, nodes, dtype, backend, shards)
     precision = product_precision(nodes)
@@ -166,7 +167,8 @@ def _convolve(
         columns = None if shards is None else graph_columns(shards, [nodes, messages], dtype)
         given = dtype, variance, normalization, precision, columns
         if self_weight is None:
-            return ops.graph_conv(nodes, messages, *given).to(messages.dtype)
+            output = ops.graph_conv(nodes, messages, *given)
+            return output if output.dtype is messages.dtype else output.to(messages.dtype)
         values = messages.to(dtype)  # Once, so that the sum of their two gradients is rounded once.
         return torch.lerp(ops.neighbor_conv(nodes, values, *given), values, self_weight).to(messages.dtype)
 
@@ -184,7 +186,7 @@ def _convolve_stages(
         check_choice("normalization", normalization, NORMALIZATIONS)
         self_weight = checked[0][2]
         # A node without others keeps its message.
-        shares = _in_shared_launches(nodes, backend, process_group) and (self_weight is None or len(nodes[0]) > 1)
+        shares = _in_shared_launches(nodes, backend, process_group) and (self_weight is None or nodes[0].shape[0] > 1)
     if not shares:
         options = normalization, backend, process_group
         return [_convolve(x, h, sigma, tuple(own), *options) for x, h, (sigma, *own) in zip(nodes, messages, checked)]

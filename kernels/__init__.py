@@ -21,21 +21,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _launcher(module: str, name: str) -> Callable[..., Any]:
-    """``name`` of ``module``, which is imported with the first call."""
-
-    @cache
-    def found() -> Callable[..., Any]:
-        launcher = getattr(import_module(f"gkd_fast.kernels.{module}"), name)
-        if os.environ.get("GKD_FAST_AUTOTUNE") != "1":
-            return launcher
-        return import_module("gkd_fast.kernels.common.autotune").autotuned(launcher)
-
-    return lambda *arguments, **named: found()(*arguments, **named)
-
-
-OPS = {
-    name: _launcher(module, name)
+_MODULES = {
+    name: module
     for module, names in {
         "unit_rows.launches": ("unit_rows", "unit_rows_backward"),
         "graph_conv.launches": ("graph_degrees", "graph_conv", "graph_conv_backward"),
@@ -72,6 +59,22 @@ OPS = {
 
 
 @cache
+def _launcher(name: str) -> Callable[..., Any]:
+    launcher = getattr(import_module(f"gkd_fast.kernels.{_MODULES[name]}"), name)
+    if os.environ.get("GKD_FAST_AUTOTUNE") != "1":
+        return launcher
+    return import_module("gkd_fast.kernels.common.autotune").autotuned(launcher)
+
+
+def _importing(name: str) -> Callable[..., Any]:
+    """The launcher of an op, whose module is imported with the first call."""
+    return lambda *arguments, **named: _launcher(name)(*arguments, **named)
+
+
+OPS = {name: _importing(name) for name in _MODULES}
+
+
+@cache
 def _prepared() -> Callable[..., Any]:
     return import_module("gkd_fast.kernels.common.operands").Prepared
 
@@ -84,21 +87,21 @@ class Launchers:
     """
 
     def __init__(self, *kept: tuple):
-        self.prepared = _prepared()(*kept)
+        self._prepared = _prepared()(*kept)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        launcher = OPS[name]
-        return partial(launcher, prepared=self.prepared) if name in _PREPARING else launcher
+        launcher = _launcher(name)
+        return partial(launcher, prepared=self._prepared) if name in _PREPARING else launcher
 
     def kept(self) -> tuple:
         """Names and tensors of what was prepared."""
-        return self.prepared.kept()
+        return self._prepared.kept()
 
 
-_PREPARING = (
+_PREPARING = frozenset((
     "graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward", "neighbor_conv_stages",
     "neighbor_conv_stages_backward", "node_contrast", "node_contrast_backward", "relation_kl", "relation_kl_backward",
-)  # fmt: skip
+))  # fmt: skip
 
 
 # The devices whose ops they are.

@@ -142,14 +142,15 @@ def asked_for(ctx, first: int) -> list[bool]:
     needs = ctx.needs_input_grad[first:]
     if torch.compiler.is_compiling():
         return list(needs)
-    nodes = [node for node, _ in ctx.next_functions]
     return [
-        needed and (_is_leaf(node) or torch._C._will_engine_execute_node(node)) for needed, node in zip(needs, nodes)
+        needed and (_is_leaf(node) or torch._C._will_engine_execute_node(node))
+        for needed, (node, _) in zip(needs, ctx.next_functions)
     ]
 
 
 def _is_leaf(node) -> bool:
-    return all(following is None for following, _ in node.next_functions)
+    following = node.next_functions
+    return not following or all(after is None for after, _ in following)
 
 
 def refuse_derivative(op: str) -> None:

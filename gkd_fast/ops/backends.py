@@ -98,7 +98,7 @@ def implementation(tensors: Sequence[Tensor], *kept: tuple) -> Any:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch.autograd._profiler_enabled()
-        and all(type(x) in _PLAIN for x in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
     return Launchers(*kept) if direct else torch.ops.gkd_fast
 
@@ -108,4 +108,4 @@ def kept_by(ops: Any) -> tuple[list, list[Tensor]]:
     return ops.kept() if isinstance(ops, Launchers) else ([], [])
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))

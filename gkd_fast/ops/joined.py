@@ -37,7 +37,7 @@ class Op:
         return first.clone() if self.reads_output else first
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # a frozen one takes the host three times as long
 class Call:
     """An op with its settings, and whether it keeps what spares its gradients work."""
 
@@ -92,12 +92,13 @@ class Joined(torch.autograd.Function):
                 unit[k], inverse_norms[k] = e, inverse
         ops = torch.ops.gkd_fast if derived else implementation(unit, (ctx.prepared, prepared))
         with nullcontext() if derived else torch._C._AutoDispatchBelowAutograd():
-            total: list[Tensor | None] = [None] * len(needs)
+            inputs, total = [*unit, *others], None
             for call, g, own in zip(ctx.calls, upstream, ctx.result_counts, strict=True):
                 of_call = [next(results) for _ in range(own)]
                 if g is not None:
-                    inputs = [*unit, *others]
-                    total = _sums(total, call.op.gradients(ops, g.contiguous(), inputs, of_call, call.settings, needs))
+                    found = call.op.gradients(ops, g.contiguous(), inputs, of_call, call.settings, needs)
+                    total = found if total is None else _sums(total, found)
+            total = total or [None] * len(needs)
             of_rows = row_gradients(total[:count], unit, inverse_norms, ctx.dtypes, ops=ops)
         return None, None, None, *of_rows, *total[count:]
 

@@ -222,8 +222,8 @@ def node_contrast_call(
     wide = columns is None and x.is_cuda and x.shape[1] > WIDEST_TILES
     keep = (
         torch.is_grad_enabled()
-        and any(s.requires_grad for s in students)
-        and not (wide and any(t.requires_grad for t in teachers))
+        and True in [s.requires_grad for s in students]
+        and not (wide and True in [t.requires_grad for t in teachers])
         and sum(wanted) * rows * x.shape[1] * dtype.itemsize <= KEEP_WEIGHTED_BYTES
     )
     return Call(_OP, (len(students), wanted, temperature, product_precision), keep)

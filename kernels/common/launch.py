@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import triton.language as tl
@@ -31,29 +31,29 @@ class Product:
     SUM: tl.dtype
     PRECISION: str
 
-    @property
+    @cached_property
     def sum_type(self) -> torch.dtype:
         """``SUM`` in PyTorch's words."""
         return torch.float64 if self.name == "float64" else torch.float32
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Whether operands are sums of two numbers of the type."""
         return is_split(self.PRECISION)
 
-    @property
+    @cached_property
     def scaled(self) -> bool:
         """Whether gradient tiles are scaled, because entries that shrink like 1/B² would leave the type's range."""
         return self.name == "float16"
 
-    @property
+    @cached_property
     def longest(self) -> float | None:
         """To about this length rows of any length are brought, where the type's range is short."""
         if self.split:
             return LONGEST_SPLIT
         return LARGEST_FLOAT16 if self.name == "float16" else None
 
-    @property
+    @cached_property
     def limited(self) -> bool:
         """Whether rows of any length are scaled."""
         return self.longest is not None
@@ -152,7 +152,7 @@ def matrices(
     dtype, device = first.dtype, first.device
     rows = first.shape[0] if rows is None else rows
     for k, x in enumerate(tensors):
-        if x.dim() != 2 or x.shape[0] != rows:
+        if x.dim() != 2 or x.size(0) != rows:
             raise ValueError(f"{name}[{k}] must have shape [{rows}, width], got {tuple(x.shape)}")
         if x.dtype is not dtype or x.device != device or dtype not in types:
             allowed = " or ".join(str(t).removeprefix("torch.") for t in types)

@@ -242,8 +242,8 @@ class Prepared:
     """
 
     def __init__(self, kept: tuple[Sequence[tuple], Sequence[Tensor]] = ((), ())):
-        parts = iter(kept[1])
-        self._made = {key: Operand(next(parts), next(parts), next(parts)) for key in kept[0]}
+        keys, parts = kept
+        self._made = {key: Operand(*parts[3 * k : 3 * k + 3]) for k, key in enumerate(keys)}
         self._means: dict[tuple[int, int], Tensor] = {}
 
     def leave_means(self, partial: Sequence[Tensor]) -> None:
@@ -266,6 +266,8 @@ class Prepared:
 
     def kept(self) -> tuple[list[tuple], list[Tensor]]:
         """Their names and tensors; none where these take more than ``KEPT_BYTES``: then two launches matter little."""
+        if not self._made:
+            return [], []
         tensors = [part for x in self._made.values() for part in (x.rows, x.numbers, x.centre)]
         if sum([x.nbytes for x in tensors]) > KEPT_BYTES:
             return [], []
@@ -273,7 +275,7 @@ class Prepared:
 
 
 def _parts(centre: Tensor) -> int:
-    return len(centre) if centre.dim() == 2 else 1
+    return centre.shape[0] if centre.dim() == 2 else 1
 
 
 def _or_else(given: Sequence[Tensor | None], stages: Sequence[Tensor]) -> list[Tensor]:

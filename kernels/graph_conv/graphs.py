@@ -40,11 +40,10 @@ class Graph:
         (self.nodes,) = matrices("nodes", [nodes])
         self.has_columns = column_nodes is not None
         self.columns = matrices("column_nodes", [column_nodes])[0] if self.has_columns else self.nodes
-        self.dim = self.nodes.shape[1]
-        if self.columns.shape[1] != self.dim:
-            raise ValueError(f"column_nodes must have width {self.dim}, got {self.columns.shape[1]}")
+        (self.row_count, self.dim), (self.column_count, dim) = self.nodes.shape, self.columns.shape
+        if dim != self.dim:
+            raise ValueError(f"column_nodes must have width {self.dim}, got {dim}")
         self.offset = offset if self.has_columns else 0
-        self.row_count, self.column_count = len(self.nodes), len(self.columns)
         self.inverse_variance = inverse_variance
         self.product = product_of(product_precision, self.nodes)
         self.arch = architecture(self.nodes.device)

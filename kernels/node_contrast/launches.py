@@ -81,7 +81,7 @@ class Problem(Shape):
         self.teachers = matrices("teachers", teachers, students[0].shape[0])
         x = self.students[0]
         rows, dim = x.shape
-        if any(y.shape[1] != dim for y in (*students, *teachers)):
+        if {y.size(1) for y in (*self.students, *self.teachers)} != {dim}:
             raise ValueError(f"all stages must have width {dim}")
         self.device = x.device
         product, arch = product_of(product_precision, x).name, architecture(x.device)
