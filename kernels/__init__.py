@@ -99,8 +99,9 @@ class Launchers:
 
 
 _PREPARING = frozenset((
-    "graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward", "neighbor_conv_stages",
-    "neighbor_conv_stages_backward", "node_contrast", "node_contrast_backward", "relation_kl", "relation_kl_backward",
+    "graph_inverse_variances", "graph_conv", "graph_conv_backward", "graph_conv_stages", "graph_conv_stages_backward",
+    "neighbor_conv_stages", "neighbor_conv_stages_backward", "node_contrast", "node_contrast_backward", "relation_kl",
+    "relation_kl_backward",
 ))  # fmt: skip
 
 

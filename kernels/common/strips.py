@@ -75,10 +75,10 @@ def entry_bytes(product: Product, similarities: int, weights: int = 0) -> int:
     return (8 if product.name == "float64" else 4) * similarities + product.torch_type.itemsize * weights
 
 
-def strip_parts(x: Tensor, config: Tiles, rows: int, columns: int, programs: int = 1) -> int:
+def strip_parts(device: torch.device, config: Tiles, rows: int, columns: int, programs: int = 1) -> int:
     """Among how many programs a strip's columns are divided, of which ``programs`` work on each row block."""
     row_blocks = -(-rows // config.rows) * programs
-    return divide(row_blocks, columns, config.columns, PROGRAMS * multiprocessors(x.device))
+    return divide(row_blocks, columns, config.columns, PROGRAMS * multiprocessors(device))
 
 
 def column_strips(count: int, step: int) -> Iterator[slice]:

@@ -48,7 +48,7 @@ class Graph:
         self.product = product_of(product_precision, self.nodes)
         self.arch = architecture(self.nodes.device)
         self.prepared, self.place, self.num_stages = prepared or Prepared(), place, stages
-        self._operands: dict[tuple[str, int], tuple[Operand, Operand]] = {}
+        self._operands: dict[Form, tuple[Operand, Operand]] = {}
 
     def is_wide(self, width: int = 1) -> bool:
         """Whether rows of nodes or of ``width`` do not fit a program's registers."""
@@ -85,10 +85,6 @@ class Form(NamedTuple):
     product: Product
     width: int
 
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.product.name, self.width
-
 
 class Kind(NamedTuple):
     """How nodes are stored, and in how many columns values; whether these or those are too wide for a program."""
@@ -108,7 +104,7 @@ def _kind(dim: int, width: int, arch: str, product: str) -> Kind:
 
 def node_operands(graphs: Sequence[Graph], forms: Sequence[Form]) -> list[tuple[Operand, Operand]]:
     """``Graph.operands`` of all, of whatever kinds, made once and those of a type together."""
-    missing = [k for k, form in enumerate(forms) if form.key not in graphs[k]._operands]
+    missing = [k for k, form in enumerate(forms) if form not in graphs[k]._operands]
     for product in dict.fromkeys([forms[k].product for k in missing]):
         places = [k for k in missing if forms[k].product == product]
         some, stored = [graphs[k] for k in places], [forms[k].width for k in places]
@@ -119,8 +115,8 @@ def node_operands(graphs: Sequence[Graph], forms: Sequence[Form]) -> list[tuple[
         else:
             rows = columns = graphs[0].prepared.centred([graph.place for graph in some], nodes, product, stored)
         for k, *sides in zip(places, rows, columns, strict=True):
-            graphs[k]._operands[forms[k].key] = tuple(sides)
-    return [graph._operands[form.key] for graph, form in zip(graphs, forms, strict=True)]
+            graphs[k]._operands[forms[k]] = tuple(sides)
+    return [graph._operands[form] for graph, form in zip(graphs, forms, strict=True)]
 
 
 def kinds_of(graphs: Sequence[Graph], widths: Sequence[int]) -> list[Kind]:

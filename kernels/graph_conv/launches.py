@@ -99,9 +99,9 @@ def _degrees_of_kind(graphs: Sequence[Graph]) -> list[Tensor]:
 
 def graph_conv(
     nodes, messages, inverse_variance, normalization, product_precision, column_nodes=None, column_messages=None,
-    offset=0, degrees=None, column_degrees=None,
+    offset=0, degrees=None, column_degrees=None, *, prepared=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    graph = Graph(nodes, inverse_variance, product_precision, column_nodes, offset)
+    graph = Graph(nodes, inverse_variance, product_precision, column_nodes, offset, prepared)
     if (column_nodes is None) != (column_messages is None):
         raise ValueError("column_nodes and column_messages go together")
     (messages,) = matrices("messages", [messages], graph.row_count)
@@ -195,9 +195,9 @@ def complete(graphs, widths, parts: int, outputs, sums, row_degrees, row_factor:
 def graph_conv_backward(
     upstream, nodes, messages, output, degrees, inverse_variance, normalization, product_precision, needs,
     column_nodes=None, column_messages=None, offset=0, column_upstream=None, column_degrees=None, node_terms=None,
-    column_node_terms=None,
+    column_node_terms=None, *, prepared=None,
 ) -> list[Tensor]:  # fmt: skip
-    graph = Graph(nodes, inverse_variance, product_precision, column_nodes, offset)
+    graph = Graph(nodes, inverse_variance, product_precision, column_nodes, offset, prepared)
     is_row = _is_row(normalization)
     if len(needs) != 2:
         raise ValueError(f"needs must have 2 entries, got {len(needs)}")
@@ -223,7 +223,7 @@ def convolution_gradients(
 
     needs: of each graph's nodes and messages. given: the node terms of a graph with a column set, and the columns'.
     """
-    powers = [value_powers(graph, *sides) for graph, *sides in zip(graphs, own, other, strict=True)]
+    powers = value_powers(graphs, own, other)
     columns = both_values(graphs, other, powers, *_factors(other, is_row))
     of_nodes: list[Tensor | None] = [None] * len(graphs)
     of_messages: list[Tensor | None] = [None] * len(graphs)
@@ -292,7 +292,7 @@ def _nodes_gradients(
     width = max(widths)
     longest = graph.tile_product(width).longest
     if longest is not None:
-        powers = [all_powers(*of_stage, longest) for of_stage in zip(graphs, own, strict=True)]
+        powers = all_powers(graphs, own, longest)
     if graph.is_wide(widths[0]):
         of_stages = zip(graphs, own, other, terms, column_terms, powers, widths, strict=True)
         return [strips.nodes_gradient(*stage) for stage in of_stages]

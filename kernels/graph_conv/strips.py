@@ -47,7 +47,7 @@ def _pieces(graph, strip: slice, similarities: int) -> tuple[list[slice], Tensor
     rows = strip.stop - strip.start
     step = strip_columns(rows, entry_bytes(graph.product, similarities, 1))
     config = tiles("strip", graph.arch, graph.product.name, 16)
-    parts = strip_parts(graph.nodes, config, rows, min(step, graph.column_count))
+    parts = strip_parts(graph.nodes.device, config, rows, min(step, graph.column_count))
     return list(column_strips(graph.column_count, step)), graph.nodes.new_empty(parts, rows)
 
 

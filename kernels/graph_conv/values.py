@@ -66,10 +66,7 @@ def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Op
     """Values times their factors about their means, and what float16 has them multiplied by."""
     kinds = kinds_of(graphs, [x.shape[1] for x in values])
     products, widths = [kind.form.product for kind in kinds], [kind.value_width for kind in kinds]
-    powers = [
-        None if p.longest is None else power_of_two(_longest(x), p.longest)
-        for x, p in zip(values, products, strict=True)
-    ]
+    powers = _powers([[x] for x in values], products)
     # As many places as the gradients' launch takes, of messages and upstream.
     places = 2 * len(values)
     centres = means(values, products[0], widths, factors, places)
@@ -119,12 +116,29 @@ def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream,
     ]
 
 
-def all_powers(graph: Graph, own: Values, longest: float) -> Tensor:
-    """Powers of two for H', G' and M = v K (…), whose terms are bounded by the product of the longest H' and G', in
-    ``powers`` as long as ``longest``.
+def all_powers(graphs: Sequence[Graph], own: Sequence[Values], longest: float) -> list[Tensor]:
+    """Of each stage, powers of two for H', G' and M = v K (…), whose terms are bounded by the product of the longest H'
+    and G', in ``powers`` as long as ``longest``.
     """
-    bound = 4 * longest**2 * graph.inverse_variance / (own.powers[0] * own.powers[1])
-    return torch.stack([*own.powers, power_of_two(bound)])
+    of_messages, of_upstream = (torch.stack(powers) for powers in zip(*[x.powers for x in own], strict=True))
+    v = torch.stack([graph.inverse_variance for graph in graphs])
+    units = power_of_two(4 * longest**2 * v / (of_messages * of_upstream))
+    # Four numbers each, so that all stages' begin where Triton has one kernel for them.
+    return list(torch.stack([of_messages, of_upstream, units, units], dim=1).unbind())
+
+
+def _powers(values: Sequence[Sequence[Tensor | None]], products: Sequence[Product]) -> list[Tensor | None]:
+    """Powers of two for values in these types, that bring the longest row among each place's to what the type takes."""
+    limited = [k for k, product in enumerate(products) if product.limited]
+    powers: list[Tensor | None] = [None] * len(products)
+    if limited:
+        found = power_of_two(torch.stack([_longest(*values[k]) for k in limited]), products[limited[0]].longest)
+        # Each begins at a multiple of 16 bytes: for other addresses Triton has other kernels.
+        apart = found.new_empty(len(limited), 16 // found.element_size())
+        apart[:, 0] = found
+        for k, power in zip(limited, apart[:, 0].unbind(), strict=True):
+            powers[k] = power
+    return powers
 
 
 def _longest(*matrices: Tensor | None) -> Tensor:
@@ -138,11 +152,14 @@ def _lengths(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def value_powers(graph: Graph, own: Side, other: Side) -> tuple[Tensor | None, Tensor | None]:
-    """Powers of two for H' and G' in float16: rows have degrees ≥ 1, so H and G bound H' and G'."""
-    longest = graph.tile_product(own.messages.shape[1]).longest
-    if longest is None:
-        return None, None
-    sides = [own] if other is own else [own, other]
-    lengths = (_longest(*(getattr(x, name) for x in sides)) for name in ("messages", "upstream"))
-    return tuple(power_of_two(length, longest) for length in lengths)
+def value_powers(
+    graphs: Sequence[Graph], own: Sequence[Side], other: Sequence[Side]
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Of each stage, powers of two for H' and G' in float16: rows have degrees ≥ 1, so H and G bound H' and G'."""
+    values: list[Sequence[Tensor | None]] = []
+    for of_rows, of_columns in zip(own, other, strict=True):
+        sides = [of_rows] if of_columns is of_rows else [of_rows, of_columns]
+        values += [[side.messages for side in sides], [side.upstream for side in sides]]
+    kinds = kinds_of(graphs, [side.messages.shape[1] for side in own])
+    powers = _powers(values, [kind.form.product for kind in kinds for _ in range(2)])
+    return list(zip(powers[::2], powers[1::2], strict=True))

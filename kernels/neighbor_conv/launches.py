@@ -28,7 +28,7 @@ class NeighborGraph(Graph):
     def at_levels(self, form: Form, rows: Operand, columns: Operand) -> "NeighborGraph":
         """The same graph with these operands of its nodes, whose numbers are levels."""
         graph = copy(self)
-        graph._operands = {form.key: (rows, columns)}
+        graph._operands = {form: (rows, columns)}
         return graph
 
 
@@ -124,7 +124,7 @@ def nodes_gradients(
     graph, none = graphs[0], [None] * len(graphs)
     widths = [side.messages.shape[1] for side in own]
     has_upstream, is_wide = other[0].upstream is not None, graph.is_wide(widths[0])
-    powers = [value_powers(graph, *sides) for graph, *sides in zip(graphs, own, other, strict=True)]
+    powers = value_powers(graphs, own, other)
     columns = rows = both_values(graphs, other, powers, none, none)
     if graph.has_columns:
         rows = both_values(graphs, own, powers, none, none, columns)

@@ -34,7 +34,7 @@ def nodes_gradient(graph, levels, column_levels, own, other, terms, column_terms
         for strip in row_strips(graph.row_count, max(graph.dim, own.messages.rows.shape[1])):
             count = strip.stop - strip.start
             step = strip_columns(count, entry_bytes(graph.product, 3, 1))
-            parts = strip_parts(gradient, config, count, min(step, graph.column_count))
+            parts = strip_parts(gradient.device, config, count, min(step, graph.column_count))
             sums = gradient.new_empty(parts, count)
             for piece in column_strips(graph.column_count, step):
                 here = aligned(piece)

@@ -20,7 +20,7 @@ from gkd_fast.kernels.common.launch import (
     product_of,
     walk_product_of,
 )  # fmt: skip
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.log_sums import shifts_and_ratios
 from gkd_fast.kernels.common.operands import BLOCK_ROWS, BLOCK_WIDTH, Prepared, centred, stored_width
 from gkd_fast.kernels.common.plan import planned
@@ -52,7 +52,8 @@ class Shape:
     """What follows from a call's numbers."""
 
     def __init__(
-        self, S: int, T: int, rows: int, dim: int, wanted: Sequence[bool], temperature: float, product: str, arch: str
+        self, S: int, T: int, rows: int, dim: int, wanted: Sequence[bool], temperature: float, product: str,
+        device: torch.device,
     ):  # fmt: skip
         if len(wanted) != S * T:
             raise ValueError(f"wanted must have {S * T} entries, got {len(wanted)}")
@@ -61,32 +62,45 @@ class Shape:
         self.S, self.T, self.row_count, self.dim = S, T, rows, dim
         self.wanted = bits_of(wanted)
         self.pairs = [divmod(p, T) for p, is_wanted in enumerate(wanted) if is_wanted]
-        self.product, self.arch = PRODUCTS[product], arch
+        self.product, self.device = PRODUCTS[product], device
+        self.arch = arch = architecture(device)
         self.temperature, self.scale = temperature, LOG2E / temperature
         self.width = padded_width(dim)
         walk_product = walk_product_of(self.product, arch, dim)
         self.is_wide = walk_product is None
         self.walk_product = walk_product or self.product
 
+    def constants(self, config) -> dict:
+        return {
+            "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
+            "num_warps": config.warps, "num_stages": config.stages, **self.walk_product.constants(),
+        }  # fmt: skip
+
+    def epilogue_constants(self) -> dict:
+        return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
+
 
 _shape = planned(Shape)
 
 
 class Problem(Shape):
-    """Rows and constants of one call."""
+    """Rows and constants of one call.
+
+    Attributes:
+        shape: the one object of all calls with such numbers, that plans are kept by.
+    """
 
     def __init__(self, students, teachers, wanted, temperature, product_precision, prepared=None):
         self.prepared: Prepared = prepared or Prepared()
         self.students = matrices("students", students)
-        self.teachers = matrices("teachers", teachers, students[0].shape[0])
         x = self.students[0]
         rows, dim = x.shape
+        self.teachers = matrices("teachers", teachers, rows)
         if {y.size(1) for y in (*self.students, *self.teachers)} != {dim}:
             raise ValueError(f"all stages must have width {dim}")
-        self.device = x.device
-        product, arch = product_of(product_precision, x).name, architecture(x.device)
-        shape = _shape(len(students), len(teachers), rows, dim, tuple(wanted), temperature, product, arch)
-        self.__dict__.update(shape.__dict__)
+        product = product_of(product_precision, x).name
+        self.shape = _shape(len(students), len(teachers), rows, dim, tuple(wanted), temperature, product, x.device)
+        self.__dict__.update(self.shape.__dict__)
 
     def column_set(self, name: str, columns, rows: list[Tensor]) -> list[Tensor]:
         if columns is None:
@@ -107,21 +121,12 @@ class Problem(Shape):
             )
         return False
 
-    def constants(self, config) -> dict:
-        return {
-            "WIDTH": self.width, "BLOCK_ROWS": config.rows, "BLOCK_COLUMNS": config.columns,
-            "num_warps": config.warps, "num_stages": config.stages, **self.walk_product.constants(),
-        }  # fmt: skip
-
     def sides(self, students: list[Tensor], teachers: list[Tensor], owned: bool) -> "Sides":
         width = stored_width(self.dim, self.is_wide)
         own = [*self.students, *self.teachers]
         is_whole = students is self.students and teachers is self.teachers
         prepared = self.prepared if is_whole else None
         return Sides(self.walk_product, width, students, teachers, own, owned, self.wanted, prepared)
-
-    def epilogue_constants(self) -> dict:
-        return {"WIDTH": self.width, "BLOCK_ROWS": EPILOGUE_ROWS, "SUM": self.product.SUM}
 
 
 class Sides:
@@ -136,7 +141,7 @@ class Sides:
         owned: bool, wanted: int, prepared: Prepared | None = None,
     ):  # fmt: skip
         rows, S, T = [*students, *teachers], len(students), len(teachers)
-        counts, widths = (len(students[0]), len(teachers[0])), [width] * len(rows)
+        counts, widths = (students[0].shape[0], teachers[0].shape[0]), [width] * len(rows)
         if prepared is not None:
             made = prepared.centred(range(S + T), rows, product, widths)
         elif counts[0] == counts[1]:
@@ -144,12 +149,37 @@ class Sides:
         else:
             made = [*centred(students, product, widths[:S]), *centred(teachers, product, widths[S:])]
         self.students, self.teachers = made[:S], made[S:]
-        self.numbers = tuple(x[0].numbers.new_empty(S * T, len(x[0].rows)) for x in (self.students, self.teachers))
-        self.own_similarities = own[0].new_empty(S * T, len(own[0]))
-        launch(cross_numbers, S=S, T=T, WIDTH=BLOCK_WIDTH, BLOCK_ROWS=BLOCK_ROWS, SUM=product.SUM)(
-            (cdiv(max(counts), BLOCK_ROWS), 3 * S * T), tuple(rows), tuple(x.centre for x in made), *self.numbers,
-            tuple(own), self.own_similarities, rows[0].shape[1], *counts, len(own[0]), int(owned), wanted,
+        self.numbers = tuple(
+            [x[0].numbers.new_empty(S * T, x[0].rows.shape[0]) for x in (self.students, self.teachers)]
+        )
+        own_count = own[0].shape[0]
+        self.own_similarities = own[0].new_empty(S * T, own_count)
+        _cross_numbers(S, T, product.name)(
+            (cdiv(max(counts), BLOCK_ROWS), 3 * S * T), tuple(rows), tuple([x.centre for x in made]), *self.numbers,
+            tuple(own), self.own_similarities, rows[0].shape[1], *counts, own_count, int(owned), wanted,
         )  # fmt: skip
+
+
+@planned
+def _cross_numbers(S: int, T: int, product: str) -> Launch:
+    return launch(cross_numbers, S=S, T=T, WIDTH=BLOCK_WIDTH, BLOCK_ROWS=BLOCK_ROWS, SUM=PRODUCTS[product].SUM)
+
+
+@planned
+def _sums(shape: Shape, column_count: int, keeps: bool, own_shift: bool) -> tuple[tuple[int, int], int, Launch, Launch]:
+    """Of the forward pass over so many columns: the first launch's grid, among how many programs these are divided, and
+    both launches.
+    """
+    config = tiles("contrast_sums", shape.arch, shape.walk_product.name, shape.width)
+    row_blocks, num_pairs = cdiv(shape.row_count, config.rows), len(shape.pairs)
+    parts = divide(
+        row_blocks * num_pairs, column_count, config.columns, multiprocessors(shape.device), LEAST_SAVED
+    )  # fmt: skip
+    keep = {"S": shape.S, "T": shape.T, "KEEP": keeps, "OWN_SHIFT": own_shift}
+    return (
+        (row_blocks, num_pairs * parts), parts, launch(contrast_sums, **keep, **shape.constants(config)),
+        launch(contrast_losses, **keep, **shape.epilogue_constants()),
+    )  # fmt: skip
 
 
 def node_contrast(
@@ -173,26 +203,22 @@ def node_contrast(
         return losses, log_sums, weighted
     if num_pairs == 0:
         return losses, log_sums, weighted
-    config = tiles("contrast_sums", problem.arch, problem.walk_product.name, problem.width)
-    row_blocks = cdiv(rows, config.rows)
-    processors = multiprocessors(problem.device)
-    parts = divide(row_blocks * num_pairs, len(columns[0]), config.columns, processors, LEAST_SAVED)
-    sums = x.new_empty(parts, num_pairs, rows)
-    partial = x.new_empty(parts, num_pairs, rows, problem.dim) if keep_weighted and parts > 1 else weighted
+    column_count = columns[0].shape[0]
     with on_device(x):
         own_shift, shift, shifts = row_shifts(problem, columns)
-        keep = {"S": problem.S, "T": problem.T, "KEEP": keep_weighted, "OWN_SHIFT": own_shift}
+        grid, parts, sum_weights, finish = _sums(problem.shape, column_count, keep_weighted, own_shift)
+        sums = x.new_empty(parts, num_pairs, rows)
+        partial = x.new_empty(parts, num_pairs, rows, problem.dim) if keep_weighted and parts > 1 else weighted
         shifts = losses if shifts is None else shifts
         sides = problem.sides(problem.students, columns, owned)
-        centres, own_similarities = tuple(y.centre for y in sides.teachers), sides.own_similarities
-        launch(contrast_sums, **keep, **problem.constants(config))(
-            (row_blocks, num_pairs * parts), tuple(x.rows for x in sides.students),
-            tuple(y.rows for y in sides.teachers), centres, tuple(problem.teachers), *sides.numbers, own_similarities,
-            sums, partial, shifts, losses, log_sums, problem.dim, rows, len(columns[0]), offset, int(owned),
-            problem.wanted, parts, problem.scale, shift,
+        centres, own_similarities = tuple([y.centre for y in sides.teachers]), sides.own_similarities
+        sum_weights(
+            grid, tuple([x.rows for x in sides.students]), tuple([y.rows for y in sides.teachers]), centres,
+            tuple(problem.teachers), *sides.numbers, own_similarities, sums, partial, shifts, losses, log_sums,
+            problem.dim, rows, column_count, offset, int(owned), problem.wanted, parts, problem.scale, shift,
         )  # fmt: skip
         if parts > 1:
-            launch(contrast_losses, **keep, **problem.epilogue_constants())(
+            finish(
                 (cdiv(rows, EPILOGUE_ROWS), num_pairs), centres, own_similarities, sums, partial, weighted,
                 shifts, losses, log_sums, problem.dim, rows, int(owned), problem.wanted, parts, problem.scale, shift,
             )  # fmt: skip
@@ -270,12 +296,33 @@ def node_contrast_backward(
     return gradients
 
 
+@planned
+def _differences_launch(shape: Shape) -> Launch:
+    return launch(contrast_differences, S=shape.S, T=shape.T, **shape.epilogue_constants())
+
+
 def _differences(problem, owned, weighted, upstream, gradients, needs):
     """The students' gradients from the weighted sums that the forward pass kept."""
-    launch(contrast_differences, S=problem.S, T=problem.T, **problem.epilogue_constants())(
+    _differences_launch(problem.shape)(
         (cdiv(problem.row_count, EPILOGUE_ROWS), len(gradients)), tuple(problem.teachers), weighted, upstream,
         tuple(gradients), problem.dim, problem.row_count, int(owned), problem.wanted, bits_of(needs),
         1 / problem.temperature,
+    )  # fmt: skip
+
+
+@planned
+def _walk(
+    shape: Shape, stages: int, partners: int, gradients: int, column_count: int, by_column: bool
+) -> tuple[tuple[int, int], int, Launch]:
+    """Of one side's gradients, so many of so many stages: grid, among how many programs the columns are divided, and
+    the launch.
+    """
+    config = tiles("contrast_gradients", shape.arch, shape.walk_product.name, shape.width)
+    row_blocks = cdiv(shape.row_count, config.rows)
+    parts = divide(row_blocks * gradients, column_count, config.columns, multiprocessors(shape.device))
+    return (row_blocks, parts * gradients), parts, launch(
+        contrast_gradients, STAGES=stages, PARTNERS=partners, BY_COLUMN=by_column, SCALED=shape.product.scaled,
+        **shape.constants(config),
     )  # fmt: skip
 
 
@@ -286,24 +333,18 @@ def _gradients(problem, sides, column_count, owned, offset, own_side, side, grad
     partners, rows, columns, numbers = problem.teachers, sides.students, sides.teachers, sides.numbers
     if by_column:
         partners, rows, columns, numbers = problem.students, columns, rows, numbers[::-1]
-    config = tiles("contrast_gradients", problem.arch, problem.walk_product.name, problem.width)
-    row_blocks = cdiv(problem.row_count, config.rows)
     count = 0 if side is None else column_count
     side = own_side if side is None else side
-    parts = divide(row_blocks * len(gradients), count, config.columns, multiprocessors(problem.device))
+    grid, parts, sum_gradients = _walk(problem.shape, len(rows), len(columns), len(gradients), count, by_column)
     partial = gradients if parts == 1 else [x.new_empty(parts, *x.shape) for x in gradients]
     power = side[0]
     if problem.product.scaled:
         power = power_of_two(power.abs().amax() / problem.temperature)
-    launch(
-        contrast_gradients, STAGES=len(rows), PARTNERS=len(columns), BY_COLUMN=by_column,
-        SCALED=problem.product.scaled, **problem.constants(config),
-    )(
-        (row_blocks, parts * len(gradients)), tuple(x.rows for x in rows), tuple(y.rows for y in columns),
-        tuple(y.centre for y in columns), tuple(partners), *numbers, sides.own_similarities, *side, *own_side,
-        tuple(partial), power, problem.dim, problem.row_count, count, offset, int(owned), problem.wanted,
-        bits_of(needs), parts, 1 if by_column else problem.T, problem.T if by_column else 1, problem.scale,
-        1 / problem.temperature,
+    sum_gradients(
+        grid, tuple([x.rows for x in rows]), tuple([y.rows for y in columns]), tuple([y.centre for y in columns]),
+        tuple(partners), *numbers, sides.own_similarities, *side, *own_side, tuple(partial), power, problem.dim,
+        problem.row_count, count, offset, int(owned), problem.wanted, bits_of(needs), parts,
+        1 if by_column else problem.T, problem.T if by_column else 1, problem.scale, 1 / problem.temperature,
     )  # fmt: skip
     if parts > 1:
         for x, pieces in zip(gradients, partial, strict=True):

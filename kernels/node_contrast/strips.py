@@ -43,7 +43,7 @@ def _walk(
     keep, both = total is not None or column_total is not None, column_total is not None
     config, length = tiles("strip", problem.arch, problem.product.name, 16), len(levels)
     step = strip_columns(length, entry_bytes(problem.product, 1, int(keep)))
-    blocks, parts = triton.cdiv(length, config.rows), strip_parts(levels, config, length, min(count, step))
+    blocks, parts = triton.cdiv(length, config.rows), strip_parts(levels.device, config, length, min(count, step))
     sums = levels.new_empty(parts, length)
     if count == 0:
         return sums.zero_()

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import (
     PRODUCTS,
     architecture,
+    bits_of,
+    cdiv,
     divide,
     matrices,
     multiprocessors,
@@ -20,7 +22,7 @@ from gkd_fast.kernels.common.launch import (
     product_of,
     walk_product_of,
 )  # fmt: skip
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand, Prepared, centred, operands, stored_width
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.row_maxima import row_maxima
@@ -56,8 +58,9 @@ class Shape:
 
     def __init__(
         self, dims: tuple[int, ...], num_students: int, row_count: int, column_count: int, temperature: float,
-        bandwidth: float, product: str, arch: str,
+        bandwidth: float, product: str, device: torch.device,
     ):  # fmt: skip
+        self.device, arch = device, architecture(device)
         self.dims, self.widest = dims, max(dims)
         self.num_students, self.num_teachers = num_students, len(dims) - num_students
         self.row_count, self.column_count = row_count, column_count
@@ -72,12 +75,42 @@ class Shape:
         self.polynomials = polynomials(arch, self.walk_product.name) if bounded else 0
         self.width = 16 if self.is_wide else padded_width(self.widest)
 
+    @property
+    def num_pairs(self) -> int:
+        return self.num_students * self.num_teachers
+
+    def stored_widths(self) -> list[int]:
+        """Columns of the stages' operands: of all alike, as one launch has them, or as cuBLAS takes them."""
+        return [stored_width(dim, True) for dim in self.dims] if self.is_wide else [self.width] * len(self.dims)
+
+    def tiles(self, kernel: str) -> Tiles:
+        return tiles("strip" if self.is_wide else kernel, self.arch, self.walk_product.name, self.width)
+
+    def parts(self, config: Tiles, rows: int, programs: int, columns: int) -> int:
+        """Among how many programs ``columns`` of a row block are divided, of which ``programs`` work on each."""
+        if self.is_wide:
+            return strip_parts(self.device, config, rows, columns, programs)
+        row_blocks = cdiv(rows, config.rows) * programs
+        return divide(row_blocks, columns, config.columns, multiprocessors(self.device))
+
+    def constants(self, config: Tiles) -> dict:
+        """Compile-time arguments of the two kernels that walk tiles."""
+        return {
+            "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide, "WIDTH": self.width, "BLOCK_ROWS": config.rows,
+            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": self.polynomials, "num_warps": config.warps,
+            "num_stages": config.stages, **self.walk_product.constants(),
+        }  # fmt: skip
+
 
 _shape = planned(Shape)
 
 
 class Problem(Shape):
-    """Rows, columns and constants of one call."""
+    """Rows, columns and constants of one call.
+
+    Attributes:
+        shape: the one object of all calls with such numbers, that plans are kept by.
+    """
 
     def __init__(self, students, teachers, temperature, bandwidth, product_precision, student_columns,
                  teacher_columns, offset, prepared=None):  # fmt: skip
@@ -93,19 +126,11 @@ class Problem(Shape):
             self.offset = offset
             if [y.shape[1] for y in self.columns] != [y.shape[1] for y in self.rows]:
                 raise ValueError("rows and columns of a stage must share a width")
-        shape = _shape(
-            tuple([y.shape[1] for y in self.rows]), len(students), x.shape[0], self.columns[0].shape[0], temperature,
-            bandwidth, product_of(product_precision, x).name, architecture(x.device),
+        self.shape = _shape(
+            tuple([y.size(1) for y in self.rows]), len(students), x.size(0), self.columns[0].size(0), temperature,
+            bandwidth, product_of(product_precision, x).name, x.device,
         )  # fmt: skip
-        self.__dict__.update(shape.__dict__)
-
-    @property
-    def num_pairs(self) -> int:
-        return self.num_students * self.num_teachers
-
-    def stored_widths(self) -> list[int]:
-        """Columns of the stages' operands: of all alike, as one launch has them, or as cuBLAS takes them."""
-        return [stored_width(dim, True) for dim in self.dims] if self.is_wide else [self.width] * len(self.dims)
+        self.__dict__.update(self.shape.__dict__)
 
     @cached_property
     def operands(self) -> tuple[list[Operand], list[Operand]]:
@@ -117,16 +142,6 @@ class Problem(Shape):
         rows = operands(self.rows, self.walk_product, widths, [x.centre for x in columns])
         return rows, columns
 
-    def tiles(self, kernel: str) -> Tiles:
-        return tiles("strip" if self.is_wide else kernel, self.arch, self.walk_product.name, self.width)
-
-    def parts(self, config: Tiles, rows: int, programs: int, columns: int) -> int:
-        """Among how many programs ``columns`` of a row block are divided, of which ``programs`` work on each."""
-        if self.is_wide:
-            return strip_parts(self.rows[0], config, rows, columns, programs)
-        row_blocks = triton.cdiv(rows, config.rows) * programs
-        return divide(row_blocks, columns, config.columns, multiprocessors(self.rows[0].device))
-
     def row_strips(self) -> Iterator[slice]:
         """All rows, or of wide ones a strip after another."""
         return row_strips(self.row_count, self.widest) if self.is_wide else iter([slice(0, self.row_count)])
@@ -137,14 +152,6 @@ class Problem(Shape):
         if self.is_wide:
             step = strip_columns(rows, entry_bytes(self.product, similarities, weights))
         return list(column_strips(self.column_count, step))
-
-    def constants(self, config: Tiles) -> dict:
-        """Compile-time arguments of the two kernels that walk tiles."""
-        return {
-            "OWN_SHIFT": self.own_shift, "STRIP": self.is_wide, "WIDTH": self.width, "BLOCK_ROWS": config.rows,
-            "BLOCK_COLUMNS": config.columns, "POLYNOMIALS": self.polynomials, "num_warps": config.warps,
-            "num_stages": config.stages, **self.walk_product.constants(),
-        }  # fmt: skip
 
 
 def _rows_of(sets: Sequence[Operand]) -> tuple[Tensor, ...]:
@@ -181,38 +188,51 @@ def relation_kl(
     return losses, *log_sums
 
 
+@planned
+def _sums(shape: Shape, count: int, column_count: int) -> tuple[tuple[int, int, int], tuple[int, ...], Launch, Launch]:
+    """Of the forward pass of so many rows, and so many columns at a time: the first launch's grid, the shape of what it
+    leaves where its columns are divided, and both launches.
+    """
+    teachers = shape.num_teachers
+    shared = 1 if shape.is_wide else teachers_at_once(shape.arch, shape.walk_product.name, shape.width, teachers)
+    groups = shape.num_students * cdiv(teachers, shared)
+    config = sharing(shape.tiles("relation_sums"), shared)
+    parts = shape.parts(config, count, groups, column_count)
+    common = {"S": shape.num_students, "T": teachers, "TEACHERS": shared}
+    losses = launch(
+        relation_losses, **common, OWN_SHIFT=shape.own_shift, BLOCK_ROWS=STATISTICS_BLOCK, SUM=shape.product.SUM
+    )
+    return (
+        (cdiv(count, config.rows), parts, groups), (parts, groups, num_sums(shared), count),
+        launch(relation_sums, **common, **shape.constants(config)), losses,
+    )  # fmt: skip
+
+
 def _forward(problem: Problem, strip: slice, shifts: Tensor, losses: Tensor, *log_sums: Tensor):
     """The losses and log-sums of a strip of rows, written to their places."""
-    count, teachers = len(losses), problem.num_teachers
-    product = problem.walk_product
-    shared = 1 if problem.is_wide else teachers_at_once(problem.arch, product.name, problem.width, teachers)
-    groups = problem.num_students * triton.cdiv(teachers, shared)
-    config = sharing(problem.tiles("relation_sums"), shared)
+    count = losses.shape[0]
     rows, columns = problem.operands
     pieces = problem.pieces(count, len(rows))
-    parts = problem.parts(config, count, groups, pieces[0].stop)
-    sums = losses.new_empty(parts, groups, num_sums(shared), count)
-    common = {"S": problem.num_students, "T": teachers, "TEACHERS": shared}
+    grid, partial, sum_relations, finish = _sums(problem.shape, count, pieces[0].stop)
+    _, parts, groups = grid
+    sums = losses.new_empty(partial)
     if problem.is_wide:
         rows = [x[strip] for x in rows]
     own = _rows_of(rows), _numbers_of(rows)
     for piece in pieces:
         others = [x[aligned(piece)] for x in columns] if problem.is_wide else columns
         products = _products(rows, others, count) if problem.is_wide else _rows_of(others)
-        launch(relation_sums, **common, **problem.constants(config))(
-            (triton.cdiv(count, config.rows), parts, groups), products if problem.is_wide else own[0], own[1],
-            products, _numbers_of(others), sums, shifts, losses, *log_sums, count, piece.stop - piece.start,
-            problem.offset + strip.start - piece.start, parts, int(piece.start > 0),
-            int(piece.stop == problem.column_count), problem.row_count, problem.inner, problem.outer,
+        sum_relations(
+            grid, products if problem.is_wide else own[0], own[1], products, _numbers_of(others), sums, shifts, losses,
+            *log_sums, count, piece.stop - piece.start, problem.offset + strip.start - piece.start, parts,
+            int(piece.start > 0), int(piece.stop == problem.column_count), problem.row_count, problem.inner,
+            problem.outer,
         )  # fmt: skip
         del products  # before the next ones are made
     if parts > 1:
-        launch(
-            relation_losses, **common, OWN_SHIFT=problem.own_shift, BLOCK_ROWS=STATISTICS_BLOCK,
-            SUM=problem.product.SUM,
-        )(
-            (triton.cdiv(count, STATISTICS_BLOCK), groups), sums, shifts, losses, *log_sums, count, parts,
-            problem.row_count, problem.outer,
+        finish(
+            (cdiv(count, STATISTICS_BLOCK), groups), sums, shifts, losses, *log_sums, count, parts, problem.row_count,
+            problem.outer,
         )  # fmt: skip
 
 
@@ -266,6 +286,14 @@ def power_of(problem: Problem, upstream: Tensor, column_upstream: Tensor | None,
     )
 
 
+@planned
+def _row_factors(shape: Shape, has_losses: bool) -> Launch:
+    return launch(
+        relation_factors, S=shape.num_students, T=shape.num_teachers, HAS_LOSSES=has_losses, OWN_SHIFT=shape.own_shift,
+        SCALED=shape.product.scaled, BLOCK_ROWS=STATISTICS_BLOCK, SUM=shape.product.SUM,
+    )  # fmt: skip
+
+
 def _factors(problem: Problem, side, count: int, scale: Tensor) -> Tensor:
     """The row statistics of one side, [pairs, FACTORS, count]; a side without upstream has none."""
     x, shape = problem.rows[0], (problem.num_pairs, FACTORS.value, count)
@@ -276,59 +304,83 @@ def _factors(problem: Problem, side, count: int, scale: Tensor) -> Tensor:
         return factors
     upstream, losses, student_log_sums, teacher_log_sums = side
     factors = x.new_empty(shape)
-    launch(
-        relation_factors, S=problem.num_students, T=problem.num_teachers, HAS_LOSSES=losses is not None,
-        OWN_SHIFT=problem.own_shift, SCALED=problem.product.scaled, BLOCK_ROWS=STATISTICS_BLOCK,
-        SUM=problem.product.SUM,
-    )(
-        (triton.cdiv(count, STATISTICS_BLOCK), problem.num_pairs), upstream, upstream if losses is None else losses,
+    _row_factors(problem.shape, losses is not None)(
+        (cdiv(count, STATISTICS_BLOCK), problem.num_pairs), upstream, upstream if losses is None else losses,
         student_log_sums, teacher_log_sums, factors, scale, count, count, problem.outer, problem.slope,
     )  # fmt: skip
     return factors
 
 
-def _sides(problem: Problem, needs: Sequence[bool]) -> int:
+def _sides(problem: Shape, needs: Sequence[bool]) -> int:
     """Which sides of the pairs have gradients: bit 0 students, bit 1 teachers."""
     return any(needs[: problem.num_students]) + 2 * any(needs[problem.num_students :])
 
 
+class Slots(NamedTuple):
+    """Where pairs give their stages' gradients.
+
+    stages: those that need one.  counts: the slots of each of them; None: its gradient's own place.  step: so many rows
+    at a time.  parts: among how many programs columns are divided.
+    """
+
+    stages: list[int]
+    counts: list[int] | None
+    step: int
+    parts: int
+    block_rows: int
+    gradients: Launch
+    add: Launch
+
+
+@planned
+def _slots(shape: Shape, needs: tuple[bool, ...], item_bytes: int) -> Slots:
+    S, T, rows = shape.num_students, shape.num_teachers, shape.row_count
+    partners = [T] * S + [S] * T
+    stages = [q for q, needed in enumerate(needs) if needed]
+    row_bytes = sum(partners[q] * shape.dims[q] for q in stages) * item_bytes
+    step = min(rows, max(ROW_MULTIPLE, SLOT_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE))
+    config = shape.tiles("relation_gradients")
+    parts = shape.parts(config, step, shape.num_pairs, shape.column_count)
+    counts = [partners[q] * parts for q in stages]
+    gradients = launch(
+        relation_gradients, S=S, T=T, WANTED=_sides(shape, needs), SCALED=shape.product.scaled,
+        **shape.constants(config),
+    )  # fmt: skip
+    one_each = counts.count(1) == len(counts)
+    return Slots(
+        stages, None if one_each else counts, rows if one_each else step, parts, config.rows, gradients,
+        launch(add_slots, BLOCK=SLOT_BLOCK),
+    )  # fmt: skip
+
+
 def _gradients(problem: Problem, row_factors, column_factors, needs, scale: Tensor) -> list[Tensor]:
     """Every pair gives its stages' gradients to slots of their own, which are then added."""
-    S, T, rows = problem.num_students, problem.num_teachers, problem.row_count
-    partners = [T] * S + [S] * T
+    rows, dims = problem.row_count, problem.dims
     gradients = [torch.empty_like(x) if needed else x for x, needed in zip(problem.rows, needs, strict=True)]
-    wanted = sum(1 << q for q, needed in enumerate(needs) if needed)
-    stages = [q for q, needed in enumerate(needs) if needed]
-    row_bytes = sum(partners[q] * problem.dims[q] for q in stages) * gradients[0].element_size()
-    step = min(rows, max(ROW_MULTIPLE, SLOT_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE))
-    config = problem.tiles("relation_gradients")
-    parts = problem.parts(config, step, problem.num_pairs, problem.column_count)
-    one_each = parts == 1 and all(partners[q] == 1 for q in stages)
-    if one_each:
-        step = rows
+    wanted = bits_of(needs)
+    stages, counts, step, parts, block_rows, sum_gradients, add = _slots(
+        problem.shape, tuple(needs), problem.rows[0].element_size()
+    )
     own, columns = problem.operands
     operand_arguments = _rows_of(own), _numbers_of(own), _rows_of(columns), _numbers_of(columns)
     centres = tuple([x.centre for x in columns])
     for first in range(0, rows, step):
         count = min(step, rows - first)
         slots = list(gradients)
-        if not one_each:
-            for q in stages:
-                slots[q] = gradients[q].new_empty(partners[q] * parts, count, problem.dims[q])
-        launch(
-            relation_gradients, S=S, T=T, WANTED=_sides(problem, needs), SCALED=problem.product.scaled,
-            **problem.constants(config),
-        )(
-            (triton.cdiv(count, config.rows), parts, problem.num_pairs), *operand_arguments, centres, problem.dims,
-            tuple(slots), row_factors, row_factors, column_factors, scale, first, count, rows, problem.column_count,
-            problem.offset, parts, wanted, problem.inner, problem.outer,
+        if counts is not None:
+            for q, of_stage in zip(stages, counts, strict=True):
+                slots[q] = gradients[q].new_empty(of_stage, count, dims[q])
+        sum_gradients(
+            (cdiv(count, block_rows), parts, problem.num_pairs), *operand_arguments, centres, dims, tuple(slots),
+            row_factors, row_factors, column_factors, scale, first, count, rows, problem.column_count, problem.offset,
+            parts, wanted, problem.inner, problem.outer,
         )  # fmt: skip
-        if not one_each:
-            here = [gradients[q][first : first + count] for q in stages]
-            largest = max(x.numel() for x in here)
-            launch(add_slots, BLOCK=SLOT_BLOCK)(
-                (triton.cdiv(largest, SLOT_BLOCK), len(stages)), tuple([slots[q] for q in stages]), tuple(here),
-                tuple([x.numel() for x in here]), tuple([partners[q] * parts for q in stages]),
+        if counts is not None:
+            here = [gradients[q] if count == rows else gradients[q][first : first + count] for q in stages]
+            sizes = [count * dims[q] for q in stages]
+            add(
+                (cdiv(max(sizes), SLOT_BLOCK), len(stages)), tuple([slots[q] for q in stages]), tuple(here),
+                tuple(sizes), tuple(counts),
             )  # fmt: skip
     return gradients
 
@@ -364,7 +416,7 @@ def _add_strip(problem: Problem, strip: slice, stages, row_factors, column_facto
         launch(
             relation_gradients, S=1, T=1, WANTED=wanted, SCALED=problem.product.scaled, **problem.constants(config)
         )(
-            (triton.cdiv(count, config.rows), parts, 1), products, _numbers_of(rows), products, _numbers_of(others),
+            (cdiv(count, config.rows), parts, 1), products, _numbers_of(rows), products, _numbers_of(others),
             products, dims, tuple(weights), sums, row_factors, column_factors[:, piece].contiguous(), scale, 0, count,
             count, width, problem.offset + strip.start - piece.start, parts, wanted, problem.inner, problem.outer,
         )  # fmt: skip

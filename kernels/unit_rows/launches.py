@@ -62,7 +62,7 @@ def _groups(tensors: list[Tensor], *others: list[Tensor]) -> list[tuple[list[Ten
     """The lists, by what one launch can take: tensors of one type and one number of rows."""
     lists, first = (tensors, *others), tensors[0]
     dtype, count = first.dtype, first.size(0)
-    if all([x.dtype is dtype and x.size(0) == count for x in tensors]):
+    if all(x.dtype is dtype and x.size(0) == count for x in tensors):
         return [lists] if count else []
     groups: dict[tuple, list[int]] = {}
     for k, x in enumerate(tensors):

@@ -41,6 +41,7 @@ def poisoned(monkeypatch):
 def always_divided(monkeypatch):
     """Columns are divided however few tiles they are."""
     monkeypatch.setattr(node_contrast, "LEAST_SAVED", 0)
+    plan.forget()
 
 
 class Division:
