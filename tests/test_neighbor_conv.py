@@ -1,6 +1,8 @@
 """The graph over the others: its definition, distant nodes, blocks of columns. What it has in common with the graph of
 the own node too is tested in ``test_graph_conv``."""
 
+import math
+
 import pytest
 import torch
 
@@ -112,6 +114,22 @@ def test_nodes_of_one_neighbor_have_no_gradient_where_products_are_rounded(dtype
         )
     (gradient,) = torch.autograd.grad(output, nodes, upstream.to(output.dtype))
     assert gradient.abs().max() <= 8 * torch.finfo(torch.float32).eps / 0.01**2
+
+
+@requires_cpp
+@pytest.mark.parametrize("normalization", ["row", "symmetric", "column"])
+def test_rounded_weights_add_up_to_the_unrounded_ones(normalization):
+    """Weights of 0.999, which bfloat16 rounds to 1, and messages that it does not round: node terms that were made of 1
+    would be off by as much as all other neighbours of such a node weigh."""
+    nodes, signs = torch.eye(48).repeat(2, 1), torch.ones(48, 24).bernoulli(0.5).mul(2).sub(1)
+    messages, log_sums = torch.cat([signs, -signs]), torch.full((96,), 1e-3, dtype=D64)
+    settings = torch.tensor(100.0), normalization, "bfloat16"
+    whole = torch.ops.gkd_fast.neighbor_conv(nodes, messages, log_sums, *settings)
+    own = nodes[40:], messages[40:], log_sums[40:]
+    part = torch.ops.gkd_fast.neighbor_conv(*own, *settings, nodes, messages, 40, log_sums)
+    expected = messages.roll(48, 0) * math.exp(-1e-3)
+    for found, of_rows in ((whole, expected), (part, expected[40:])):
+        torch.testing.assert_close(found, of_rows, rtol=2e-4, atol=0)  # similarities in float32, times 100
 
 
 @requires_cpp

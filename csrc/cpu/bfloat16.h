@@ -207,16 +207,20 @@ GKD_ROUNDING inline void round_values(const float* rows, const float* factors, i
 struct WeightSums {
   double* out;          // or null: none
   const float* shares;  // of the values that the weights multiply, or null: 1
+  double* rounded;      // of the weights as they are multiplied, or null
 
   GKD_INLINE Vec<float> of_columns(Vec<float> w, int64_t x) const { return shares ? w * load(shares + x) : w; }
   GKD_INLINE Vec<float> of_row(Vec<float> w, int64_t r) const { return shares ? w * shares[r] : w; }
 };
 
+// The sums of pairs of numbers.
+GKD_INLINE Vec<float> sums_of(Bits pairs) { return (Vec<float>)(pairs << 16) + (Vec<float>)(pairs & 0xffff0000); }
+
 // A tile's weights as left operand: [row][stride], zeros from `columns` on.
 GKD_ROUNDING inline void round_weights(const float* w, int64_t stride, int64_t rows, int64_t columns,
                                        const WeightSums& sums, Bfloat16* out) {
   for (int64_t r = 0; r < rows; ++r) {
-    Vec<float> total{};
+    Vec<float> total{}, rounded{};
     for (int64_t x = 0; x < columns; x += 32) {
       Vec<float> first = load(w + r * stride + x), second = load(w + r * stride + x + 16);
       if (x + 32 > columns) {
@@ -226,8 +230,10 @@ GKD_ROUNDING inline void round_weights(const float* w, int64_t stride, int64_t r
       const Bits bits = round_both(first, second);
       __builtin_memcpy(out + r * stride + x, &bits, sizeof(Bits));
       if (sums.out) total += sums.of_columns(first, x) + sums.of_columns(second, x + 16);
+      if (sums.rounded) rounded += sums_of(bits);
     }
     if (sums.out) sums.out[r] += sum<float>(total);
+    if (sums.rounded) sums.rounded[r] += sum<float>(rounded);
   }
 }
 
@@ -235,7 +241,7 @@ GKD_ROUNDING inline void round_weights(const float* w, int64_t stride, int64_t r
 GKD_ROUNDING inline void round_mirrored(const float* w, int64_t stride, int64_t rows, int64_t columns,
                                         const WeightSums& sums, Bfloat16* out) {
   for (int64_t x = 0; x < columns; x += 16) {
-    Vec<float> totals{};
+    Vec<float> totals{}, rounded{};
     for (int64_t r = 0; r < rows; r += 32) {
       Vec<float> pairs[16];
       const float* row = w + r * stride + x;
@@ -245,6 +251,7 @@ GKD_ROUNDING inline void round_mirrored(const float* w, int64_t stride, int64_t 
         const Vec<float> first = one < rows ? load(row) : Vec<float>{};
         const Vec<float> second = one + 1 < rows ? load(row + stride) : Vec<float>{};
         pairs[k] = (Vec<float>)round_pairs(first, second);
+        if (sums.rounded) rounded += sums_of((Bits)pairs[k]);
         if (!sums.out || one >= rows) continue;
         totals += sums.of_row(first, one);
         if (one + 1 < rows) totals += sums.of_row(second, one + 1);
@@ -254,6 +261,7 @@ GKD_ROUNDING inline void round_mirrored(const float* w, int64_t stride, int64_t 
       for (int64_t k = 0; k < 16; ++k) __builtin_memcpy(out + (x + k) * stride + r, &pairs[k], sizeof(Bits));
     }
     for (int64_t k = 0; sums.out && k < smaller(16, columns - x); ++k) sums.out[x + k] += totals[k];
+    for (int64_t k = 0; sums.rounded && k < smaller(16, columns - x); ++k) sums.rounded[x + k] += rounded[k];
   }
 }
 

@@ -140,7 +140,8 @@ void neighbor_sums(const Host& host, const NeighborSums<T>& args) {
   walk(host, args.sides, op);
 }
 
-// Σ_j A_ij values_j with A_ij = exp(x_ij − shares_i − shares_j)
+// Σ_j A_ij values_j with A_ij = exp(x_ij − shares_i − shares_j). Rounded weights are scaled row by row to the sum of the
+// unrounded ones: a weight just below 1 that becomes 1 would be as far off as all the others together.
 template <class T>
 struct NeighborConvTiles : NeighborTiles<T> {
   using NeighborTiles<T>::N, NeighborTiles<T>::stride;
@@ -153,7 +154,18 @@ struct NeighborConvTiles : NeighborTiles<T> {
       : NeighborTiles<T>(host, args.sides, args.scale), args(args),
         values(values_of(host, args.values, args.sides.column_count, args.width, args.sides.row_count,
                          centre_of(host, args.values, args.sides.column_count, args.width))),
-        tiles(allocate<T>(host, host.workers * 2 * tile_elements(stride))) {}
+        tiles(allocate<T>(host, host.workers * 2 * tile_elements(stride))) {
+    if (values.sums) values.rounded_sums = cleared<double>(host, args.sides.row_count);
+  }
+
+  void scale_to_sums(const Host& host) const {
+    if (!values.sums) return;
+    parallel(host, args.sides.row_count, [&](int64_t i, int64_t) {
+      const double rounded = values.rounded_sums[i];
+      const T factor = rounded > 0 ? T(values.sums[i] / rounded) : T(1);
+      for (int64_t k = 0; k < args.width; ++k) args.output[i * args.width + k] *= factor;
+    }, grain_of(args.width));
+  }
 
   void weigh(const Tile& t, const T* c, const WideTerms<T>& shares, T* w) const {
     const Terms<T>&high = shares.high, &low = shares.low;
@@ -189,6 +201,7 @@ template <class T>
 void neighbor_conv(const Host& host, const NeighborConv<T>& args) {
   NeighborConvTiles<T> op(host, args);
   walk(host, args.sides, op);
+  op.scale_to_sums(host);
   add_centre(host, op.values, args.sides.row_count, args.width, args.output);
 }
 

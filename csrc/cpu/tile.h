@@ -272,6 +272,7 @@ template <class T>
 struct Values : Operand<T> {
   Centre<T> centre;
   double* sums;  // [results], or null without a centre
+  double* rounded_sums;  // likewise of the weights as they are multiplied, or null: not wanted
 };
 
 template <class T>
@@ -287,8 +288,8 @@ Values<T> values_of(const Host& host, const T* rows, int64_t count, int64_t dim,
     }
     pack_values(rows, factors, count, dim, begin, end, packed.own);
   }, grain_of(kBlock * dim));
-  if (!centre.row) return {packed, {}, nullptr};
-  return {packed, centre, cleared<double>(host, results)};
+  if (!centre.row) return {packed, {}, nullptr, nullptr};
+  return {packed, centre, cleared<double>(host, results), nullptr};
 }
 
 GKD_INLINE void multiply(const Host& host, const Bfloat16Product& product) { host.multiply(host.self, product); }
@@ -296,8 +297,9 @@ GKD_INLINE void multiply(const Host& host, const Bfloat16Product& product) { hos
 #ifdef GKD_BFLOAT16
 // Of the results from `result` on, with the values from `value` on.
 GKD_INLINE WeightSums weight_sums(const Values<float>& values, int64_t result, int64_t value) {
-  if (!values.sums) return {nullptr, nullptr};
-  return {values.sums + result, values.centre.shares ? values.centre.shares + value : nullptr};
+  if (!values.sums) return {};
+  return {values.sums + result, values.centre.shares ? values.centre.shares + value : nullptr,
+          values.rounded_sums ? values.rounded_sums + result : nullptr};
 }
 #endif
 
