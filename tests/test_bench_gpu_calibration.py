@@ -48,6 +48,37 @@ def test_what_does_not_follow_from_the_thread_is_left_out():
 
 
 @pytest.mark.parametrize(
+    ("address", "width", "share"),
+    [
+        ("%rd2", 4, 1),  # a row
+        ("%rd3", 8, 32 / (8 * 128)),  # eight columns' numbers, the same for every fourth thread
+        ("%rd1", 4, 32 / (4 * 128)),  # a number for all
+        ("%rd4", 4, 1),  # along a column no more than is asked for counts
+        ("%rd5", 4, 1 / 4),  # a row for each of four warps, the same
+        ("%rd6", 4, 1 / 4),  # a number for each of four warps, 128 bytes apart
+    ],
+)
+def test_what_threads_load_together_comes_once(address, width, share):
+    program = """
+	ld.param.b64 	%rd1, [kernel_param_0];
+	mov.u32 	%r2, %tid.x;
+	mul.wide.u32 	%rd10, %r2, 4;
+	add.s64 	%rd2, %rd1, %rd10;
+	and.b32 	%r3, %r2, 3;
+	mad.wide.u32 	%rd3, %r3, 8, %rd1;
+	mad.wide.u32 	%rd4, %r2, 512, %rd1;
+	and.b32 	%r4, %r2, 31;
+	mad.wide.u32 	%rd5, %r4, 4, %rd1;
+	shr.u32 	%r5, %r2, 5;
+	shfl.sync.idx.b32 	%r6, %r5, 0, 31, -1;
+	mad.wide.u32 	%rd6, %r6, 128, %rd1;
+"""
+    opcode = "ld.global.b32" if width == 4 else "ld.global.v2.b32"
+    load = f"\t@%p1 {opcode} {{ %r9 }}, [ {address} + 0 ];\n\tst.global.b32 \t[%rd1], %r9;\n"
+    assert banks.fetched(program + load, warps=4) == {("LDG", width): share}
+
+
+@pytest.mark.parametrize(
     ("modifiers", "stride", "passes", "least"),
     [(["shared", "v4", "b32"], 16, 4, 4), (["shared", "v2", "b32"], 128, 32, 2), (["shared", "b8"], 1, 1, 1)],
 )

@@ -183,6 +183,15 @@ def test_conflicts_are_counted_in_the_clocks_of_their_accesses():
     assert model.work(slow, H100)[0]["shared"] == 4 * (8 * 2 + 1 + 2 * 4)
 
 
+def test_what_a_program_loads_several_times_comes_once_from_the_cache():
+    kernel = binary([Instruction("LDG.E"), Instruction("LDG.E.64"), Instruction("LDGSTS.E.BYPASS.128")])
+    shared = dataclasses.replace(kernel, fetched={("LDG", 8): 0.125})
+    clocks = lambda found: model.work(found, H100)[0]["cache"] * H100.cache_bytes()  # noqa: E731
+    assert clocks(kernel) == pytest.approx(4 * 32 * (4 + 8 + 16))
+    assert clocks(shared) == pytest.approx(4 * 32 * (4 + 1 + 16))
+    assert model.work(kernel, H100)[0]["shared"] == model.work(shared, H100)[0]["shared"]
+
+
 def test_whole_waves_are_counted():
     # One step: 4 warps · 2 clocks of the exponential unit and 4 · 0.25 of the float units; four programs fit.
     kernel = binary([Instruction("MUFU.EX2"), Instruction("FMUL")])

@@ -1,9 +1,11 @@
-"""Bank conflicts of a kernel's accesses to shared memory, counted from its PTX.
+"""Bank conflicts of a kernel's accesses to shared memory, and what its loads fetch from global memory, counted from
+its PTX.
 
 Shared memory has 32 banks of four bytes and serves each once a clock. An access of a warp takes as many passes as the
-busiest bank has different words to give. The addresses are arithmetic on the thread's index, which is carried out here
-for the 32 threads of one warp of the first program, with pointers and offsets of 0: within Triton's kernels what is
-added to all addresses alike does not change who meets whom.
+busiest bank has different words to give. Of what a program's threads load together, each sector of global memory comes
+once: threads that ask for the same one, as for the number of a column, find it in the first-level cache. The addresses
+are arithmetic on the thread's index, which is carried out here for the threads of the first program, with pointers and
+offsets of 0: within Triton's kernels what is added to all addresses alike does not change who meets whom.
 """
 
 import re
@@ -15,13 +17,14 @@ import numpy as np
 BANKS = 32
 BANK_BYTES = 4
 WARP = 32
+SECTOR_BYTES = 32
 MATRIX_ROWS, MATRIX_ROW_BYTES = 8, 16  # of what LDSM and STSM move: an address per row
 MACHINE_NAMES = {"ld": "LDS", "st": "STS", "ldmatrix": "LDSM", "stmatrix": "STSM"}
 STATEMENT = re.compile(r"(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*?);")
 ADDRESS = re.compile(r"\[\s*(%?\w+)\s*(?:\+\s*(-?\d+))?\s*\]")
 LOW_HALF = 0xFFFFFFFF
 
-Values = np.ndarray  # int64 [32], one per thread
+Values = np.ndarray  # int64, one per thread or [1] for all
 
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
                "ge": np.greater_equal}  # fmt: skip
@@ -45,7 +48,7 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "bfe": lambda a, start, size: (a & LOW_HALF) >> start & (1 << size) - 1,
     "bfi": lambda a, b, start, size: b & ~((1 << size) - 1 << start) | (a << start) & ((1 << size) - 1 << start),
     "selp": lambda a, b, p: np.where(p != 0, a, b),
-    "shfl": lambda a, *rest: np.broadcast_to(a[0], WARP),  # Triton spreads the warp's own index so
+    "shfl": lambda a, *rest: np.repeat(a[::WARP], min(WARP, len(a))),  # Triton spreads the warp's own index so
 }
 
 
@@ -64,22 +67,38 @@ def conflicts(ptx: str) -> dict[tuple[str, int], float]:
     return {kind: taken[kind] / least[kind] for kind in taken}
 
 
-def accesses(ptx: str) -> list[tuple[str, Values]]:
-    """(opcode, addresses of a warp's threads) of each access to shared memory. A register keeps its first value: what a
-    loop adds to an address, it adds for all threads.
+def fetched(ptx: str, warps: int) -> dict[tuple[str, int], float]:
+    """Bytes that a program fetches over those that its threads load from global memory, by machine instruction and
+    bytes per thread, averaged over the loads of a kind; at most 1. Asynchronous copies are of distinct bytes.
     """
-    known: dict[str, Values | None] = {"%tid.x": np.arange(WARP), "%laneid": np.arange(WARP)}
+    came: Counter[tuple[str, int]] = Counter()
+    asked: Counter[tuple[str, int]] = Counter()
+    for opcode, addresses in accesses(ptx, "global", warps):
+        name, *modifiers = opcode.split(".")
+        if name == "ld":
+            kind = "LDG", access_bytes(modifiers)
+            asked[kind] += len(addresses) * kind[1]
+            came[kind] += min(len(addresses) * kind[1], len(np.unique(addresses // SECTOR_BYTES)) * SECTOR_BYTES)
+    return {kind: came[kind] / asked[kind] for kind in asked}
+
+
+def accesses(ptx: str, space: str = "shared", warps: int = 1) -> list[tuple[str, Values]]:
+    """(opcode, addresses of the first warps' threads) of each access to shared or global memory. A register keeps its
+    first value: what a loop adds to an address, it adds for all threads.
+    """
+    threads = np.arange(warps * WARP)
+    known: dict[str, Values | None] = {"%tid.x": threads, "%laneid": threads % WARP}
     found = []
     for line in ptx.splitlines():
         if not (match := STATEMENT.match(line.split("//")[0].strip())):
             continue
         opcode, arguments = match[1], split_arguments(match[2])
         name, *modifiers = opcode.split(".")
-        if name in MACHINE_NAMES and any(part.startswith("shared") for part in modifiers):
+        if name in MACHINE_NAMES and any(part.startswith(space) for part in modifiers):
             address = ADDRESS.search(match[2])
             base = value(address[1], known) if address else None
             if base is not None:
-                found.append((opcode, base + int(address[2] or 0)))
+                found.append((opcode, np.broadcast_to(base + int(address[2] or 0), threads.shape)))
         elif arguments:
             result = evaluate(name, modifiers, arguments[1:], known)
             for register in re.findall(r"%\w+", arguments[0]):
@@ -90,7 +109,7 @@ def accesses(ptx: str) -> list[tuple[str, Values]]:
 def evaluate(name: str, modifiers: list[str], arguments: list[str], known: dict) -> Values | None:
     """None where an operand is unknown, or the operation is not one that addresses are made by."""
     if name == "ld" and "param" in modifiers:
-        return np.zeros(WARP, np.int64)
+        return np.zeros(1, np.int64)
     if any(re.fullmatch(r"b?f\d+(x2)?", part) for part in modifiers):
         return None
     table = int(arguments.pop(), 0) if name == "lop3" else 0
@@ -107,18 +126,18 @@ def evaluate(name: str, modifiers: list[str], arguments: list[str], known: dict)
 
 def value(text: str, known: dict) -> Values | None:
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text):
-        return np.full(WARP, int(text, 0))
+        return np.full(1, int(text, 0))
     if re.match(r"%n?ctaid", text) or re.fullmatch(r"[a-zA-Z_]\w*", text):  # the program; a buffer's name
-        return np.zeros(WARP, np.int64)
+        return np.zeros(1, np.int64)
     return known.get(text)
 
 
 def any_of_three(a: Values, b: Values, c: Values, table: int) -> Values:
     """LOP3: bit k of the table is the result where the three operands' bits spell k."""
-    result = np.zeros(WARP, np.int64)
+    result = np.zeros(1, np.int64)
     for k in range(8):
         if table >> k & 1:
-            result |= (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
+            result = result | (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
     return result & LOW_HALF
 
 

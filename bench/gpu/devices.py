@@ -99,7 +99,7 @@ LAUNCH_SECONDS = 2.5e-6
 
 # What bench.gpu.calibration.fit finds on every second one of the times measured on an H200. A fit, not
 # properties of the chip: factors below 1 also stand for what a program's own units do at the same time.
-HOPPER_CALIBRATION = Calibration({"integer": 0.6, "exponential": 0.7, "matrix": 1.1}, wait=30, shallow=350)
+HOPPER_CALIBRATION = Calibration({"integer": 0.7, "exponential": 0.7, "matrix": 1.1}, wait=30, shallow=350)
 
 
 def _hopper(name: str, memory_bandwidth: float) -> Device:

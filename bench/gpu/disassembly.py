@@ -38,7 +38,7 @@ class Binary:
 
     ``step`` holds the indices of the instructions that an ordinary step of the loop passes, ``rare`` those of the
     loop's other paths (tiles on the diagonal or at an edge, waits that fail). Both are empty where no loop multiplies.
-    ``conflicts`` are :func:`bench.gpu.banks.conflicts`, ``pipeline_stages`` those of the loop's loads.
+    ``conflicts`` and ``fetched`` are those of :mod:`bench.gpu.banks`, ``pipeline_stages`` those of the loop's loads.
     """
 
     arch: str
@@ -52,6 +52,7 @@ class Binary:
     tensor_columns: int = 0
     pipeline_stages: int = 1
     conflicts: dict[tuple[str, int], float] = field(default_factory=dict)
+    fetched: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def spills(self) -> int:
         """Instructions that move registers to or from a thread's own memory."""
@@ -86,7 +87,8 @@ def read(compiled) -> Binary:
         f"sm_{metadata.target.arch}", tuple(instructions), *inner_loop(instructions, targets, _nvidia_flow),
         registers=_number(r"REG:(\d+)", usage), stack_bytes=_number(r"STACK:(\d+)", usage),
         tensor_columns=getattr(metadata, "tmem_size", 0) or 0, pipeline_stages=metadata.num_stages,
-        conflicts=banks.conflicts(compiled.asm["ptx"]), **shared,
+        conflicts=banks.conflicts(compiled.asm["ptx"]),
+        fetched=banks.fetched(compiled.asm["ptx"], metadata.num_warps), **shared,
     )  # fmt: skip
 
 

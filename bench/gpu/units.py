@@ -4,7 +4,8 @@ Units that a program uses in turn (:data:`TURNS`): ``matrix``; ``exponential`` (
 ``float``; ``integer`` (also comparisons, selections and packing conversions, as on the hardware); ``shared`` (shared
 memory, shuffles, tensor memory, global loads to registers); ``other`` (control and uniform instructions, an issue slot
 each). Units that work beside it (:data:`BESIDE`): ``copies`` (asynchronous writes to shared memory, and the matrix
-unit's reads from it) and ``cache`` (bytes from the second-level cache; a thread's own memory stays in the first).
+unit's reads from it) and ``cache`` (bytes from the second-level cache; a thread's own memory, and what others of the
+program load too, stay in the first).
 ``issue`` counts every instruction.
 
 Not clocks but counts, of a step alone: ``waits`` (:data:`WAITS`), and ``shallow``, 1 where asynchronous loads have only
@@ -57,12 +58,14 @@ def walk(binary: Binary, device: Device) -> Iterator[tuple[bool, Counter[str]]]:
             yield k in binary.step, blackwell_costs(instruction, literals[register[1]], device)
         else:
             found = costs(instruction, device)
-            found["shared"] *= binary.conflicts.get(shared_access(instruction), 1)
+            access = memory_access(instruction)
+            found["shared"] *= binary.conflicts.get(access, 1)
+            found["cache"] *= binary.fetched.get(access, 1)
             yield k in binary.step, Counter({unit: binary.warps * clocks for unit, clocks in found.items()})
 
 
-def shared_access(instruction: Instruction) -> tuple[str, int]:
-    """The kind of an access to shared memory, as :mod:`bench.gpu.banks` names it."""
+def memory_access(instruction: Instruction) -> tuple[str, int]:
+    """The kind of an access to memory, as :mod:`bench.gpu.banks` names it."""
     name, *modifiers = instruction.parts()
     return name, 0 if name in ("LDSM", "STSM") else _width(modifiers)
 
