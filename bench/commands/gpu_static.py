@@ -15,14 +15,14 @@ from bench import cases, files, machine, report
 from bench.gpu import calibration, measured, tables
 from bench.gpu.predicted import BATCHES, KernelReport, chosen, read_kernel, time_rows
 
-DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "tf32", "tf32x3", "float32", "float64")
 SECTION = "predicted"
 SCHEMA = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], help="sm_86 and gfx942 get no times")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="type of the products")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of products; float32: AMD's")
     parser.add_argument("--dim", nargs="+", type=int, default=[128])
     parser.add_argument("--stages", nargs="+", type=int, default=[1], help="S = T; graph_conv has none")
     parser.add_argument("--op", nargs="+", choices=(*cases.OPS, "unit_rows"), help="only these ops")

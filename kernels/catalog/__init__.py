@@ -144,13 +144,16 @@ def specializations(arch: str, dtype: str, dim: int, stages: tuple[int, int] = (
 
     Args:
         arch: one of ``ARCHITECTURES``.
-        dtype: product precision: "float64", "float32" (ieee), "tf32x3", "tf32", "bfloat16" or "float16".
+        dtype: product precision: "float64", "tf32x3" (on AMD "float32"), "tf32", "bfloat16" or "float16".
         dim: width of the unit rows and of the messages; above ``table.largest_width`` the kernels that work on strips.
         stages: number of student and of teacher stages; more than share a launch count as one launch's group.
     """
     target(arch)
     if dtype not in PRODUCTS:
         raise ValueError(f"dtype must be one of {tuple(PRODUCTS)}, got {dtype!r}")
+    of_float32, of_others = ("float32", "tf32x3") if arch.startswith("gfx") else ("tf32x3", "float32")
+    if dtype == of_others:
+        raise ValueError(f"dtype must be {of_float32!r} on {arch}, as which it multiplies float32, got {dtype!r}")
     build = _Builder(arch, PRODUCTS[dtype], dim)
     walk_product = walk_product_of(build.product, arch, dim)
     walk = None if walk_product is None else _Builder(arch, walk_product, dim, dtype)
@@ -399,8 +402,6 @@ class _Builder:
         return self.column if argument in of_columns else self.row
 
     def _exemption(self) -> str | None:
-        if self.product.name == "float32" and not self.arch.startswith("gfx"):
-            return "NVIDIA's matrix units do not multiply float32 in ieee precision"
         if self.product.name == "float64" and self.arch == "sm_86":
             return "it has no matrix units for float64"
         return None

@@ -87,9 +87,15 @@ def test_exemptions_are_few_and_named():
             assert (spec.exemption is not None) == (spec.products == 0 or exempt_type), spec.kernel
 
 
+def test_an_architecture_multiplies_float32_in_one_way():
+    for arch, dtype, wanted in (("sm_90", "float32", "tf32x3"), ("gfx942", "tf32x3", "float32")):
+        with pytest.raises(ValueError, match=f"dtype must be '{wanted}' on {arch}"):
+            specializations(arch, dtype, 64)
+
+
 def test_losses_over_pairs_come_for_many_graphs_too():
     """Each kind whose tokens make a graph per sample has the same kernels for these, the second order's among them."""
-    for dtype in ("bfloat16", "float32", "float64"):
+    for dtype in ("bfloat16", "tf32x3", "float64"):
         kernels = {False: set(), True: set()}
         for spec in specializations("sm_90", dtype, 64):
             if spec.op == "pair_sums" and spec.constexprs["KIND"] in OF_GRAPHS:
