@@ -4,11 +4,13 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkd_fast import ops, reference
 from tests.ops_cases import D64, DTYPES, KINDS, TILES, Calls, check, node_contrast, requires_cpp, results, rows
 
 pytestmark = requires_cpp
+OP = import_module("gkd_fast.ops.node_contrast")
 
 
 def definition(num_students: int, temperature: float = 0.1):
@@ -60,7 +62,7 @@ def test_weighted_sums_kept_and_recomputed_agree(tile_rows, monkeypatch, tempera
     inputs = rows(37, 4, 4, 4)
 
     def kept_and_results(budget):
-        monkeypatch.setattr(import_module("gkd_fast.ops.node_contrast"), "KEEP_WEIGHTED_BYTES", budget)
+        monkeypatch.setattr(OP, "KEEP_WEIGHTED_BYTES", budget)
         with Calls() as calls:
             values = results(node_contrast(1, temperature=temperature), inputs)
         return [x["keep_weighted"] for x in calls.arguments("node_contrast")], values
@@ -70,6 +72,37 @@ def test_weighted_sums_kept_and_recomputed_agree(tile_rows, monkeypatch, tempera
     recomputed, others = kept_and_results(size - 1)
     assert (kept, recomputed) == ([True], [False])
     torch.testing.assert_close(values, others, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "widest"),
+    [
+        (torch.float32, "float32", 128),
+        (torch.float32, "tf32", 128),
+        (torch.float32, "bfloat16", 256),
+        (D64, "float64", 64),
+        (D64, "bfloat16", 64),
+    ],
+)
+def test_a_gpu_keeps_no_weighted_sums_of_rows_in_strips_for_gradients_of_both_sides(dtype, precision, widest):
+    def keeps(width, needs_teachers=True, device="cuda", batch=257):
+        x, y = (torch.empty(batch, width, dtype=dtype, device=device) for _ in range(2))
+        x.requires_grad_(), y.requires_grad_(needs_teachers)
+        return OP.node_contrast_call([x], [y], dtype, [True], 0.1, precision).keep
+
+    with FakeTensorMode():
+        assert keeps(widest) and not keeps(widest + 1)
+        assert keeps(widest + 1, needs_teachers=False) and keeps(widest + 1, device="cpu")
+        assert keeps(1024, batch=256) and not keeps(1025, batch=256)
+
+
+def test_weighted_sums_are_kept_where_the_kernels_walk_tiles():
+    pytest.importorskip("triton")
+    table, small = (import_module(f"gkd_fast.kernels.common.{name}") for name in ("table", "small"))
+    for precision, widest in OP.WIDEST_TILES.items():
+        walked = {"float32": "float16x3", "tf32": "float16x3"}.get(precision, precision)
+        assert {table.largest_width(arch, walked) for arch in table.MULTIPROCESSORS} == {widest}
+    assert (OP.SMALL_BATCH, OP.SMALL_WIDTH) == (small.SMALL_BATCH, small.SMALL_WIDTH)
 
 
 def dense(students, columns, temperature, offset):

@@ -68,8 +68,11 @@ from gkd_fast.ops.unit_rows import unit_rows
 
 # Weighted sums up to this size are kept for the backward pass; beyond it they are recomputed there.
 KEEP_WEIGHTED_BYTES = 256 * 2**20
-# On a GPU wider rows whose gradients are wanted on both sides have both of the same weights: keeping spares no product.
-WIDEST_TILES = 256
+# On a GPU wider rows go in strips, and gradients that are wanted on both sides come from the same strip of weights:
+# keeping spares no product. By the type of products; those of float64 rows are float64's.
+WIDEST_TILES = {"float64": 64, "float32": 128, "tf32": 128, "bfloat16": 256, "float16": 256}
+# Batches of at most so many rows, at most so wide, have kernels without strips.
+SMALL_BATCH, SMALL_WIDTH = 256, 1024
 
 torch.library.define(
     "gkd_fast::node_contrast",
@@ -219,14 +222,20 @@ def node_contrast_call(
     x = students[0]
     # All ranks must do the same.
     rows = x.shape[0] if columns is None else max(columns.shards.counts)
-    wide = columns is None and x.is_cuda and x.shape[1] > WIDEST_TILES
+    in_strips = columns is None and x.is_cuda and _in_strips(*x.shape, dtype, product_precision)
     keep = (
         torch.is_grad_enabled()
         and True in [s.requires_grad for s in students]
-        and not (wide and True in [t.requires_grad for t in teachers])
+        and not (in_strips and True in [t.requires_grad for t in teachers])
         and sum(wanted) * rows * x.shape[1] * dtype.itemsize <= KEEP_WEIGHTED_BYTES
     )
     return Call(_OP, (len(students), wanted, temperature, product_precision), keep)
+
+
+def _in_strips(rows: int, width: int, dtype: torch.dtype, product_precision: str) -> bool:
+    """Whether a GPU multiplies a batch that is its own column set in strips."""
+    product = "float64" if dtype == torch.float64 else product_precision
+    return width > WIDEST_TILES[product] and (rows > SMALL_BATCH or width > SMALL_WIDTH)
 
 
 def node_contrast(
