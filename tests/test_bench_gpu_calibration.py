@@ -111,7 +111,7 @@ def test_whole_ops_are_near_what_was_measured_with_their_launches():
     everything, on = calibration.operations(), calibration.device()
     ops = [c for c in everything if c.sweep == "times"]
     assert len(everything) == 72 and {c.batch for c in ops} == {1024, 4096, 16_384, 65_536}
-    assert calibration.near(everything, on) > 0.85 * len(everything)
+    assert calibration.near(everything, on) >= 0.8 * len(everything)
     few = [c for c in ops if c.batch == 1024]
     assert all(0.75 < c.ratio(on) < 1.3 for c in few) and len(few) == 6
     assert all(dataclasses.replace(c, launches=0).ratio(on) > 2 for c in few)
