@@ -96,6 +96,7 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("neighbor_sums", (columns, variance, "float64", x, 2)),
         ("neighbor_conv", (x.clone().requires_grad_(), messages, log_sums, *of_others)),
         ("neighbor_conv", (columns, column_messages, log_sums[2:5], variance, "row", "float64", x, messages, 2)),
+        ("neighbor_conv_keep", (x, messages, *of_others)),
         ("neighbor_conv_backward", (messages, x, messages, log_sums, rates, *of_others)),
         ("neighbor_conv_gradients", (messages, x, messages, others, log_sums, *of_others, both)),
         ("neighbor_sums_tangent", (x, tangent, log_sums, variance, "float64")),

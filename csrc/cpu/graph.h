@@ -11,7 +11,8 @@ struct Graph {
   Product product;
   int64_t rows, column_count, offset;
   double inverse_variance;
-  at::Tensor affinities;  // K of the upper tiles, kept from pass to pass; undefined or [0]: it is recomputed in each
+  // K of the upper tiles, of neighbor_conv the cosines, kept from pass to pass; undefined or [0]: recomputed in each.
+  at::Tensor affinities;
   bool known = false;     // a pass has written them
   bool symmetric() const { return !columns.defined(); }
 

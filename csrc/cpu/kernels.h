@@ -154,9 +154,17 @@ struct NodeGradient {
   T* affinities;         // K of the upper tiles, or null
 };
 
+// Cosines of the upper tiles, own ones out of reach, or null; known: they are read instead of written.
+template <class T>
+struct KeptCosines {
+  T* tiles;
+  bool known;
+};
+
 template <class T>
 struct NeighborSums {
   Sides<T> sides;
+  KeptCosines<T> kept;
   T scale;       // log2(e)/σ²
   T* shifts;     // [row_count]: at last each row's largest exponent, in base 2; at first below all of them
   double* sums;  // [4][row_count], cleared by the caller: of w, w², w x and w² x; x in base 2, w = exp2(x − shift)
@@ -165,6 +173,7 @@ struct NeighborSums {
 template <class T>
 struct NeighborConv {
   Sides<T> sides;
+  KeptCosines<T> kept;
   T scale;  // log2(e)/σ²
   // What is taken from the exponents of A_ij, in base 2, and in the symmetric case from those of A_ji if that differs.
   WideTerms<T> shares, transposed_shares;
@@ -177,6 +186,7 @@ struct NeighborConv {
 template <class T>
 struct NeighborGradient {
   Sides<T> sides;
+  KeptCosines<T> kept;
   T scale;  // log2(e)/σ²
   T inverse_variance;
   bool symmetric;         // the normalization

@@ -35,6 +35,8 @@ template <class T, class Arguments>
 Arguments arguments(const Graph& graph) {
   Arguments args{};
   args.sides = graph.sides<T>();
+  args.kept.tiles = kept<T>(graph.affinities, graph.rows, 1);
+  args.kept.known = graph.known && args.kept.tiles;
   args.scale = T(graph.inverse_variance * kLog2E);
   return args;
 }
@@ -124,6 +126,20 @@ at::Tensor neighbor_conv(const at::Tensor& nodes, const at::Tensor& messages, co
   return GKD_DISPATCH(graph.type, [&] { return forward<scalar_t>(graph, values, l, others, shares); });
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> neighbor_conv_keep(
+    const at::Tensor& nodes, const at::Tensor& messages, const at::Tensor& inverse_variance,
+    c10::string_view normalization, c10::string_view product_precision) {
+  const Shares shares = shares_of(normalization);
+  Graph graph = graph_of_others(nodes, {}, 0, inverse_variance, product_precision);
+  const at::Tensor own = matrix("messages", messages, graph.type, graph.rows);
+  graph.affinities = affinities_of(graph.nodes);
+  return GKD_DISPATCH(graph.type, [&] {
+    const at::Tensor log_sums = std::get<0>(sums_of<scalar_t>(graph));
+    graph.known = true;
+    return std::make_tuple(forward<scalar_t>(graph, own, log_sums, log_sums, shares), log_sums, graph.affinities);
+  });
+}
+
 struct Side {
   at::Tensor upstream, messages, log_sums, terms;  // all but messages may be undefined: 0
 };
@@ -180,12 +196,14 @@ at::Tensor neighbor_conv_backward(
 std::vector<at::Tensor> neighbor_conv_gradients(
     const at::Tensor& upstream, const at::Tensor& nodes, const at::Tensor& messages, const at::Tensor& output,
     const at::Tensor& log_sums, const at::Tensor& inverse_variance, c10::string_view normalization,
-    c10::string_view product_precision, c10::List<bool> needs) {
+    c10::string_view product_precision, c10::List<bool> needs, const std::optional<at::Tensor>& affinities) {
   const Shares shares = shares_of(normalization);
   TORCH_CHECK(shares.row > 0, "normalization must be row or symmetric, got ", normalization);
   TORCH_CHECK(needs.size() == 2, "needs must have 2 entries, got ", needs.size());
   const bool symmetric = shares.row == shares.column, needs_nodes = needs.get(0), needs_messages = needs.get(1);
-  const Graph graph = graph_of_others(nodes, {}, 0, inverse_variance, product_precision);
+  Graph graph = graph_of_others(nodes, {}, 0, inverse_variance, product_precision);
+  if (affinities) graph.affinities = *affinities;
+  graph.known = true;
   const int64_t rows = graph.rows, width = messages.size(-1);
   const Side own{matrix("upstream", upstream, graph.type, rows, width), matrix("messages", messages, graph.type, rows),
                  log_sums_of("log_sums", log_sums, rows), {}};
@@ -208,6 +226,7 @@ std::vector<at::Tensor> neighbor_conv_gradients(
 TORCH_LIBRARY_IMPL(gkd_fast, CPU, library) {
   library.impl("neighbor_sums", &neighbor_sums);
   library.impl("neighbor_conv", &neighbor_conv);
+  library.impl("neighbor_conv_keep", &neighbor_conv_keep);
   library.impl("neighbor_conv_backward", &neighbor_conv_backward);
   library.impl("neighbor_conv_gradients", &neighbor_conv_gradients);
 }

@@ -10,15 +10,23 @@ struct NeighborTiles {
   static constexpr int N = Lanes<T>::count;
 
   int64_t stride;
+  KeptCosines<T> kept;
   UnitSides<T> units;
   T scale, one;  // one: what a cosine of 1 is in a tile, times the scale
 
-  NeighborTiles(const Host& host, const Sides<T>& sides, T scale)
-      : stride(block_rows(host, sides.row_count)), units(host, sides, stride), scale(scale), one(scale * units.one) {}
+  template <class Arguments>
+  NeighborTiles(const Host& host, const Arguments& args)
+      : stride(block_rows(host, args.sides.row_count)), kept(args.kept), units(host, args.sides, stride, kept.known),
+        scale(args.scale), one(scale * units.one) {}
 
-  GKD_INLINE void similarities_of(const Tile& t, T* out) const {
-    similarities(t, units.rows, units.columns, out, stride);
-    put_own_columns_far(t, out, stride);
+  // Where they are kept, else in the worker's `room`.
+  GKD_INLINE const T* similarities_of(const Tile& t, T* room) const {
+    T* c = kept.tiles ? kept.tiles + t.place * stride * stride : room;
+    if (kept.known) return c;
+    similarities(t, units.rows, units.columns, c, stride);
+    put_own_columns_far(t, c, stride);
+    if (kept.tiles) clear_beyond(t, c, stride);
+    return c;
   }
 
   GKD_INLINE Vec<T> exponents(const T* c) const { return load(c) * scale - one; }
@@ -35,7 +43,7 @@ struct NeighborSumTiles : NeighborTiles<T> {
   T *tiles, *partial;  // partial: sums of one tile's columns
 
   NeighborSumTiles(const Host& host, const NeighborSums<T>& args)
-      : NeighborTiles<T>(host, args.sides, args.scale), args(args),
+      : NeighborTiles<T>(host, args), args(args),
         tiles(allocate<T>(host, host.workers * tile_elements(stride))),
         partial(allocate<T>(host, host.workers * kSums * stride)) {}
 
@@ -118,8 +126,7 @@ struct NeighborSumTiles : NeighborTiles<T> {
   }
 
   void tile(const Tile& t, int64_t worker) const {
-    T* c = tiles + worker * tile_elements(stride);
-    this->similarities_of(t, c);
+    const T* c = this->similarities_of(t, tiles + worker * tile_elements(stride));
     T* below = partial + worker * kSums * stride;
     raise_shifts(t, c, below);
     if (!t.mirror) {
@@ -151,7 +158,7 @@ struct NeighborConvTiles : NeighborTiles<T> {
   T* tiles;
 
   NeighborConvTiles(const Host& host, const NeighborConv<T>& args)
-      : NeighborTiles<T>(host, args.sides, args.scale), args(args),
+      : NeighborTiles<T>(host, args), args(args),
         values(values_of(host, args.values, args.sides.column_count, args.width, args.sides.row_count,
                          centre_of(host, args.values, args.sides.column_count, args.width))),
         tiles(allocate<T>(host, host.workers * 2 * tile_elements(stride))) {
@@ -187,8 +194,8 @@ struct NeighborConvTiles : NeighborTiles<T> {
 
   void tile(const Tile& t, int64_t worker) const {
     const Sides<T>& sides = args.sides;
-    T *w = tiles + worker * 2 * tile_elements(stride), *c = w + tile_elements(stride);
-    this->similarities_of(t, c);
+    T* w = tiles + worker * 2 * tile_elements(stride);
+    const T* c = this->similarities_of(t, w + tile_elements(stride));
     weigh(t, c, args.shares, w);
     add_to_rows(t, w, stride, values, sides.column_count, args.width, args.output);
     if (!t.mirror) return;
@@ -226,7 +233,7 @@ struct NeighborGradientTiles : NeighborTiles<T> {
   T* tiles;
 
   NeighborGradientTiles(const Host& host, const NeighborGradient<T>& args)
-      : NeighborTiles<T>(host, args.sides, args.scale), args(args),
+      : NeighborTiles<T>(host, args), args(args),
         left_centre(centre_of(host, args.left.column, args.sides.column_count, args.width)),
         right_centre(centre_of(host, args.right.column, args.sides.column_count, args.width)),
         left_columns(columns_of(host, args.left.column, args.sides.column_count, args.width, stride, left_centre)),
@@ -304,8 +311,7 @@ struct NeighborGradientTiles : NeighborTiles<T> {
   void tile(const Tile& t, int64_t worker) const {
     const Sides<T>& sides = args.sides;
     T *m = tiles + worker * 3 * tile_elements(stride), *back = m + tile_elements(stride);
-    T* c = back + tile_elements(stride);
-    this->similarities_of(t, c);
+    const T* c = this->similarities_of(t, back + tile_elements(stride));
     auto multiply = [&](const T* rows, const Centre<T>& of_rows, const Operand<T>& columns, T* out, bool accumulate) {
       multiply_own_rows(t, worker, tile_rows, rows, static_cast<const T*>(nullptr), args.width, of_rows, columns, out,
                         stride, accumulate);

@@ -1,4 +1,5 @@
-"""Affinities that a forward pass keeps for its backward pass, which then need not multiply the rows again.
+"""Affinities, of neighbor_conv the cosines, that a forward pass keeps for its later passes and the backward pass, which
+then need not multiply the rows again.
 
 The C++ kernels keep them while they take at most five times the memory of the rows or 16 MiB, and never more than
 128 MiB (csrc/cpu/host.cpp): there reading them takes less time than the products that they spare. Beyond it every pass

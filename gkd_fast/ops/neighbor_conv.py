@@ -23,6 +23,10 @@ is left out. Without a column set (``column_nodes``) the columns are the rows an
         columns', which with a column set are read instead of the rows' messages; "column" reads l of the columns alone,
         "row" of the rows alone.
         output: Y, [I, K].  Its derivative by the nodes is that of l too.
+    neighbor_conv_keep(nodes, messages, inverse_variance, normalization, product_precision)
+               -> (output, log_sums, affinities)
+        Both where the columns are the rows.  affinities: their cosines, which spare the passes after the first the
+        nodes' product, in an order of the kernels' own; [0] where they are not kept (``gkd_fast.ops.affinities``).
     neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization,
                product_precision, column_nodes=None, column_messages=None, offset=0, column_upstream=None,
                column_log_sums=None, column_node_terms=None) -> nodes' gradient
@@ -32,7 +36,7 @@ is left out. Without a column set (``column_nodes``) the columns are the rows an
         dE_i = Σ_j≠i v (A_ij G_i·m_j + A_ji G_j·m_i + p_ij d_i + p_ji d_j) e_j.
         The messages' gradient dM is Y of the upstream with the transposed normalization.
     neighbor_conv_gradients(upstream, nodes, messages, output, log_sums, inverse_variance, normalization,
-               product_precision, needs) -> gradients
+               product_precision, needs, affinities=None) -> gradients
         What the ops above make of nodes and messages, in that order, those that ``needs`` asks for. On CPUs node terms
         are of G and m as the products round them: where a weight is 1 they cancel with these.
 
@@ -62,6 +66,7 @@ computed in strips of rows (``neighbor_conv_strips``).
 import torch
 from torch import Tensor
 
+from gkd_fast.ops import affinities as kept
 from gkd_fast.ops import neighbor_conv_strips as strips
 from gkd_fast.ops.autograd import (
     PT2,
@@ -84,11 +89,12 @@ _SCHEMAS = {
     "int offset=0) -> (Tensor, Tensor, Tensor, Tensor)",
     "neighbor_conv": f"(Tensor nodes, Tensor messages, Tensor log_sums, {_SETTINGS}, Tensor? column_nodes=None, "
     "Tensor? column_messages=None, int offset=0, Tensor? column_log_sums=None) -> Tensor",
+    "neighbor_conv_keep": f"(Tensor nodes, Tensor messages, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     "neighbor_conv_backward": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor log_sums, Tensor node_terms, "
     f"{_SETTINGS}, Tensor? column_nodes=None, Tensor? column_messages=None, int offset=0, "
     "Tensor? column_upstream=None, Tensor? column_log_sums=None, Tensor? column_node_terms=None) -> Tensor",
     "neighbor_conv_gradients": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor output, Tensor log_sums, "
-    f"{_SETTINGS}, bool[] needs) -> Tensor[]",
+    f"{_SETTINGS}, bool[] needs, Tensor? affinities=None) -> Tensor[]",
     "neighbor_sums_tangent": "(Tensor nodes, Tensor tangent, Tensor log_sums, Tensor inverse_variance, "
     "str product_precision, Tensor? column_nodes=None, Tensor? column_tangent=None, int offset=0) -> Tensor",
     "neighbor_conv_tangent": "(Tensor nodes, Tensor? tangent, Tensor messages, Tensor? messages_tangent, "
@@ -104,7 +110,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"gkd_fast::{_name}", _schema, tags=PT2)
-    if _name != "neighbor_conv_gradients":
+    if _name not in ("neighbor_conv_keep", "neighbor_conv_gradients"):
         torch.library.impl(
             f"gkd_fast::{_name}", "CompositeExplicitAutograd", strips.in_own_type(getattr(strips, _name))
         )
@@ -121,13 +127,20 @@ def _(nodes, messages, *arguments, **named):
     return messages.new_empty(messages.shape)
 
 
+@torch.library.register_fake("gkd_fast::neighbor_conv_keep")
+def _(nodes, messages, *settings):
+    log_sums = nodes.new_empty(nodes.shape[0], dtype=torch.float64)
+    return messages.new_empty(messages.shape), log_sums, kept.like([nodes])
+
+
 @torch.library.register_fake("gkd_fast::neighbor_conv_backward")
 def _(upstream, nodes, *arguments, **named):
     return nodes.new_empty(nodes.shape)
 
 
 @torch.library.register_fake("gkd_fast::neighbor_conv_gradients")
-def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs):
+def _(upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs,
+      affinities=None):  # fmt: skip
     return needed_like((nodes, messages), needs)
 
 
@@ -147,8 +160,9 @@ def _(upstream, nodes, *arguments, **named):
 
 
 def composed_gradients(
-    upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs
-):
+    upstream, nodes, messages, output, log_sums, inverse_variance, normalization, product_precision, needs,
+    affinities=None,
+):  # fmt: skip
     """``neighbor_conv_gradients`` by the ops above."""
     rows = upstream, nodes, messages, output, log_sums, inverse_variance
     gradients, _ = gradients_of_rows(None, rows, normalization, product_precision, needs)
@@ -180,7 +194,7 @@ register_autograd("gkd_fast::neighbor_conv", _backward, setup_context=_setup_con
 
 
 def _setup_double_context(ctx, inputs, output):
-    *rows, ctx.normalization, ctx.product_precision, ctx.needed = inputs
+    *rows, ctx.normalization, ctx.product_precision, ctx.needed, _ = inputs
     ctx.set_materialize_grads(False)
     messages_gradient = scatter(output, ctx.needed)[1]
     if messages_gradient is not None:
@@ -191,7 +205,7 @@ def _setup_double_context(ctx, inputs, output):
 def _double_backward(ctx, cotangents):
     nodes_tangent, messages_tangent = (x if x is None else x.contiguous() for x in scatter(cotangents, ctx.needed))
     saved = ctx.saved_tensors
-    return *second_order(None, saved, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 6
+    return *second_order(None, saved, ctx, nodes_tangent, messages_tangent, ctx.needs_input_grad[:3]), *[None] * 7
 
 
 register_autograd("gkd_fast::neighbor_conv_gradients", _double_backward, setup_context=_setup_double_context)
@@ -202,12 +216,17 @@ for _name in _SCHEMAS:
 
 def _results(ops, inputs, settings, keep):
     (nodes, messages), (inverse_variance, _, product_precision) = inputs, settings
+    if keep:
+        return ops.neighbor_conv_keep(nodes, messages, *settings)
     log_sums = torch.ops.gkd_fast.neighbor_sums(nodes.detach(), inverse_variance, product_precision)[0]
     return torch.ops.gkd_fast.neighbor_conv(nodes, messages, log_sums, *settings), log_sums
 
 
 def gradients_of(ops, upstream, inputs, results, settings, needs):
-    gradients = torch.ops.gkd_fast.neighbor_conv_gradients(upstream, *inputs, *results, *settings, needs)
+    output, log_sums, *affinities = results
+    gradients = torch.ops.gkd_fast.neighbor_conv_gradients(
+        upstream, *inputs, output, log_sums, *settings, needs, *affinities
+    )
     return scatter(gradients, needs)
 
 
@@ -229,6 +248,6 @@ def neighbor_conv(
     messages = messages.to(dtype).contiguous()
     settings = inverse_variance, normalization, product_precision
     if columns is None:
-        call = Call(_OP, settings, keep=False)
+        call = Call(_OP, settings, kept.keeps((nodes, messages)))
         return on_unit_rows([call], [nodes], [messages], dtype)[0]
     return NeighborConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)
