@@ -10,7 +10,7 @@ from bench.gpu import banks, calibration, devices
 # Addresses of thread t: %r4 4 t, along a row; %r5 256 t, along a column; %r6 260 t, along a column of skewed rows;
 # %r7 along a row for the first 16 threads, along a column for the others; %r8 256 t xor (4 t and 28).
 PTX = """
-	ld.param.b32 	%r1, [kernel_param_0];
+	ld.param.b64 	%r1, [kernel_param_0];
 	mov.u32 	%r2, %tid.x;
 	mov.b32 	%r3, global_smem;
 	and.b32 	%r20, %r2, 31;
@@ -56,6 +56,7 @@ def test_what_does_not_follow_from_the_thread_is_left_out():
         ("%rd4", 4, 1),  # along a column no more than is asked for counts
         ("%rd5", 4, 1 / 4),  # a row for each of four warps, the same
         ("%rd6", 4, 1 / 4),  # a number for each of four warps, 128 bytes apart
+        ("%rd7", 4, 1),  # rows of a width that is an argument
     ],
 )
 def test_what_threads_load_together_comes_once(address, width, share):
@@ -65,13 +66,20 @@ def test_what_threads_load_together_comes_once(address, width, share):
 	mul.wide.u32 	%rd10, %r2, 4;
 	add.s64 	%rd2, %rd1, %rd10;
 	and.b32 	%r3, %r2, 3;
-	mad.wide.u32 	%rd3, %r3, 8, %rd1;
+	max.s32 	%r7, %r3, 0;
+	min.s32 	%r8, %r7, 64;
+	mad.wide.u32 	%rd3, %r8, 8, %rd1;
 	mad.wide.u32 	%rd4, %r2, 512, %rd1;
 	and.b32 	%r4, %r2, 31;
 	mad.wide.u32 	%rd5, %r4, 4, %rd1;
 	shr.u32 	%r5, %r2, 5;
 	shfl.sync.idx.b32 	%r6, %r5, 0, 31, -1;
 	mad.wide.u32 	%rd6, %r6, 128, %rd1;
+	ld.param.b32 	%r10, [kernel_param_1];
+	mul.lo.s32 	%r11, %r5, %r10;
+	add.s32 	%r12, %r11, %r4;
+	mul.wide.s32 	%rd11, %r12, 4;
+	add.s64 	%rd7, %rd1, %rd11;
 """
     opcode = "ld.global.b32" if width == 4 else "ld.global.v2.b32"
     load = f"\t@%p1 {opcode} {{ %r9 }}, [ {address} + 0 ];\n\tst.global.b32 \t[%rd1], %r9;\n"

@@ -5,7 +5,8 @@ Shared memory has 32 banks of four bytes and serves each once a clock. An access
 busiest bank has different words to give. Of what a program's threads load together, each sector of global memory comes
 once: threads that ask for the same one, as for the number of a column, find it in the first-level cache. The addresses
 are arithmetic on the thread's index, which is carried out here for the threads of the first program, with pointers and
-offsets of 0: within Triton's kernels what is added to all addresses alike does not change who meets whom.
+offsets of 0, since within Triton's kernels what is added to all addresses alike does not change who meets whom, and
+with widths and counts that part the rows.
 """
 
 import re
@@ -18,6 +19,7 @@ BANKS = 32
 BANK_BYTES = 4
 WARP = 32
 SECTOR_BYTES = 32
+SIZE = 1024  # of every width and count that a kernel is given
 MATRIX_ROWS, MATRIX_ROW_BYTES = 8, 16  # of what LDSM and STSM move: an address per row
 MACHINE_NAMES = {"ld": "LDS", "st": "STS", "ldmatrix": "LDSM", "stmatrix": "STSM"}
 STATEMENT = re.compile(r"(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*?);")
@@ -47,6 +49,8 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "rem": lambda a, b: a % np.maximum(b, 1),
     "bfe": lambda a, start, size: (a & LOW_HALF) >> start & (1 << size) - 1,
     "bfi": lambda a, b, start, size: b & ~((1 << size) - 1 << start) | (a << start) & ((1 << size) - 1 << start),
+    "min": np.minimum,
+    "max": np.maximum,
     "selp": lambda a, b, p: np.where(p != 0, a, b),
     "shfl": lambda a, *rest: np.repeat(a[::WARP], min(WARP, len(a))),  # Triton spreads the warp's own index so
 }
@@ -109,7 +113,7 @@ def accesses(ptx: str, space: str = "shared", warps: int = 1) -> list[tuple[str,
 def evaluate(name: str, modifiers: list[str], arguments: list[str], known: dict) -> Values | None:
     """None where an operand is unknown, or the operation is not one that addresses are made by."""
     if name == "ld" and "param" in modifiers:
-        return np.zeros(1, np.int64)
+        return np.full(1, 0 if modifiers[-1].endswith("64") else SIZE)
     if any(re.fullmatch(r"b?f\d+(x2)?", part) for part in modifiers):
         return None
     table = int(arguments.pop(), 0) if name == "lop3" else 0
