@@ -150,8 +150,11 @@ def round_rows(
 
 
 def block_width(product: Product) -> int:
-    """Columns of an operand that a program rounds at a time; more of 32 or 64 bits would spill on sm_100."""
-    return BLOCK_WIDTH if product.torch_type.itemsize == 2 else 32
+    """Columns of an operand that a program rounds at a time, 128 bytes.
+
+    More would spill: of 32-bit numbers on sm_100, of 64-bit ones on sm_80.
+    """
+    return 128 // product.torch_type.itemsize
 
 
 def stored_width(dim: int, is_wide: bool = False) -> int:

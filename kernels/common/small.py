@@ -93,6 +93,9 @@ def negative_distances(
         x, y = convert(x - m[None, :], TYPE), convert(y - m[None, :], TYPE)
         distances += tl.sum(x.to(SUM) * x.to(SUM), 1)
         column_distances += tl.sum(y.to(SUM) * y.to(SUM), 1)
+        if SUM == tl.float64:
+            # So that no entries are held for the distances beside a product's operands: sm_86 would spill.
+            tl.debug_barrier()
         total = add_product(x, tl.trans(y), total, PRECISION)
     distances = tl.where(squares == 0, 1 + length, distances)
     column_distances = tl.where(column_squares == 0, 1 + length, column_distances)
