@@ -50,7 +50,7 @@ def alike_on_rank(group, cosine, counts, budget):
 
 
 @pytest.mark.parametrize("budget", [float("inf"), 0])
-@pytest.mark.parametrize("cosine", [0, 0.9, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("cosine", [0, 0.99, 0.9999])
 def test_ranks_round_what_rows_differ_by(pool, cosine, budget):
     """Products in bfloat16: errors relative to the largest entry."""
     results = pool.run(alike_on_rank, cosine, [20, 32], budget)
