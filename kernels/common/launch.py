@@ -160,6 +160,13 @@ def matrices(
     return [x.contiguous() for x in tensors]
 
 
+def rows_of(name: str, stages: Sequence[Tensor], prepared: object, rows: int | None = None) -> Sequence[Tensor]:
+    """``matrices`` of unit rows, which need no check where operands are ``prepared`` for them: then the call has made
+    them itself.
+    """
+    return matrices(name, stages, rows) if prepared is None else stages
+
+
 def bits_of(flags: Sequence[bool]) -> int:
     """Bit k says whether flag k is set."""
     return sum([1 << k for k, flag in enumerate(flags) if flag])

@@ -15,6 +15,7 @@ from gkd_fast.kernels.common.launch import (
     multiprocessors,
     padded_width,
     product_of,
+    rows_of,
     walk_product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.operands import Operand, Prepared, centred, operands, stored_width
@@ -37,7 +38,7 @@ class Graph:
         self, nodes, inverse_variance, product_precision, column_nodes, offset, prepared: Prepared | None = None,
         place: int = 0, stages: int = 1,
     ):  # fmt: skip
-        (self.nodes,) = matrices("nodes", [nodes])
+        (self.nodes,) = rows_of("nodes", [nodes], prepared)
         self.has_columns = column_nodes is not None
         self.columns = matrices("column_nodes", [column_nodes])[0] if self.has_columns else self.nodes
         (self.row_count, self.dim), (self.column_count, dim) = self.nodes.shape, self.columns.shape

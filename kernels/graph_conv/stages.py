@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import FLOATING, architecture, matrices, product_of
+from gkd_fast.kernels.common.launch import FLOATING, architecture, matrices, product_of, rows_of
 from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.graph_conv import launches, small
@@ -30,7 +30,7 @@ def graph_conv_stages(
     nodes: Sequence[Tensor], messages: Sequence[Tensor], inverse_variances: Tensor, normalization: str,
     product_precision: str, *, prepared: Prepared | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, nodes[0].shape[0], FLOATING)
+    nodes, messages = rows_of("nodes", nodes, prepared), matrices("messages", messages, nodes[0].shape[0], FLOATING)
     stages = small_stages(nodes, messages, inverse_variances, product_precision)
     if stages is not None:
         return small.graph_conv(stages, messages, launches._is_row(normalization))
@@ -53,7 +53,7 @@ def graph_conv_stages_backward(
     count, rows = len(nodes), nodes[0].shape[0]
     if len(needs) != 2 * count:
         raise ValueError(f"needs must have {2 * count} entries, got {len(needs)}")
-    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, rows, FLOATING)
+    nodes, messages = rows_of("nodes", nodes, prepared), matrices("messages", messages, rows, FLOATING)
     upstream, outputs = matrices("upstream", upstream, rows, FLOATING), matrices("outputs", outputs, rows)
     if upstream[0].dtype != messages[0].dtype:
         raise ValueError(f"upstream must be of the messages' type, {messages[0].dtype}, got {upstream[0].dtype}")

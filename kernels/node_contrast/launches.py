@@ -18,6 +18,7 @@ from gkd_fast.kernels.common.launch import (
     padded_width,
     power_of_two,
     product_of,
+    rows_of,
     walk_product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import Launch, launch
@@ -92,10 +93,10 @@ class Problem(Shape):
 
     def __init__(self, students, teachers, wanted, temperature, product_precision, prepared=None):
         self.prepared: Prepared = prepared or Prepared()
-        self.students = matrices("students", students)
+        self.students = rows_of("students", students, prepared)
         x = self.students[0]
         rows, dim = x.shape
-        self.teachers = matrices("teachers", teachers, rows)
+        self.teachers = rows_of("teachers", teachers, prepared, rows)
         if {y.size(1) for y in (*self.students, *self.teachers)} != {dim}:
             raise ValueError(f"all stages must have width {dim}")
         product = product_of(product_precision, x).name

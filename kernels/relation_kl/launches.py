@@ -20,6 +20,7 @@ from gkd_fast.kernels.common.launch import (
     padded_width,
     power_of_two,
     product_of,
+    rows_of,
     walk_product_of,
 )  # fmt: skip
 from gkd_fast.kernels.common.launcher import Launch, launch
@@ -115,7 +116,7 @@ class Problem(Shape):
     def __init__(self, students, teachers, temperature, bandwidth, product_precision, student_columns,
                  teacher_columns, offset, prepared=None):  # fmt: skip
         self.prepared: Prepared = prepared or Prepared()
-        self.rows = matrices("stages", [*students, *teachers])
+        self.rows = rows_of("stages", [*students, *teachers], prepared)
         x = self.rows[0]
         if (student_columns is None) != (teacher_columns is None):
             raise ValueError("student_columns and teacher_columns go together")
