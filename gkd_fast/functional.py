@@ -199,7 +199,10 @@ def _convolve_stages(
         ]
     with autocast_disabled(nodes[0]):
         variances: Tensor | tuple[float, float] = (BANDWIDTH_SHARE, MIN_BANDWIDTH)
-        if sigmas:
+        found = [sigma for sigma in sigmas if isinstance(sigma, Tensor)]
+        if sigmas and len(found) == len(sigmas):
+            variances = torch.stack(found).square().reciprocal()
+        elif sigmas:
             variances = torch.stack([_inverse_variance(sigma, dtype, nodes[0].device) for sigma in sigmas])
         return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision, self_weight)
 

@@ -95,24 +95,30 @@ _GRADIENTS_OF = {"graph_conv_stages": gradients_of_graph_conv, "neighbor_conv_st
 class GraphConvStages(torch.autograd.Function):
     """``op`` of nodes, the first ``count`` tensors, and messages, the others.
 
-    settings: [stages] variances, or the numbers that ``graph_inverse_variances`` takes; normalization, precision.
+    settings: [stages] variances, or the numbers that ``graph_inverse_variances`` takes; normalization, precision; the
+    own message's share ρ of the outputs, or None.
     """
 
     @staticmethod
     def forward(ctx, op: str, count: int, dtype: torch.dtype, settings: tuple, *tensors: Tensor):
-        variances, *settings = settings
+        variances, *settings, own_share = settings
         nodes, messages = tensors[:count], tensors[count:]
         ops = implementation(tensors)
         with torch._C._AutoDispatchBelowAutograd():
             unit, inverse_norms = ops.unit_rows(nodes, dtype)
             if not isinstance(variances, Tensor):
                 variances = ops.graph_inverse_variances(unit, *variances)
-            outputs, sums = getattr(ops, op)(unit, messages, variances, *settings)
+            # Beside an own message the sum of its two gradients is rounded once.
+            values = messages if own_share is None else _in_type(messages, dtype)
+            outputs, sums = getattr(ops, op)(unit, values, variances, *settings)
             # The caller may change in place what it gets: never what the gradients read.
-            found = _copies(outputs, messages[0].dtype)
+            if own_share is None:
+                found = _copies(outputs, messages[0].dtype)
+            else:
+                found = _in_type(torch._foreach_lerp(outputs, values, own_share), messages[0].dtype)
         needs = ctx.needs_input_grad[4:]
         if True in needs:
-            ctx.op, ctx.count, ctx.dtype, ctx.settings = op, count, dtype, settings
+            ctx.op, ctx.count, ctx.dtype, ctx.settings, ctx.own_share = op, count, dtype, settings, own_share
             ctx.dtypes = [x.dtype for x in nodes]
             # Of frozen nodes the unit rows are enough.
             raw = [x if needed else None for x, needed in zip(nodes, needs)]
@@ -132,14 +138,21 @@ class GraphConvStages(torch.autograd.Function):
             own = nodes, messages, unit, inverse_norms, outputs, sums
             of_nodes, of_messages = _differentiable(ctx, upstream, own, variances, needs)
         else:
-            ops = implementation(unit, (ctx.prepared, saved[6 * count :]))
+            ops, share, values = implementation(unit, (ctx.prepared, saved[6 * count :])), ctx.own_share, messages
             with torch._C._AutoDispatchBelowAutograd():
+                if share is not None:
+                    values, given = _in_type(messages, ctx.dtype), _in_type(upstream, ctx.dtype)
+                    upstream = torch._foreach_mul(given, 1 - share)
                 found = getattr(ops, f"{ctx.op}_backward")(
-                    upstream, unit, messages, outputs, sums, variances, *ctx.settings, needs
+                    upstream, unit, values, outputs, sums, variances, *ctx.settings, needs
                 )
                 moved = sum(needs[:count])
+                of_messages = found[moved:]
+                if share is not None and of_messages:
+                    own = [g for g, needed in zip(given, needs[count:]) if needed]
+                    of_messages = torch._foreach_add(of_messages, own, alpha=share)
                 of_nodes = scatter(found[:moved], needs[:count])
-                of_messages = scatter(_in_type(found[moved:], messages[0].dtype), needs[count:])
+                of_messages = scatter(_in_type(of_messages, messages[0].dtype), needs[count:])
                 of_nodes = row_gradients(of_nodes, unit, inverse_norms, ctx.dtypes, ops=ops)
         return None, None, None, None, *of_nodes, *of_messages
 
@@ -154,11 +167,15 @@ def _differentiable(ctx, upstream, own, variances, needs) -> tuple[list[Tensor |
         unit[k], inverse_norms[k] = e, inverse
     gradients: list[Tensor | None] = [None] * (2 * count)
     for k, variance in enumerate(variances):
-        of_stage = slice(k, None, count)
+        of_stage, g = slice(k, None, count), upstream[k].to(ctx.dtype)
         inputs, results = (unit[k], messages[k].to(ctx.dtype)), (outputs[k].detach(), sums[k])
-        gradients[of_stage] = _GRADIENTS_OF[ctx.op](
-            torch.ops.gkd_fast, upstream[k].to(ctx.dtype), inputs, results, (variance, *ctx.settings), needs[of_stage]
+        of_graph = g if ctx.own_share is None else g * (1 - ctx.own_share)
+        of_node, of_message = _GRADIENTS_OF[ctx.op](
+            torch.ops.gkd_fast, of_graph, inputs, results, (variance, *ctx.settings), needs[of_stage]
         )
+        if ctx.own_share is not None and of_message is not None:
+            of_message = of_message + g * ctx.own_share
+        gradients[of_stage] = of_node, of_message
     of_nodes = row_gradients(gradients[:count], unit, inverse_norms, ctx.dtypes)
     return of_nodes, [x if x is None else x.to(h.dtype) for x, h in zip(gradients[count:], messages)]
 
@@ -175,16 +192,13 @@ def graph_conv_stages(
     """The convolutions ``[B, K]`` of all stages, in the messages' type; see the head. With a ``self_weight`` the graphs
     are over the others, of which there are some."""
     refuse_forward_mode((*nodes, *messages))
-    settings = variances, normalization, product_precision
+    settings = variances, normalization, product_precision, self_weight
     own = [x.dtype for x in messages]
-    # Types differ where autocast allows it; beside an own message the sum of its two gradients is rounded once.
-    if len(set(own)) > 1 or self_weight is not None:
+    if len(set(own)) > 1:  # which autocast allows
         messages = [x.to(dtype) for x in messages]
     messages = [saveable(x) for x in messages]
     op = "graph_conv_stages" if self_weight is None else "neighbor_conv_stages"
     outputs = GraphConvStages.apply(op, len(nodes), dtype, settings, *nodes, *messages)
-    if self_weight is not None:
-        outputs = [torch.lerp(y, h, self_weight) for y, h in zip(outputs, messages, strict=True)]
     return [x if x.dtype == t else x.to(t) for x, t in zip(outputs, own, strict=True)]
 
 

@@ -18,12 +18,12 @@ __all__ = ["graph_conv_stages", "graph_conv_stages_backward", "graph_inverse_var
 Of = TypeVar("Of", bound=Graph)
 
 
-def small_stages(nodes, messages, inverse_variances: Tensor, product_precision: str) -> small.Stages | None:
+def small_stages(nodes, messages, inverse_variances: Sequence[Tensor], product_precision: str) -> small.Stages | None:
     """What the kernels of small batches take; None for others."""
     if not is_small(nodes[0].shape[0], False, *[x.shape[1] for x in (*nodes, *messages)]):
         return None
     product, arch = product_of(product_precision, nodes[0]), architecture(nodes[0].device)
-    return small.Stages(nodes, inverse_variances.unbind(), arch, product)
+    return small.Stages(nodes, inverse_variances, arch, product)
 
 
 def graph_conv_stages(
@@ -31,15 +31,16 @@ def graph_conv_stages(
     product_precision: str, *, prepared: Prepared | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     nodes, messages = rows_of("nodes", nodes, prepared), matrices("messages", messages, nodes[0].shape[0], FLOATING)
-    stages = small_stages(nodes, messages, inverse_variances, product_precision)
+    variances = inverse_variances.unbind()
+    stages = small_stages(nodes, messages, variances, product_precision)
     if stages is not None:
         return small.graph_conv(stages, messages, launches._is_row(normalization))
-    graphs = graphs_of(Graph, nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
+    graphs = graphs_of(Graph, nodes, variances, product_precision, prepared, range(len(nodes)))
     return launches.convolutions(graphs, messages, launches._is_row(normalization))
 
 
 def graphs_of(
-    kind: type[Of], nodes, inverse_variances: Tensor, product_precision: str, prepared, places: Sequence[int]
+    kind: type[Of], nodes, inverse_variances: Sequence[Tensor], product_precision: str, prepared, places: Sequence[int]
 ) -> list[Of]:
     """The graphs, of a kind, of the stages at these places."""
     prepared = prepared or Prepared()
@@ -57,7 +58,8 @@ def graph_conv_stages_backward(
     upstream, outputs = matrices("upstream", upstream, rows, FLOATING), matrices("outputs", outputs, rows)
     if upstream[0].dtype != messages[0].dtype:
         raise ValueError(f"upstream must be of the messages' type, {messages[0].dtype}, got {upstream[0].dtype}")
-    stages = small_stages(nodes, messages, inverse_variances, product_precision)
+    variances = inverse_variances.unbind()
+    stages = small_stages(nodes, messages, variances, product_precision)
     if stages is not None:
         return small.graph_conv_backward(
             stages, upstream, messages, outputs, degrees, launches._is_row(normalization), needs
@@ -65,7 +67,7 @@ def graph_conv_stages_backward(
     used = [k for k in range(count) if needs[k] or needs[count + k]]
     if not used:
         return []
-    graphs = graphs_of(Graph, nodes, inverse_variances, product_precision, prepared, used)
+    graphs = graphs_of(Graph, nodes, variances, product_precision, prepared, used)
     sides = [Side(messages[k], upstream[k], degrees[k].contiguous()) for k in used]
     wanted = [(needs[k], needs[count + k]) for k in used]
     of_nodes, of_messages = launches.convolution_gradients(

@@ -7,8 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import on_device
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launch import PRODUCTS, on_device
+from gkd_fast.kernels.common.launcher import Launch, launch
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import centred_product, negative_distances, store_weighted
 from gkd_fast.kernels.common.tile import COUNTS, load_vector, pick
 from gkd_fast.kernels.graph_conv.small import Stages
@@ -82,12 +83,23 @@ def neighbor_small_gradients(
                        BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
 
 
+@planned
+def _weighted(shares: tuple[float, float], arch: str, product: str) -> Launch:
+    constants = small.gradient_constants(arch, PRODUCTS[product])
+    return launch(neighbor_small_weighted, ROW_SHARE=shares[0], COLUMN_SHARE=shares[1], **constants)
+
+
+@planned
+def _gradients(symmetric: bool, arch: str, product: str) -> Launch:
+    constants = small.gradient_constants(arch, PRODUCTS[product])
+    return launch(neighbor_small_gradients, SYMMETRIC=symmetric, **constants)
+
+
 def weighted(stages: Stages, values: Sequence[Tensor], log_sums, shares: tuple[float, float]) -> list[Tensor]:
     """Σ_j A_ij values_j of every stage; shares: of l_i and l_j in A's exponent."""
     outputs, count = [x.new_empty(x.shape) for x in values], values[0].shape[0]
-    constants = small.gradient_constants(stages.arch, stages.product)
     with on_device(values[0]):
-        launch(neighbor_small_weighted, ROW_SHARE=shares[0], COLUMN_SHARE=shares[1], **constants)(
+        _weighted(shares, stages.arch, stages.product.name)(
             (small.row_blocks(count), len(values)), tuple(stages.nodes), tuple(values), tuple(log_sums), tuple(outputs),
             tuple(stages.inverse_variances), tuple([x.shape[1] for x in stages.nodes]),
             tuple([x.shape[1] for x in values]), count,
@@ -98,9 +110,8 @@ def weighted(stages: Stages, values: Sequence[Tensor], log_sums, shares: tuple[f
 def nodes_gradients(stages: Stages, upstream, messages, log_sums, terms, symmetric: bool) -> list[Tensor]:
     """Of every stage's nodes; terms: the node terms."""
     gradients, count = [x.new_empty(x.shape) for x in stages.nodes], stages.nodes[0].shape[0]
-    constants = small.gradient_constants(stages.arch, stages.product)
     with on_device(stages.nodes[0]):
-        launch(neighbor_small_gradients, SYMMETRIC=symmetric, **constants)(
+        _gradients(symmetric, stages.arch, stages.product.name)(
             (small.row_blocks(count), len(gradients)), tuple(stages.nodes), tuple(messages), tuple(upstream),
             tuple(log_sums), tuple(terms), tuple(gradients), tuple(stages.inverse_variances),
             tuple([x.shape[1] for x in stages.nodes]), tuple([x.shape[1] for x in messages]), count,

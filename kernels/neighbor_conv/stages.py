@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import FLOATING, matrices
+from gkd_fast.kernels.common.launch import FLOATING, matrices, rows_of
 from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.graph_conv.graphs import by_kind
 from gkd_fast.kernels.graph_conv.small import Stages
 from gkd_fast.kernels.graph_conv.stages import graphs_of, small_stages
 from gkd_fast.kernels.graph_conv.values import Side
-from gkd_fast.kernels.neighbor_conv import small
+from gkd_fast.kernels.neighbor_conv import small as small_batches
 from gkd_fast.kernels.neighbor_conv.launches import NeighborGraph, convolutions, nodes_gradients, shares_of
 from gkd_fast.kernels.neighbor_conv.sums import Sums, small_sums, sums
 
@@ -22,10 +22,10 @@ TRANSPOSED = {"row": "column", "symmetric": "symmetric"}
 def neighbor_sums_stages(
     nodes: Sequence[Tensor], inverse_variances: Tensor, product_precision: str
 ) -> tuple[list[Tensor], ...]:
-    nodes = matrices("nodes", nodes)
-    stages = small_stages(nodes, [], inverse_variances, product_precision)
+    nodes, variances = matrices("nodes", nodes), inverse_variances.unbind()
+    stages = small_stages(nodes, [], variances, product_precision)
     if stages is None:
-        found = _sums(graphs_of(NeighborGraph, nodes, inverse_variances, product_precision, None, range(len(nodes))))
+        found = _sums(graphs_of(NeighborGraph, nodes, variances, product_precision, None, range(len(nodes))))
     else:
         found = small_sums(stages)
     return tuple(list(of_stages) for of_stages in found)
@@ -36,12 +36,13 @@ def neighbor_conv_stages(
     product_precision: str, *, prepared: Prepared | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     shares = shares_of(normalization, tuple(TRANSPOSED))
-    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, nodes[0].shape[0], FLOATING)
-    stages = small_stages(nodes, messages, inverse_variances, product_precision)
+    nodes, messages = rows_of("nodes", nodes, prepared), matrices("messages", messages, nodes[0].shape[0], FLOATING)
+    variances = inverse_variances.unbind()
+    stages = small_stages(nodes, messages, variances, product_precision)
     if stages is not None:
         log_sums = small_sums(stages)[0]
-        return small.weighted(stages, messages, log_sums, shares), list(log_sums)
-    graphs = graphs_of(NeighborGraph, nodes, inverse_variances, product_precision, prepared, range(len(nodes)))
+        return small_batches.weighted(stages, messages, log_sums, shares), list(log_sums)
+    graphs = graphs_of(NeighborGraph, nodes, variances, product_precision, prepared, range(len(nodes)))
     log_sums = _sums(graphs)[0]
     return _weighted(graphs, messages, log_sums, shares), list(log_sums)
 
@@ -54,7 +55,8 @@ def neighbor_conv_stages_backward(
     if len(needs) != 2 * count:
         raise ValueError(f"needs must have {2 * count} entries, got {len(needs)}")
     transposed = shares_of(TRANSPOSED.get(normalization, normalization))
-    nodes, messages = matrices("nodes", nodes), matrices("messages", messages, rows, FLOATING)
+    nodes, messages = rows_of("nodes", nodes, prepared), matrices("messages", messages, rows, FLOATING)
+    variances = inverse_variances.unbind()
     upstream, outputs = matrices("upstream", upstream, rows, FLOATING), matrices("outputs", outputs, rows)
     symmetric = normalization == "symmetric"
     of_nodes: list[Tensor | None] = [None] * count
@@ -62,22 +64,22 @@ def neighbor_conv_stages_backward(
 
     def made(places: list[int]) -> Stages | list[NeighborGraph]:
         """What the kernels of these stages take, small batches' or others'."""
-        some = [nodes[k] for k in places], [messages[k] for k in places], inverse_variances[places]
-        stages = small_stages(*some, product_precision) if is_small else None
-        return stages or graphs_of(NeighborGraph, nodes, inverse_variances, product_precision, prepared, places)
+        if small is not None:
+            return small.of(places)
+        return graphs_of(NeighborGraph, nodes, variances, product_precision, prepared, places)
 
-    is_small = small_stages(nodes, messages, inverse_variances, product_precision) is not None
+    small = small_stages(nodes, messages, variances, product_precision)
     moved = [k for k in range(count) if needs[k]]
     convolved = [k for k in range(count) if needs[count + k] or (needs[k] and symmetric)]
     if convolved:
         some, given = made(convolved), ([x[k] for k in convolved] for x in (upstream, log_sums))
-        weighted = small.weighted if is_small else _weighted
+        weighted = _weighted if small is None else small_batches.weighted
         for k, gradient in zip(convolved, weighted(some, *given, transposed), strict=True):
             of_messages[k] = gradient
     if moved:
         own = [[x[k] for k in moved] for x in (upstream, messages, log_sums)]
         terms = _node_terms(*own[:2], *([x[k] for k in moved] for x in (outputs, of_messages)), symmetric)
-        gradients = small.nodes_gradients if is_small else _nodes_gradients
+        gradients = _nodes_gradients if small is None else small_batches.nodes_gradients
         for k, gradient in zip(moved, gradients(made(moved), *own, terms, symmetric), strict=True):
             of_nodes[k] = gradient
     found = [*of_nodes, *of_messages]

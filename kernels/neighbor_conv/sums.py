@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import cdiv, on_device
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launch import PRODUCTS, cdiv, on_device
+from gkd_fast.kernels.common.launcher import Launch, launch
+from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.strips import aligned, column_strips, entry_bytes, multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, variances, walk
@@ -44,15 +45,21 @@ def sums(graphs: Sequence[Graph]) -> Sums:
     return _complete(graphs, partial, parts)
 
 
+@planned
+def _small_sums(arch: str, product: str) -> Launch:
+    constants = small.constants(arch, PRODUCTS[product])
+    del constants["SCALED"]
+    return launch(neighbor_small_sums, **constants)
+
+
 def small_sums(stages: Stages) -> Sums:
     """Of small batches."""
     nodes = tuple(stages.nodes)
-    count = nodes[0].shape[0]
-    found = tuple(tuple(x.new_empty(count, dtype=torch.float64) for x in nodes) for _ in range(4))
-    constants = small.constants(stages.arch, stages.product)
-    del constants["SCALED"]
+    count, number = nodes[0].shape[0], len(nodes)
+    memory = nodes[0].new_empty(4 * number, cdiv(count, 2) * 2, dtype=torch.float64)[:, :count].unbind()
+    found = tuple([memory[k : k + number] for k in range(0, 4 * number, number)])
     with on_device(nodes[0]):
-        launch(neighbor_small_sums, **constants)(
+        _small_sums(stages.arch, stages.product.name)(
             (small.row_blocks(count), len(nodes)), nodes, *found, tuple(stages.inverse_variances),
             tuple([x.shape[1] for x in nodes]), count,
         )  # fmt: skip
