@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from gkd_fast import functional
+from gkd_fast.kernels import OPS
 from gkd_fast.kernels.common import table
 from gkd_fast.ops.node_contrast_columns import _merge
 from tests.second_order_cases import FUNCTIONS, second_order
@@ -86,3 +87,17 @@ def test_putting_sets_of_columns_together(monkeypatch):
     expected = torch.ones(4, 6)
     expected[:, [0, 4]] = grown
     torch.testing.assert_close(losses.flatten(1), expected)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_stages_of_the_graph_over_the_others(large, division, monkeypatch):
+    """Of some of the stages alone, too."""
+    nodes = [x.detach() for x in functional.ops.unit_rows(features(20, 9, 9, dtype=torch.float32), torch.float32)]
+    messages, upstream = features(20, 9, 9, dtype=torch.float32), features(20, 9, 9, dtype=torch.float32)
+    messages, upstream = ([x.detach() for x in stages] for stages in (messages, upstream))
+    settings = torch.tensor([1.0, 2.0]), "symmetric", "float32"
+    with table.forced(16, 16, **division("whole" if large else "small")), Copies(monkeypatch) as copies:
+        results = OPS["neighbor_conv_stages"](nodes, messages, *settings)
+        for needs in ([True] * 4, [False, True, False, True]):
+            OPS["neighbor_conv_stages_backward"](upstream, nodes, messages, *results, *settings, needs)
+    assert copies.names == []
