@@ -232,9 +232,9 @@ def operands(
     return list(map(Operand, rows, numbers, own_centres))
 
 
-def centred(stages: Sequence[Tensor], product: Product, widths: Sequence[int]) -> list[Operand]:
-    """Unit rows about their mean."""
-    return operands(stages, product, widths, means(stages, product, widths))
+def centred(stages: Sequence[Tensor], product: Product, widths: Sequence[int], places: int = 0) -> list[Operand]:
+    """Unit rows about their mean; places: see ``operands``."""
+    return operands(stages, product, widths, means(stages, product, widths, places=places), places=places)
 
 
 class Prepared:
@@ -254,16 +254,16 @@ class Prepared:
         self._means = {(place, x.shape[1]): x for place, x in enumerate(partial)}
 
     def centred(
-        self, places: Sequence[int], stages: Sequence[Tensor], product: Product, widths: Sequence[int]
+        self, places: Sequence[int], stages: Sequence[Tensor], product: Product, widths: Sequence[int], most: int = 0
     ) -> list[Operand]:
-        """``centred`` of the stages, which are at these places of the call's."""
+        """``centred`` of the stages, which are at these places of the call's; most: see ``operands``, its places."""
         name, made = product.name, self._made
         keys = [(place, name, width) for place, width in zip(places, widths, strict=True)]
         found = [made.get(key) for key in keys]
         if None in found:
             left = [self._means.get(key) for key in zip(places, widths, strict=True)]
-            centres = means(stages, product, widths) if any(x is None for x in left) else left
-            found = operands(stages, product, widths, centres)
+            centres = means(stages, product, widths, places=most) if any(x is None for x in left) else left
+            found = operands(stages, product, widths, centres, places=most)
             made.update(zip(keys, found, strict=True))
         return found
 

@@ -24,11 +24,17 @@ from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv import small
 
+# The rows of a program that walks tiles, at least.
+BLOCK_ROWS = 64
+
 
 class Graph:
     """Nodes of both sides, the bandwidth and the type of the products.
 
     place: of the nodes among the prepared.  stages: as many as the call has.
+
+    Attributes:
+        span: the width whose kernels take the nodes: their own, or that of a wider stage in the same launch.
     """
 
     # The weight of a node beside itself.
@@ -44,6 +50,7 @@ class Graph:
         (self.row_count, self.dim), (self.column_count, dim) = self.nodes.shape, self.columns.shape
         if dim != self.dim:
             raise ValueError(f"column_nodes must have width {self.dim}, got {dim}")
+        self.span = dim
         self.offset = offset if self.has_columns else 0
         self.inverse_variance = inverse_variance
         self.product = product_of(product_precision, self.nodes)
@@ -77,7 +84,19 @@ class Graph:
 
     def kind(self, width: int) -> "Kind":
         """What graphs with values of ``width`` have in common that share their launches."""
-        return _kind(self.dim, width, self.arch, self.product.name)
+        return _kind(self.span, width, self.arch, self.product.name)
+
+
+@planned
+def span(dims: tuple[int, ...], rows: int, product: str, device) -> int:
+    """The width whose kernels take the nodes of all stages of these widths, 0: each its own.
+
+    Where all of their programs are at work at once, launches one after another take longer than that of the widest.
+    """
+    arch = architecture(device)
+    narrow = [dim for dim in dims if not _kind(dim, 1, arch, product).is_wide]
+    few = len(narrow) * cdiv(rows, BLOCK_ROWS) <= multiprocessors(device)
+    return max(narrow) if few and narrow else 0
 
 
 class Form(NamedTuple):
@@ -114,7 +133,8 @@ def node_operands(graphs: Sequence[Graph], forms: Sequence[Form]) -> list[tuple[
             columns = centred([graph.columns for graph in some], product, stored)
             rows = operands(nodes, product, stored, [x.centre for x in columns])
         else:
-            rows = columns = graphs[0].prepared.centred([graph.place for graph in some], nodes, product, stored)
+            own = [graph.place for graph in some]
+            rows = columns = graphs[0].prepared.centred(own, nodes, product, stored, graphs[0].num_stages)
         for k, *sides in zip(places, rows, columns, strict=True):
             graphs[k]._operands[forms[k]] = tuple(sides)
     return [graph._operands[form] for graph, form in zip(graphs, forms, strict=True)]
@@ -123,7 +143,7 @@ def node_operands(graphs: Sequence[Graph], forms: Sequence[Form]) -> list[tuple[
 def kinds_of(graphs: Sequence[Graph], widths: Sequence[int]) -> list[Kind]:
     """What graphs with values of these widths have in common that share their launches."""
     first = graphs[0]
-    return _kinds(tuple([graph.dim for graph in graphs]), tuple(widths), first.arch, first.product.name)
+    return _kinds(tuple([graph.span for graph in graphs]), tuple(widths), first.arch, first.product.name)
 
 
 @planned
@@ -148,16 +168,11 @@ def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *
     return found
 
 
-def walk(graphs: Sequence[Graph], kernel: str, *widths: int):
-    """Grid, number of parts and compile-time arguments of a kernel that walks tiles."""
-    return walk_of(kernel, *numbers_of(graphs, *widths))
-
-
 def numbers_of(graphs: Sequence[Graph], *widths: int) -> tuple:
     """What the walk of a launch of these graphs, with values of these widths, follows from."""
     graph = graphs[0]
     product, device = graph.tile_product(max(widths, default=1)).name, graph.nodes.device
-    return graph.arch, product, device, len(graphs), graph.row_count, graph.column_count, graph.dim, *widths
+    return graph.arch, product, device, len(graphs), graph.row_count, graph.column_count, graph.span, *widths
 
 
 @planned

@@ -10,7 +10,7 @@ from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.graph_conv import launches, small
 from gkd_fast.kernels.graph_conv.bandwidths import graph_inverse_variances
-from gkd_fast.kernels.graph_conv.graphs import Graph
+from gkd_fast.kernels.graph_conv.graphs import Graph, span
 from gkd_fast.kernels.graph_conv.values import Side
 
 __all__ = ["graph_conv_stages", "graph_conv_stages_backward", "graph_inverse_variances"]
@@ -43,8 +43,13 @@ def graphs_of(
     kind: type[Of], nodes, inverse_variances: Sequence[Tensor], product_precision: str, prepared, places: Sequence[int]
 ) -> list[Of]:
     """The graphs, of a kind, of the stages at these places."""
-    prepared = prepared or Prepared()
-    return [kind(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k, len(nodes)) for k in places]
+    prepared, first = prepared or Prepared(), nodes[0]
+    product = product_of(product_precision, first).name
+    shared = span(tuple([x.size(1) for x in nodes]), first.size(0), product, first.device)
+    graphs = [kind(nodes[k], inverse_variances[k], product_precision, None, 0, prepared, k, len(nodes)) for k in places]
+    for graph in graphs:
+        graph.span = max(graph.dim, shared) if not graph.is_wide() else graph.dim
+    return graphs
 
 
 def graph_conv_stages_backward(

@@ -68,7 +68,7 @@ def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Op
     products, widths = [kind.form.product for kind in kinds], [kind.value_width for kind in kinds]
     powers = _powers([[x] for x in values], products)
     # As many places as the gradients' launch takes, of messages and upstream.
-    places = 2 * len(values)
+    places = 2 * graphs[0].num_stages
     centres = means(values, products[0], widths, factors, places)
     return _of_types(products, places, values, widths, centres, factors=factors, powers=powers), powers
 

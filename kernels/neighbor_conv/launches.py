@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gkd_fast.kernels.common.launch import cdiv, matrices, on_device, power_of_two
-from gkd_fast.kernels.common.launcher import launch
+from gkd_fast.kernels.common.launch import PRODUCTS, cdiv, lengthened, matrices, on_device, power_of_two
+from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand
-from gkd_fast.kernels.graph_conv.graphs import Form, Graph, node_operands, of_parts, variances, walk
+from gkd_fast.kernels.common.plan import planned
+from gkd_fast.kernels.graph_conv.graphs import Form, Graph, node_operands, numbers_of, of_parts, variances, walk_of
 from gkd_fast.kernels.graph_conv.launches import complete, weighted_sums
 from gkd_fast.kernels.graph_conv.values import ONE, Side, Values, both_values, convolved_values, value_powers
 from gkd_fast.kernels.neighbor_conv import small, strips
@@ -77,16 +78,23 @@ def convolutions(
     return weighted_sums(levelled, convolved, powers, values, [x.numbers for x in of_rows], ONE)[0]
 
 
+@planned
+def _levels_launch(share: float, product: str) -> Launch:
+    return launch(neighbor_levels, SHARE=share, BLOCK_ROWS=ROW_MULTIPLE, SUM=PRODUCTS[product].SUM)
+
+
 def _levels(graphs: Sequence[Graph], sides: Sequence[Operand], log_sums, share: float) -> list[Operand]:
     """The operands of one side of every graph with levels for numbers."""
     if share == 0:
         return list(sides)
     levels = [torch.empty_like(x.numbers) for x in sides]
-    count = len(log_sums[0])
+    graph, count = graphs[0], log_sums[0].shape[0]
     with on_device(levels[0]):
-        launch(neighbor_levels, SHARE=share, BLOCK_ROWS=ROW_MULTIPLE, SUM=graphs[0].product.SUM)(
-            (cdiv(count, ROW_MULTIPLE), len(levels)), tuple(x.numbers for x in sides),
-            tuple(x.contiguous() for x in log_sums), variances(graphs), tuple(levels), count,
+        _levels_launch(share, graph.product.name)(
+            (cdiv(count, ROW_MULTIPLE), len(levels)), *lengthened(
+                graph.num_stages, [x.numbers for x in sides], [x.contiguous() for x in log_sums], variances(graphs),
+                levels,
+            ), count,
         )  # fmt: skip
     return [replace(x, numbers=level) for x, level in zip(sides, levels, strict=True)]
 
@@ -114,6 +122,15 @@ def neighbor_conv_backward(
         column_log_sums, column_node_terms = log_sums, node_terms
     given = [node_terms], [column_node_terms]
     return nodes_gradients([graph], [own], [other], [log_sums], [column_log_sums], *given, symmetric)[0]
+
+
+@planned
+def _walk(flags: tuple[bool, bool, bool], *numbers) -> tuple[tuple[int, ...], int, Launch]:
+    grid, parts, constants = walk_of("neighbor_gradients", *numbers)
+    symmetric, has_upstream, scaled = flags
+    return grid, parts, launch(
+        neighbor_gradients, SYMMETRIC=symmetric, HAS_UPSTREAM=has_upstream, SCALED=scaled, **constants
+    )  # fmt: skip
 
 
 def nodes_gradients(
@@ -151,13 +168,12 @@ def nodes_gradients(
     if is_wide:
         of_stages = zip(graphs, levels, column_levels, rows, columns, terms, column_terms, all_powers, strict=True)
         return [strips.nodes_gradient(*of_stage, symmetric) for of_stage in of_stages]
-    grid, parts, constants = walk(graphs, "neighbor_gradients", max(widths))
+    flags = symmetric, has_upstream, longest is not None
+    grid, parts, sum_gradients = _walk(flags, *numbers_of(graphs, max(widths)))
     gradients = [of_parts(graph.nodes, parts, *graph.nodes.shape) for graph in graphs]
-    dims = tuple(graph.dim for graph in graphs)
+    dims = tuple([graph.dim for graph in graphs])
     with on_device(graph.nodes):
-        launch(
-            neighbor_gradients, SYMMETRIC=symmetric, HAS_UPSTREAM=has_upstream, SCALED=longest is not None, **constants
-        )(
+        sum_gradients(
             grid, tuple(x.rows for x in of_rows), tuple(x.numbers for x in of_rows), tuple(x.numbers for x in levels),
             tuple(x.rows for x in of_columns), tuple(x.numbers for x in of_columns),
             tuple(x.numbers for x in column_levels), tuple(x.centre for x in of_columns),

@@ -97,7 +97,7 @@ def walked_exponents(
                          BLOCK_COLUMNS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["inverse_variances"])
 def neighbor_sums(
     nodes, numbers, column_nodes, column_numbers, log_sums, sharp_log_sums, means, sharp_means, inverse_variances,
     row_count, column_count, offset, parts, stride, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,

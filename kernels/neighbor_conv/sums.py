@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.launch import PRODUCTS, cdiv, on_device
+from gkd_fast.kernels.common.launch import PRODUCTS, cdiv, lengthened, on_device
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.strips import aligned, column_strips, entry_bytes, multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
-from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, variances, walk
+from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, numbers_of, variances, walk_of
 from gkd_fast.kernels.graph_conv.small import Stages
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_small_sums, neighbor_sum_parts
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_sums as neighbor_sums_kernel
@@ -28,6 +28,12 @@ def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None,
     return tuple(of_stages[0] for of_stages in found)
 
 
+@planned
+def _walk(*numbers) -> tuple[tuple[int, ...], int, Launch]:
+    grid, parts, constants = walk_of("graph_degree_sums", *numbers)
+    return grid, parts, launch(neighbor_sums_kernel, STRIP=False, **constants)
+
+
 def sums(graphs: Sequence[Graph]) -> Sums:
     """Of graphs of one kind."""
     graph = graphs[0]
@@ -35,11 +41,11 @@ def sums(graphs: Sequence[Graph]) -> Sums:
         node_operands(graphs, [graph.form()] * len(graphs))
         found = [_of_strips(graph) for graph in graphs]
         return tuple(zip(*found, strict=True))
-    grid, parts, constants = walk(graphs, "graph_degree_sums")
+    grid, parts, walked = _walk(*numbers_of(graphs))
     partial = _empty(graphs, parts)
     with on_device(graph.nodes):
-        launch(neighbor_sums_kernel, STRIP=False, **constants)(
-            grid, *node_arguments(graphs), *partial, variances(graphs), graph.row_count,
+        walked(
+            grid, *lengthened(graph.num_stages, *node_arguments(graphs), *partial, variances(graphs)), graph.row_count,
             graph.column_count, graph.offset, parts, graph.row_count,
         )  # fmt: skip
     return _complete(graphs, partial, parts)
@@ -78,7 +84,7 @@ def _complete(graphs: Sequence[Graph], partial: Sums, parts: int) -> Sums:
     found, rows = _empty(graphs, 1), graphs[0].row_count
     with on_device(graphs[0].nodes):
         launch(neighbor_sum_parts, BLOCK_ROWS=PARTS_ROWS)(
-            (cdiv(rows, PARTS_ROWS), len(graphs)), *partial, *found, rows, parts
+            (cdiv(rows, PARTS_ROWS), len(graphs)), *lengthened(graphs[0].num_stages, *partial, *found), rows, parts
         )
     return found
 
