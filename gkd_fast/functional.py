@@ -472,7 +472,8 @@ def _neighbor_bandwidths(
     with torch.no_grad(), autocast_disabled(first):
         if starts is None:
             given = [adaptive_bandwidth(x, process_group=shards) for x in stages]
-        begun = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=first.device).detach() for x in given])
+        numbers = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in given)
+        begun = torch.stack([x.to(first.device) for x in numbers]).double()
         sums = _sums_of_neighbors(stages, dtype, precision, fused, backend, shards)
         passes = _neighbors.COLD_PASSES if starts is None else 1
         total = shards.sum if shards is not None else lambda x: x

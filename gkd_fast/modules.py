@@ -106,15 +106,6 @@ class BatchGCN(nn.Module):
         found, start = self._before if recomputing() else (self._batch, self.found_bandwidth)
         return start if found == batch else None
 
-    @torch.no_grad()
-    def _remember(self, bandwidth: Tensor, batch: int) -> None:
-        if not torch.compiler.is_compiling():
-            self._before = self._batch, self.found_bandwidth.clone()
-        self.found_bandwidth.copy_(bandwidth)
-        if self._batch != batch:
-            self.found_batch.fill_(batch)
-            self._batch = batch
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         if self.neighbors is not None:  # A state without what a search found begins with one.
             state_dict.setdefault(prefix + "found_bandwidth", torch.ones(()))
@@ -170,9 +161,7 @@ def _in_step(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process_group: 
     if first.neighbors is not None or (layers > 1 and first.bandwidth == "auto"):
         bandwidths = graph_bandwidths(heads, nodes, process_group)
         if first.training and first.neighbors is not None and _moves_state():
-            batch = _batch_of(nodes, process_group)
-            for head, bandwidth in zip(heads, bandwidths):
-                head._remember(bandwidth, batch)
+            _remember(heads, bandwidths, _batch_of(nodes, process_group))
     hidden = nodes
     for depth in range(layers):
         hidden = functional.graph_conv(
@@ -201,6 +190,20 @@ def graph_bandwidths(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process
     return functional._neighbor_bandwidths(
         nodes, first.neighbors, known if len(known) == len(heads) else None, first.backend, process_group
     )
+
+
+@torch.no_grad()
+def _remember(heads: Sequence[BatchGCN], bandwidths: Sequence[Tensor], batch: int) -> None:
+    """What a call has found, all heads' in one go: the next one's search starts from it."""
+    found = [head.found_bandwidth for head in heads]
+    if not torch.compiler.is_compiling():
+        for head, before in zip(heads, torch.stack(found).unbind()):
+            head._before = head._batch, before
+    torch._foreach_copy_(found, list(bandwidths))
+    for head in heads:
+        if head._batch != batch:
+            head.found_batch.fill_(batch)
+            head._batch = batch
 
 
 def _batch_of(nodes: Sequence[Tensor], process_group: Group) -> int:
