@@ -24,7 +24,7 @@ from gkd_fast.kernels.common.small import is_small
 from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.graph_conv import small
 
-# The rows of a program that walks tiles, at least.
+# A program that walks tiles has about so many rows.
 BLOCK_ROWS = 64
 
 
@@ -84,7 +84,7 @@ class Graph:
 
     def kind(self, width: int) -> "Kind":
         """What graphs with values of ``width`` have in common that share their launches."""
-        return _kind(self.span, width, self.arch, self.product.name)
+        return _kind(self.dim, self.span, width, self.arch, self.product.name)
 
 
 @planned
@@ -94,7 +94,7 @@ def span(dims: tuple[int, ...], rows: int, product: str, device) -> int:
     Where all of their programs are at work at once, launches one after another take longer than that of the widest.
     """
     arch = architecture(device)
-    narrow = [dim for dim in dims if not _kind(dim, 1, arch, product).is_wide]
+    narrow = [dim for dim in dims if not _kind(dim, dim, 1, arch, product).is_wide]
     few = len(narrow) * cdiv(rows, BLOCK_ROWS) <= multiprocessors(device)
     return max(narrow) if few and narrow else 0
 
@@ -115,10 +115,10 @@ class Kind(NamedTuple):
 
 
 @planned
-def _kind(dim: int, width: int, arch: str, product: str) -> Kind:
+def _kind(dim: int, span: int, width: int, arch: str, product: str) -> Kind:
     walk_product = walk_product_of(PRODUCTS[product], arch, max(dim, width))
     is_wide = walk_product is None
-    form = Form(walk_product or PRODUCTS[product], stored_width(dim, is_wide))
+    form = Form(walk_product or PRODUCTS[product], stored_width(dim if is_wide else span, is_wide))
     return Kind(form, stored_width(width, is_wide), is_wide)
 
 
@@ -143,12 +143,13 @@ def node_operands(graphs: Sequence[Graph], forms: Sequence[Form]) -> list[tuple[
 def kinds_of(graphs: Sequence[Graph], widths: Sequence[int]) -> list[Kind]:
     """What graphs with values of these widths have in common that share their launches."""
     first = graphs[0]
-    return _kinds(tuple([graph.span for graph in graphs]), tuple(widths), first.arch, first.product.name)
+    dims = tuple([(graph.dim, graph.span) for graph in graphs])
+    return _kinds(dims, tuple(widths), first.arch, first.product.name)
 
 
 @planned
-def _kinds(dims: tuple[int, ...], widths: tuple[int, ...], arch: str, product: str) -> list[Kind]:
-    return [_kind(dim, width, arch, product) for dim, width in zip(dims, widths, strict=True)]
+def _kinds(dims: tuple[tuple[int, int], ...], widths: tuple[int, ...], arch: str, product: str) -> list[Kind]:
+    return [_kind(*of_nodes, width, arch, product) for of_nodes, width in zip(dims, widths, strict=True)]
 
 
 def by_kind(compute: Callable, graphs: Sequence[Graph], widths: Sequence[int], *lists: Sequence) -> list:
