@@ -43,6 +43,17 @@ def test_values_and_gradients(small_or_large, normalization, bandwidth, self_wei
 
 
 @both_forms
+def test_stages_of_several_widths_where_their_programs_are_more_than_multiprocessors(division, self_weight):
+    """Each width has its own kernels, at fewer rows those of the widest."""
+    division("whole")
+    nodes, messages = stages(20)
+    with table.forced(16, 16, width=64):
+        fused = results(nodes, messages, [*nodes, *messages], "triton", self_weight=self_weight)
+    plain = results(nodes, messages, [*nodes, *messages], "reference", self_weight=self_weight)
+    torch.testing.assert_close(fused, plain)
+
+
+@both_forms
 @pytest.mark.parametrize("normalization", ["symmetric", "row"])
 def test_gradients_of_some(small_or_large, normalization, self_weight):
     """Frozen nodes, as the teacher's are, and a stage whose gradient nobody asks for."""
