@@ -61,9 +61,8 @@ def _small_sums(arch: str, product: str) -> Launch:
 def small_sums(stages: Stages) -> Sums:
     """Of small batches."""
     nodes = tuple(stages.nodes)
-    count, number = nodes[0].shape[0], len(nodes)
-    memory = nodes[0].new_empty(4 * number, cdiv(count, 2) * 2, dtype=torch.float64)[:, :count].unbind()
-    found = tuple([memory[k : k + number] for k in range(0, 4 * number, number)])
+    count = nodes[0].shape[0]
+    found = tuple([tuple([x.new_empty(count, dtype=torch.float64) for x in nodes]) for _ in range(4)])
     with on_device(nodes[0]):
         _small_sums(stages.arch, stages.product.name)(
             (small.row_blocks(count), len(nodes)), nodes, *found, tuple(stages.inverse_variances),
