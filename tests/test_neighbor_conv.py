@@ -9,6 +9,7 @@ import torch
 from gkd_fast import reference
 from gkd_fast.functional import graph_conv, neighbor_bandwidth
 from gkd_fast.ops import neighbor_conv_strips as strips
+from gkd_fast.ops.neighbor_conv import composed_gradients
 from tests.ops_cases import D64, FUSED, requires_cpp, requires_fused, rows
 
 both_normalizations = pytest.mark.parametrize("normalization", ["symmetric", "row"])
@@ -130,6 +131,38 @@ def test_rounded_weights_add_up_to_the_unrounded_ones(normalization):
     expected = messages.roll(48, 0) * math.exp(-1e-3)
     for found, of_rows in ((whole, expected), (part, expected[40:])):
         torch.testing.assert_close(found, of_rows, rtol=2e-4, atol=0)  # similarities in float32, times 100
+
+
+@requires_fused
+@both_normalizations
+@pytest.mark.parametrize("composed", [False, True])
+def test_nodes_of_one_neighbor_have_no_gradient_in_float64(composed, normalization):
+    """At 1/σ² = 10,000 log-sums are rounded by 1e-12, which is a factor of weights of 1 and must not be one of what
+    cancels."""
+    generator = torch.Generator().manual_seed(0)
+    x, messages, upstream = (torch.randn(96, 24, dtype=D64, generator=generator) for _ in range(3))
+    nodes, v = reference.unit_rows(x[:48].repeat(2, 1) + x / 2), torch.tensor(1e4, dtype=D64)
+    calls, settings = torch.ops.gkd_fast, (v, normalization, "float64")
+    log_sums = calls.neighbor_sums(nodes, v, "float64")[0]
+    output = calls.neighbor_conv(nodes, messages, log_sums, *settings)
+    gradients_of = composed_gradients if composed else calls.neighbor_conv_gradients
+    gradient, _ = gradients_of(upstream, nodes, messages, output, log_sums, *settings, [True, True])
+    assert gradient.abs().max() <= torch.finfo(D64).eps * 24 * 1e4
+
+
+@requires_fused
+@both_normalizations
+@pytest.mark.parametrize("composed", [False, True])
+def test_two_nodes_have_no_gradient(composed, normalization):
+    nodes, messages, upstream = (x.float() for x in rows(2, 24, 129, 129))
+    nodes, calls, settings = reference.unit_rows(nodes), torch.ops.gkd_fast, (torch.tensor(20.0), normalization)
+    log_sums = calls.neighbor_sums(nodes, settings[0], "float32")[0]
+    output = calls.neighbor_conv(nodes, messages, log_sums, *settings, "float32")
+    gradients_of = composed_gradients if composed else calls.neighbor_conv_gradients
+    needs = [True, True]
+    of_nodes, of_messages = gradients_of(upstream, nodes, messages, output, log_sums, *settings, "float32", needs)
+    assert torch.equal(of_nodes, torch.zeros_like(nodes))
+    torch.testing.assert_close(of_messages, upstream.flip(0))
 
 
 @requires_cpp

@@ -197,6 +197,7 @@ struct NeighborGradient {
   // Y and of the symmetric normalization the messages' gradient, [row_count, width], of which d is made; or null: it is
   // given. Only in the symmetric case.
   const T *output, *messages_gradient;
+  const T* weight_sums;   // Σ_j p_ij as these log-sums give them, [row_count], by which d is divided; or null: 1
   T* gradient;            // [row_count, dim], cleared by the caller
 };
 

@@ -144,10 +144,11 @@ struct Side {
   at::Tensor upstream, messages, log_sums, terms;  // all but messages may be undefined: 0
 };
 
-// Output and messages' gradient, where they are defined, in place of the terms.
+// Output and messages' gradient, where they are defined, in place of the terms, and the weights' sums.
 template <class T>
 at::Tensor backward(const Graph& graph, const Side& own, const Side& columns, bool symmetric,
-                    const at::Tensor& output = {}, const at::Tensor& messages_gradient = {}) {
+                    const at::Tensor& output = {}, const at::Tensor& messages_gradient = {},
+                    const at::Tensor& weight_sums = {}) {
   Call call(graph.product);
   auto args = arguments<T, NeighborGradient<T>>(graph);
   auto pointer = [](const at::Tensor& x) { return x.defined() ? x.const_data_ptr<T>() : nullptr; };
@@ -160,6 +161,7 @@ at::Tensor backward(const Graph& graph, const Side& own, const Side& columns, bo
   args.terms = {pointer(own.terms), pointer(columns.terms)};
   args.output = pointer(output);
   args.messages_gradient = pointer(messages_gradient);
+  args.weight_sums = pointer(weight_sums);
   at::Tensor gradient = at::zeros_like(graph.nodes);
   args.gradient = gradient.mutable_data_ptr<T>();
   kernels<T>().neighbor_gradient(call.host(), args);
@@ -210,12 +212,21 @@ std::vector<at::Tensor> neighbor_conv_gradients(
   const at::Tensor y = matrix("output", output, graph.type, rows, width);
   return GKD_DISPATCH(graph.type, [&] {
     std::vector<at::Tensor> gradients;
-    at::Tensor messages_gradient;
+    at::Tensor messages_gradient, weight_sums;
     if (needs_messages || symmetric) {
       messages_gradient =
           forward<scalar_t>(graph, own.upstream, own.log_sums, own.log_sums, {shares.column, shares.row});
     }
-    if (needs_nodes) gradients.push_back(backward<scalar_t>(graph, own, own, symmetric, y, messages_gradient));
+    // The one other of two nodes weighs 1 however far it is: a gradient of 0, all of it cancellation.
+    const bool moves = needs_nodes && rows > 2;
+    if (moves && graph.type == at::kDouble) {
+      // Log-sums are of the size 1/σ² and rounded as such, which is a factor of all weights of a row.
+      const at::Tensor ones = at::empty({rows, 1}, nodes.options());
+      std::fill_n(ones.mutable_data_ptr<scalar_t>(), rows, scalar_t(1));
+      weight_sums = forward<scalar_t>(graph, ones, own.log_sums, own.log_sums, {1, 0});
+    }
+    if (moves) gradients.push_back(backward<scalar_t>(graph, own, own, symmetric, y, messages_gradient, weight_sums));
+    else if (needs_nodes) gradients.push_back(at::zeros_like(nodes));
     if (needs_messages) gradients.push_back(messages_gradient);
     return gradients;
   });

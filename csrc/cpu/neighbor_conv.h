@@ -268,6 +268,7 @@ struct NeighborGradientTiles : NeighborTiles<T> {
       if (args.output) {
         d = -wide_dot(of_left, args.output + i * width, width);
         if (args.symmetric) d = (d - wide_dot(of_right, args.messages_gradient + i * width, width)) / 2;
+        if (args.weight_sums && args.weight_sums[i] > 0) d /= args.weight_sums[i];
       }
       own[i] = T(args.symmetric ? d : d + a);
       other[i] = T(args.symmetric ? a + b : b);

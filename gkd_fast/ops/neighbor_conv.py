@@ -38,7 +38,8 @@ is left out. Without a column set (``column_nodes``) the columns are the rows an
     neighbor_conv_gradients(upstream, nodes, messages, output, log_sums, inverse_variance, normalization,
                product_precision, needs, affinities=None) -> gradients
         What the ops above make of nodes and messages, in that order, those that ``needs`` asks for. On CPUs node terms
-        are of G and m as the products round them: where a weight is 1 they cancel with these.
+        are of G and m as the products round them: where a weight is 1 they cancel with these. In float64 node terms are
+        divided by the Σ_j p_ij that the log-sums give, which are of the size v and rounded as such.
 
 Second order: the tangents of the output and of both gradients along the gradients' cotangents, as in ``graph_conv``.
 Along ė and ṁ:  ẋ_ij = v (ė_i·e_j + e_i·ė_j),  l˙_i = Σ_j p_ij ẋ_ij,  A˙_ij = A_ij (ẋ_ij − a˙_i − b˙_j) with (a˙, b˙) =

@@ -88,6 +88,20 @@ def _messages_gradient(
     return over(columns, convolved, UPSTREAM, column_log_sums=log_sums)[0]
 
 
+def _weight_sums(columns, nodes, log_sums, inverse_variance, product_precision) -> Tensor:
+    """Σ_j p_ij as these log-sums give them, ``[I]``; 1 of a row without others."""
+
+    def sums(column_nodes=None, **block):
+        ones = [x if x is None else x.new_ones(len(x), 1) for x in (nodes, column_nodes)]
+        if column_nodes is not None:
+            block |= {"column_nodes": column_nodes, "column_messages": ones[1]}
+        op = torch.ops.gkd_fast.neighbor_conv
+        return run(op, nodes, ones[0], log_sums, inverse_variance, "row", product_precision, **block)
+
+    (total,) = over(columns, sums)
+    return torch.where(total > 0, total, 1)[:, 0]
+
+
 def gradients_of_rows(
     columns, rows, normalization: str, product_precision: str, needs
 ) -> tuple[list[Tensor | None], Tensor | None]:
@@ -104,8 +118,14 @@ def gradients_of_rows(
             messages_gradient = _messages_gradient(
                 columns, upstream, nodes, log_sums, inverse_variance, normalization, product_precision
             )
-        if needs_nodes:
+        if needs_nodes and columns is None and len(nodes) <= 2:
+            # The one other of two nodes weighs 1 however far it is: a gradient of 0, all of it cancellation.
+            gradient = torch.zeros_like(nodes)
+        elif needs_nodes:
             terms = node_terms(upstream, output, messages, messages_gradient, normalization)
+            if nodes.dtype == torch.float64:
+                # Log-sums are of the size 1/σ² and rounded as such, which is a factor of all weights of a row.
+                terms = terms / _weight_sums(columns, nodes, log_sums, inverse_variance, product_precision)
             settings = inverse_variance, normalization, product_precision
             (gradient,) = over(
                 columns,
