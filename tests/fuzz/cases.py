@@ -189,8 +189,20 @@ def laid_out(x: Tensor, strides: str) -> Tensor:
         tall[1::3] = x
         return tall[1::3]
     if strides == "expanded":
-        return x[:1].expand_as(x)
+        return _Expanded.apply(x)
     return x
+
+
+class _Expanded(torch.autograd.Function):
+    """The first row in place of all, with the gradients of every row: autograd would add them in the rows' type."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x[:1].expand_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 def mask_of(case: dict) -> Tensor | None:

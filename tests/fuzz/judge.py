@@ -75,9 +75,8 @@ def shortness_of(case: dict, inputs: list[Tensor]) -> float:
 
 
 def crowd_of(case: dict) -> int:
-    """How many results of the size 1 are added to a gradient: of pairs, and of rows that are one in memory."""
-    rows = case["batch"] if case["strides"] == "expanded" else 1
-    return rows * max(case.get("students", 1), len(case["widths"]) - case.get("students", 1))
+    """How many results of the size 1 are added to a gradient: of pairs."""
+    return max(case.get("students", 1), len(case["widths"]) - case.get("students", 1))
 
 
 def digits_lost(case: dict, inputs: list[Tensor], eps: float) -> tuple[float, float]:
