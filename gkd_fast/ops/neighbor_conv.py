@@ -112,9 +112,7 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"gkd_fast::{_name}", _schema, tags=PT2)
     if _name not in ("neighbor_conv_keep", "neighbor_conv_gradients"):
-        torch.library.impl(
-            f"gkd_fast::{_name}", "CompositeExplicitAutograd", strips.in_own_type(getattr(strips, _name))
-        )
+        torch.library.impl(f"gkd_fast::{_name}", "CompositeExplicitAutograd", getattr(strips, _name))
 
 
 @torch.library.register_fake("gkd_fast::neighbor_sums")

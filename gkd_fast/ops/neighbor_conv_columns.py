@@ -197,8 +197,8 @@ def second_order(columns: Columns | None, saved, ctx, nodes_tangent, messages_ta
     convolve = None
     if _second_order_is_in_strips(nodes.device):
         # What these passes sum cancels only where log-sums, output and the messages' gradient are of the same weights.
-        sums, convolve = (strips.in_own_type(op) for op in (strips.neighbor_sums, strips.neighbor_conv))
-        log_sums = neighbor_sums(nodes, inverse_variance, precision, columns, sums)[0]
+        convolve = strips.neighbor_conv
+        log_sums = neighbor_sums(nodes, inverse_variance, precision, columns, strips.neighbor_sums)[0]
         output = convolved(columns, nodes, messages, log_sums, inverse_variance, normalization, precision, convolve)
         messages_gradient = None
     growth = None

@@ -19,7 +19,7 @@ CPU_STRIP = 1 << 18  # what a core's cache holds
 SHARES = {"row": (1.0, 0.0), "column": (0.0, 1.0), "symmetric": (0.5, 0.5)}
 
 
-def in_own_type(op: Callable) -> Callable:
+def _in_own_type(op: Callable) -> Callable:
     """``op`` with products in the type of its operands: autocast would round nodes that are nearly alike."""
 
     @functools.wraps(op)
@@ -79,6 +79,7 @@ def _half_exponentials(x: Tensor, log_sums, column_log_sums, rows: slice) -> tup
     return _take(x, log_sums[rows, None]).mul_(0.5).exp_(), t
 
 
+@_in_own_type
 def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0):
     sums = [nodes.new_empty(len(nodes), dtype=torch.float64) for _ in range(4)]
     for rows, x in _exponents(nodes, inverse_variance, column_nodes, offset):
@@ -93,6 +94,7 @@ def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None,
     return tuple(sums)
 
 
+@_in_own_type
 def neighbor_conv(nodes, messages, log_sums, inverse_variance, normalization, product_precision, column_nodes=None,
                   column_messages=None, offset=0, column_log_sums=None):  # fmt: skip
     values, others = _of_columns(column_nodes, (messages, log_sums), (column_messages, column_log_sums))
@@ -102,6 +104,7 @@ def neighbor_conv(nodes, messages, log_sums, inverse_variance, normalization, pr
     return output
 
 
+@_in_own_type
 def neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization,
                            product_precision, column_nodes=None, column_messages=None, offset=0, column_upstream=None,
                            column_log_sums=None, column_node_terms=None):  # fmt: skip
@@ -129,6 +132,7 @@ def neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inve
     return gradient
 
 
+@_in_own_type
 def neighbor_sums_tangent(nodes, tangent, log_sums, inverse_variance, product_precision, column_nodes=None,
                           column_tangent=None, offset=0):  # fmt: skip
     sums = nodes.new_empty(len(nodes))
@@ -146,6 +150,7 @@ def _rates(moving: Tensor, tangents, column_tangents, normalization: str, rows: 
     return moving - of_column * column_tangents if of_column else moving
 
 
+@_in_own_type
 def neighbor_conv_tangent(nodes, tangent, messages, messages_tangent, log_sums, log_sum_tangents, inverse_variance,
                           normalization, product_precision, column_nodes=None, column_tangent=None,
                           column_messages=None, column_messages_tangent=None, offset=0, column_log_sums=None,
@@ -166,6 +171,7 @@ def neighbor_conv_tangent(nodes, tangent, messages, messages_tangent, log_sums, 
     return output
 
 
+@_in_own_type
 def neighbor_conv_double_backward(
     upstream, nodes, tangent, messages, messages_tangent, log_sums, log_sum_tangents, node_terms, node_term_tangents,
     inverse_variance, normalization, product_precision, column_nodes=None, column_tangent=None, column_messages=None,
