@@ -119,13 +119,16 @@ def test_whole_ops_are_near_what_was_measured_with_their_launches():
     everything, on = calibration.operations(), calibration.device()
     ops = [c for c in everything if c.sweep == "times"]
     assert len(everything) == 72 and {c.batch for c in ops} == {1024, 4096, 16_384, 65_536}
-    assert calibration.near(everything, on) >= 0.8 * len(everything)
+    assert calibration.near(everything, on) > 0.85 * len(everything)
     few = [c for c in ops if c.batch == 1024]
     assert all(0.75 < c.ratio(on) < 1.3 for c in few) and len(few) == 6
     assert all(dataclasses.replace(c, launches=0).ratio(on) > 2 for c in few)
 
 
-def test_most_sweeps_have_their_fastest_tile_among_the_first_predicted():
-    on, sweeps = calibration.device(), calibration.sweeps().values()
+def test_sweeps_have_their_fastest_tile_among_the_first_predicted():
+    """The documentation names the two that have not: a tile predicted to be faster takes at most 7 % longer there."""
+    on, sweeps = calibration.device(), calibration.sweeps()
     assert len(sweeps) == 24
-    assert sum(calibration.rank(sweep, on) <= calibration.FIRST for sweep in sweeps) >= 0.75 * len(sweeps)
+    missed = {key: sweep for key, sweep in sweeps.items() if calibration.rank(sweep, on) > calibration.FIRST}
+    assert set(missed) == {("graph_sums", "bfloat16", 128), ("relation_sums", "bfloat16", 128)}
+    assert all(calibration.loss(sweep, on) < 1.08 for sweep in missed.values())

@@ -23,9 +23,12 @@ OPS = MEASURED.with_name("h200_ops.json")
 NEAR = 1.2  # measured within this factor of predicted, either way
 CLIPPED = 0.5  # of |log(measured / predicted)|: a far miss counts as one of this size
 GRID = {
-    "wait": (0, 10, 20, 30, 40, 50),
-    "shallow": (0, 50, 100, 150, 200, 250, 300, 350, 400, 450),
-    "integer": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "wait": (0, 10, 20, 30, 40),
+    "shallow": (0, 50, 100, 150, 200, 250, 300, 350, 400),
+    "integer": (0.7, 0.8, 0.9, 1.0),
+    "apart": (0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    "together": (0, 0.2, 0.4, 0.6, 0.8, 1),
+    "cache": (0.8, 0.9, 1.0, 1.1),
     "exponential": (0.7, 0.8, 0.9, 1.0),
     "matrix": (0.9, 1.0, 1.1, 1.2),
 }
@@ -38,6 +41,7 @@ class Launched:
 
     inside: Counter[str]
     outside: Counter[str]
+    warps: int
     resident: int
     programs: int
     steps: int
@@ -46,7 +50,7 @@ class Launched:
 
     def milliseconds(self, device: devices.Device) -> float:
         inside, outside = (model.calibrated(clocks, device) for clocks in (self.inside, self.outside))
-        grid = self.resident, self.programs, self.steps
+        grid = self.warps, self.resident, self.programs, self.steps
         return model.predict_clocks(inside, outside, device, *grid, self.loops).seconds * 1e3 * self.launches
 
 
@@ -130,7 +134,7 @@ def fit() -> devices.Calibration:
 
 
 def _with(calibration: devices.Calibration, name: str, number: float) -> devices.Calibration:
-    if name in ("wait", "shallow"):
+    if name in ("wait", "shallow", "apart", "together"):
         return replace(calibration, **{name: number})
     return replace(calibration, clocks=calibration.clocks | {name: number})
 

@@ -63,6 +63,8 @@ class Calibration:
     clocks: dict[str, float] = field(default_factory=dict)  # factors of a unit's clocks; 1 for the others
     wait: float = 0  # clocks per wait of a step (bench.gpu.units.WAITS)
     shallow: float = 0  # clocks per step whose loads have two stages: a tile's load is longer than a tile's products
+    apart: float = 0  # share of a step in which the groups of four warps of a program are out of step
+    together: float = 0  # share of a step's loads that resident programs make together: the same columns, which come once
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ LAUNCH_SECONDS = 2.5e-6
 
 # What bench.gpu.calibration.fit finds on every second one of the times measured on an H200. A fit, not
 # properties of the chip: factors below 1 also stand for what a program's own units do at the same time.
-HOPPER_CALIBRATION = Calibration({"integer": 0.7, "exponential": 0.7, "matrix": 1.1}, wait=30, shallow=350)
+HOPPER_CALIBRATION = Calibration(
+    {"integer": 1.0, "exponential": 0.8, "matrix": 1.1, "cache": 0.9}, wait=30, shallow=350, apart=0.3, together=0.4
+)
 
 
 def _hopper(name: str, memory_bandwidth: float) -> Device:

@@ -4,14 +4,18 @@ A step of a program's loop keeps each unit busy for c_u clocks (:mod:`bench.gpu.
 uses in turn do not overlap within it; programs that share a multiprocessor run out of step, so that each one
 beyond the first adds only what it does on the busiest unit:
 
-    step(k) = max( Σ c_u + shallow + max((k − 1) · max c_u, waits),  k · max c_u,  k · max c_v ),
+    step(k) = max( A + shallow + max((k − 1) · max c_u, waits),  k · max c_u,  k · max c_v ),
+    A = (1 − a) · Σ c_u + a · max( (Σ c_u + (g − 1) · max c_u) / g,  issue ),
     u: units used in turn, v: units that work beside
 
 which is the makespan of k equal jobs through a line of stations; max c_u includes the issue slots, which all
-instructions share. A program's waits pass unseen where the others keep the busiest unit busy meanwhile. The clocks are
-the published ones, times the factors of the device's calibration if it has one. What stands outside the loop is passed
-once, in the same way. Programs come in whole waves: time = Σ over waves of (once(k) + steps · step(k)), where the last
-wave may hold fewer programs per multiprocessor.
+instructions share. The g groups of four warps of a program, which meet at every step, are such jobs for a share a of
+it (0 without calibration). A program's waits pass unseen where the others keep the busiest unit busy meanwhile. The
+clocks are the published ones, times the factors of the device's calibration if it has one. That also says what share of
+a step's bytes from the second-level cache comes once for all k, which walk over the same columns. What stands outside
+the loop is passed once, in the same way, and its loads are each program's own. Programs come in
+whole waves: time = Σ over waves of (once(k) + steps · step(k)), where the last wave may hold fewer programs per
+multiprocessor.
 A kernel without a loop of products reads and writes memory, not the cache. Not counted: a launch (some microseconds,
 less within a CUDA graph), the first load's latency, clocks below the published boost clock.
 """
@@ -22,6 +26,9 @@ from dataclasses import dataclass
 from bench.gpu import units
 from bench.gpu.devices import Device
 from bench.gpu.disassembly import Binary
+
+
+GROUP_WARPS = 4  # that issue a product together
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,14 @@ def predict(binary: Binary, device: Device, programs: int, steps: int) -> Predic
             f"{binary.registers} registers × {binary.warps} warps, {binary.shared_bytes} bytes on {device.name}"
         )
     inside, outside = (calibrated(clocks, device) for clocks in work(binary, device))
-    return predict_clocks(inside, outside, device, resident, programs, steps, bool(binary.step))
+    return predict_clocks(inside, outside, device, binary.warps, resident, programs, steps, bool(binary.step))
 
 
 def predict_clocks(
     inside: Counter[str],
     outside: Counter[str],
     device: Device,
+    warps: int,
     resident: int,
     programs: int,
     steps: int,
@@ -63,11 +71,13 @@ def predict_clocks(
     waves = [resident] * full_waves
     if rest:
         waves.append(-(-rest // device.multiprocessors))
-    cycles = sum(makespan(outside, k) + steps * makespan(inside, k) for k in waves)
+    line = max(warps // GROUP_WARPS, 1), device.calibration.apart
+    cycles = sum(makespan(outside, k, *line) + steps * makespan(_together(inside, k, device), k, *line) for k in waves)
     if not loops:
-        memory = outside["cache"] * device.cache_bandwidth / device.memory_bandwidth
+        published = outside["cache"] / device.calibration.clocks.get("cache", 1)
+        memory = published * device.cache_bandwidth / device.memory_bandwidth
         cycles = max(cycles, memory * programs / device.multiprocessors)
-    limit = limiting_unit(inside if loops else outside, waves[0])
+    limit = limiting_unit(_together(inside, waves[0], device) if loops else outside, waves[0])
     busy = (inside[limit] * steps + outside[limit]) * programs / device.multiprocessors / cycles
     return Prediction(device.seconds(cycles), limit, busy, resident, len(waves))
 
@@ -87,10 +97,16 @@ def calibrated(clocks: Counter[str], device: Device) -> Counter[str]:
     return Counter({unit: amount * per_count.get(unit, 1) for unit, amount in clocks.items()})
 
 
-def makespan(clocks: Counter[str], programs: int) -> float:
-    """``programs`` equal jobs through the units: see the head of this file."""
+def _together(clocks: Counter[str], programs: int, device: Device) -> Counter[str]:
+    """A step's clocks where a share of the loads of ``programs`` programs comes once."""
+    own = 1 - device.calibration.together * (programs - 1) / programs
+    return Counter({**clocks, "cache": own * clocks["cache"]})
+
+
+def makespan(clocks: Counter[str], programs: int, groups: int = 1, apart: float = 0) -> float:
+    """``programs`` equal jobs of ``groups`` groups through the units: see the head of this file."""
     beside = max(clocks[unit] for unit in units.BESIDE)
-    return max(_in_turn(clocks, programs), programs * beside)
+    return max(_in_turn(clocks, programs, groups, apart), programs * beside)
 
 
 def limiting_unit(clocks: Counter[str], programs: int) -> str:
@@ -101,7 +117,9 @@ def limiting_unit(clocks: Counter[str], programs: int) -> str:
     return max((*units.TURNS, "issue"), key=lambda unit: clocks[unit])
 
 
-def _in_turn(clocks: Counter[str], programs: int) -> float:
-    busiest = max(clocks[unit] for unit in (*units.TURNS, "issue"))
-    alone = sum(clocks[unit] for unit in units.TURNS) + clocks["shallow"]
+def _in_turn(clocks: Counter[str], programs: int, groups: int = 1, apart: float = 0) -> float:
+    in_turn = [clocks[unit] for unit in units.TURNS]
+    busiest = max(*in_turn, clocks["issue"])
+    out_of_step = max((sum(in_turn) + (groups - 1) * max(in_turn)) / groups, busiest)
+    alone = (1 - apart) * sum(in_turn) + apart * out_of_step + clocks["shallow"]
     return max(alone + max((programs - 1) * busiest, clocks["waits"]), programs * busiest)
