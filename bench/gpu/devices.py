@@ -64,7 +64,9 @@ class Calibration:
     wait: float = 0  # clocks per wait of a step (bench.gpu.units.WAITS)
     shallow: float = 0  # clocks per step whose loads have two stages: a tile's load is longer than a tile's products
     apart: float = 0  # share of a step in which the groups of four warps of a program are out of step
-    together: float = 0  # share of a step's loads that resident programs make together: the same columns, which come once
+    together: float = (
+        0  # share of a step's loads that resident programs make together: the same columns, which come once
+    )
 
 
 @dataclass(frozen=True)

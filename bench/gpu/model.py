@@ -27,7 +27,6 @@ from bench.gpu import units
 from bench.gpu.devices import Device
 from bench.gpu.disassembly import Binary
 
-
 GROUP_WARPS = 4  # that issue a product together
 
 
