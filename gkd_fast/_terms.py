@@ -1,6 +1,7 @@
 """The terms of :class:`gkd_fast.GraphKDLoss`, before their factors."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def node_losses(
     """Node losses ``[B, S, T]``, 0 where a pair is not wanted; stages of one width go together."""
     if _one_width(students, teachers):
         return functional.node_contrast(students, teachers, pairs=pairs, bank=bank, **options)
-    losses = torch.zeros((), device=students[0].device)
+    losses: dict[tuple[int, int], Tensor] = {}
     for width in sorted({students[s].shape[1] for s, _ in pairs}):
         members = [(s, t) for s, t in pairs if students[s].shape[1] == width]
         rows, columns = sorted({s for s, _ in members}), sorted({t for _, t in members})
@@ -78,10 +79,11 @@ def node_losses(
             bank=None if bank is None else [bank[t] for t in columns],
             **options,
         )
-        placed = group.new_zeros(len(group), len(students), len(teachers))
-        placed[:, torch.tensor(rows)[:, None], torch.tensor(columns)] = group
-        losses = losses + placed
-    return losses
+        losses |= zip(product(rows, columns), group.flatten(1).unbind(1), strict=True)
+    nothing = torch.zeros_like(next(iter(losses.values())))
+    every = product(range(len(students)), range(len(teachers)))
+    placed = torch.stack([losses.get(pair, nothing) for pair in every], dim=1)
+    return placed.unflatten(1, (len(students), len(teachers)))
 
 
 def teacher_graph_loss(classifier: nn.Linear, embeddings: Sequence[Tensor], target: Tensor) -> Tensor:

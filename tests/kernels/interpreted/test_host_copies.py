@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from gkd_fast import functional
+from gkd_fast._terms import node_losses
 from gkd_fast.kernels import OPS
 from gkd_fast.kernels.common import table
 from gkd_fast.ops.node_contrast_columns import _merge
@@ -101,3 +102,18 @@ def test_stages_of_the_graph_over_the_others(large, division, monkeypatch):
         for needs in ([True] * 4, [False, True, False, True]):
             OPS["neighbor_conv_stages_backward"](upstream, nodes, messages, *results, *settings, needs)
     assert copies.names == []
+
+
+def test_losses_of_stages_of_mixed_widths(monkeypatch):
+    """A frozen teacher's widths are its own."""
+    stages = [x.detach() for x in features(5, 7, 6, 6, 6, 7, dtype=torch.float32)]
+    students, teachers, pairs = stages[:2], stages[2:], [(0, 2), (1, 0), (1, 1)]
+    options = {"pairs": pairs, "bank": None, "temperature": 0.1}
+    with table.forced(16, 16), Copies(monkeypatch) as copies:
+        losses = node_losses(students, teachers, backend="triton", **options)
+    assert copies.names == [] and losses.shape == (5, 2, 3)
+    expected = torch.zeros(5, 2, 3)
+    for s, t in pairs:
+        alone = functional.node_contrast(students[s], teachers[t], temperature=0.1, backend="reference")
+        expected[:, s, t] = alone[:, 0, 0]
+    torch.testing.assert_close(losses, expected)
