@@ -102,17 +102,22 @@ def graph_report(criterion: Any, last: LastCall) -> Report:
         for side, stages in zip(("student", "teacher"), embeddings):
             report[f"{side}_cosine"] = [mean_cosine(e, shards) for e in stages]
     if features is not None and criterion.graph == "batch":
+        sides: dict[str, list[Tensor]] = {}
+        heads: list[Any] = []
         for side, stages in zip(("student", "teacher"), features):
-            if getattr(criterion, f"{side}_heads") is not None:
-                pools = getattr(criterion, f"{side}_pool")
-                nodes = nodes_of(f"{side}_feats", stages, getattr(criterion, f"{side}_dims"), pools)
-                found = graph_bandwidths(list(getattr(criterion, f"{side}_heads")), nodes, shards)
-                report[f"{side}_bandwidth"] = list(found)
-                report[f"{side}_neighbors"] = [
-                    mean_neighbors(x, sigma, criterion, shards) for x, sigma in zip(nodes, found)
-                ]
-                if criterion.neighbors is not None:
-                    report["wanted_neighbors"] = criterion.neighbors
+            if (of_side := getattr(criterion, f"{side}_heads")) is not None:
+                pools, dims = (getattr(criterion, f"{side}_{name}") for name in ("pool", "dims"))
+                sides[side] = nodes_of(f"{side}_feats", stages, dims, pools)
+                heads += of_side
+        bandwidths = iter(graph_bandwidths(heads, [x for nodes in sides.values() for x in nodes], shards))
+        for side, nodes in sides.items():
+            found = [next(bandwidths) for _ in nodes]
+            report[f"{side}_bandwidth"] = found
+            report[f"{side}_neighbors"] = [
+                mean_neighbors(x, sigma, criterion, shards) for x, sigma in zip(nodes, found)
+            ]
+        if criterion.neighbors is not None:
+            report["wanted_neighbors"] = criterion.neighbors
     return _numbers_of(report)
 
 

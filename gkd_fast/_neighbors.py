@@ -13,12 +13,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Of a pass without any knowledge of σ; with a σ of the step before one is enough.
-COLD_PASSES = 7
+# Without any knowledge of σ; with a σ of the step before one is enough.
+COLD_PASSES, WARM_PASSES = 7, 1
 MIN_BANDWIDTH, MAX_BANDWIDTH = 0.01, 1000.0
 
-_LOWEST, _HIGHEST = -2 * math.log(MAX_BANDWIDTH), -2 * math.log(MIN_BANDWIDTH)
-_FLATTEST = 1e-6  # a slope of log n: less is rounding
+# Adaptive bandwidth: σ² = BANDWIDTH_SHARE · mean over i ≠ j of (1 − c_ij), at least MIN_BANDWIDTH².
+BANDWIDTH_SHARE = 0.5
+
+LOWEST, HIGHEST = -2 * math.log(MAX_BANDWIDTH), -2 * math.log(MIN_BANDWIDTH)
+FLATTEST = 1e-6  # a slope of log n: less is rounding
+STEEPEST = 2.0  # the greatest γ
 
 # Of graphs of as many nodes, at inverse variances [graphs]: their nodes' log-sums, sharp log-sums, means and sharp
 # means, a list of the graphs' each.
@@ -51,27 +55,27 @@ def search(
         dtype: of v.
         total: the sum of a tensor over the ranks.
     """
-    t = (-2 * starts.double().log()).nan_to_num(0).clamp(_LOWEST, _HIGHEST)
-    low, high = torch.full_like(t, _LOWEST), torch.full_like(t, _HIGHEST)
-    growth = torch.full_like(t, 2.0)
+    t = (-2 * starts.double().log()).nan_to_num(0).clamp(LOWEST, HIGHEST)
+    low, high = torch.full_like(t, LOWEST), torch.full_like(t, HIGHEST)
+    growth = torch.full_like(t, STEEPEST)
     before: Tensor | None = None
     slope_before = t
     for _ in range(passes):
         n, change = (total(moments(sums(t.exp().to(dtype)))) / nodes).unbind(dim=1)
         n = n.clamp(min=1)
-        slope = (-change / n).clamp(min=_FLATTEST)  # of −log n
+        slope = (-change / n).clamp(min=FLATTEST)  # of −log n
         distance = (n / neighbors).log()
         if before is not None:
             shown = (slope / slope_before).log() / (t - before)
             # A slope that falls leads to a plateau, after which clusters of their own come apart: from far, with care.
-            growth = torch.where((shown >= -0.1) & shown.isfinite(), shown.clamp(0, 2), 2.0)
+            growth = torch.where((shown >= -0.1) & shown.isfinite(), shown.clamp(0, STEEPEST), STEEPEST)
             growth = torch.where(distance > math.log(8), growth.clamp(min=1), growth)
         low, high = torch.where(distance > 0, t, low), torch.where(distance > 0, high, t)
         bent = growth.clamp(min=1e-3)
         step = (bent * distance / slope).clamp(min=-0.9).log1p() / bent
         middle = (low + high) / 2
-        lost = (distance < -math.log(2)) & (low > _LOWEST)  # n is far below, where the slope says little
-        new = torch.where(lost, middle, t + step).clamp(_LOWEST, _HIGHEST)
+        lost = (distance < -math.log(2)) & (low > LOWEST)  # n is far below, where the slope says little
+        new = torch.where(lost, middle, t + step).clamp(LOWEST, HIGHEST)
         outside = (new < low) | (new > high)  # not on them: where n is found to the last digit the step is 0
         before, slope_before = t, slope
         t = torch.where(outside, middle, new)

@@ -35,7 +35,7 @@ from gkd_fast._arguments import (
 )
 from gkd_fast._autocast import autocast_disabled
 from gkd_fast._compilation import leaves_graphs, meets_columns
-from gkd_fast._neighbors import MAX_BANDWIDTH, MIN_BANDWIDTH
+from gkd_fast._neighbors import BANDWIDTH_SHARE, MAX_BANDWIDTH, MIN_BANDWIDTH
 from gkd_fast._pairs import blocks_of, losses_of_blocks, used_of
 from gkd_fast.distributed import Group, Shards, checking, graph_columns, of_union, shards_of, unit_columns
 from gkd_fast.ops.autograd import saveable, transformed
@@ -56,9 +56,6 @@ __all__ = [
 ]  # fmt: skip
 
 Bandwidth: TypeAlias = float | Tensor | str
-
-# Adaptive bandwidth: σ² = BANDWIDTH_SHARE · mean over i ≠ j of (1 − c_ij), at least MIN_BANDWIDTH².
-BANDWIDTH_SHARE = 0.5
 
 
 @overload
@@ -190,6 +187,9 @@ def _convolve_stages(
     if not shares:
         options = normalization, backend, process_group
         return [_convolve(x, h, sigma, tuple(own), *options) for x, h, (sigma, *own) in zip(nodes, messages, checked)]
+    sought = checked[0][1]
+    if sought is not None and all(sigma == "auto" for sigma, *_ in checked):
+        return _convolve_as_found(nodes, messages, dtype, sought, None, self_weight, normalization)[0]
     precision = product_precision(nodes[0])
     sigmas = []
     if any(sigma != "auto" or neighbors is not None for sigma, neighbors, _ in checked):
@@ -205,6 +205,58 @@ def _convolve_stages(
         elif sigmas:
             variances = torch.stack([_inverse_variance(sigma, dtype, nodes[0].device) for sigma in sigmas])
         return ops.graph_conv_stages(nodes, messages, dtype, variances, normalization, precision, self_weight)
+
+
+def graph_conv_as_found(
+    nodes: Sequence[Tensor],
+    messages: Sequence[Tensor],
+    *,
+    neighbors: float,
+    starts: Sequence[Tensor] | None,
+    self_weight: float | None,
+    normalization: str,
+    backend: str,
+    process_group: Group,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`graph_conv` of several stages, and their bandwidths, of which the search goes on from ``starts``."""
+    if _in_shared_launches(nodes, backend, process_group) and nodes[0].shape[0] > 1:
+        with checking(None, "graph_conv"):
+            nodes, messages, dtype = check_graph_stages(nodes, messages, False)
+        return _convolve_as_found(nodes, messages, dtype, neighbors, starts, self_weight, normalization)
+    sigmas = _neighbor_bandwidths(nodes, neighbors, starts, backend, process_group)
+    options: dict[str, Any] = {"self_weight": self_weight, "normalization": normalization, "backend": backend}
+    outputs = graph_conv(nodes, messages, bandwidth=sigmas, neighbors=None, process_group=process_group, **options)
+    return outputs, sigmas
+
+
+def _convolve_as_found(
+    nodes: Sequence[Tensor],
+    messages: Sequence[Tensor],
+    dtype: torch.dtype,
+    neighbors: float,
+    starts: Sequence[Tensor] | None,
+    self_weight: float | None,
+    normalization: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Convolutions and bandwidths of stages that share their launches: rows are normalised once for both."""
+    precision = product_precision(nodes[0])
+    with autocast_disabled(nodes[0]):
+        units = ops.UnitStages(nodes, messages, dtype)
+        sigmas, variances = _search_together(units, neighbors, starts, precision)
+        given = dtype, variances, normalization, precision, self_weight, units
+        return ops.graph_conv_stages(nodes, messages, *given), list(sigmas.unbind())
+
+
+def _search_together(
+    units: ops.UnitStages, neighbors: float, starts: Sequence[Tensor] | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    """σ and 1/σ² of stages that share their launches."""
+    first = units.rows[0]
+    if neighbors >= len(first) - 1:
+        return tuple(first.new_full((len(units.rows),), x) for x in (MAX_BANDWIDTH, MAX_BANDWIDTH**-2))
+    passes = _neighbors.COLD_PASSES if starts is None else _neighbors.WARM_PASSES
+    at = [x if x.dtype == first.dtype else x.to(first.dtype) for x in starts or ()]
+    return units.bandwidths(at, neighbors, passes, precision)
 
 
 @leaves_graphs(meets_columns)
@@ -428,7 +480,7 @@ def neighbor_bandwidth(
         nodes: ``[B, D]``.
         neighbors: k ≥ 1, need not be whole.
         start: a σ that is nearly right, such as that of the step before: one pass then is enough; None: the
-            :func:`adaptive_bandwidth`, and seven passes.
+            :func:`adaptive_bandwidth`, and seven passes; on GPUs an eighth, the first, finds where to start.
         backend: as in :func:`graph_conv`.
         process_group: as in :func:`graph_conv`; the mean is that over all ranks' nodes.
 
@@ -470,18 +522,24 @@ def _neighbor_bandwidths(
         return [torch.full((), MAX_BANDWIDTH, dtype=dtype, device=first.device) for _ in stages]
     precision = product_precision(first)
     with torch.no_grad(), autocast_disabled(first):
+        begun = [
+            x.to(first.device) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=first.device)
+            for x in given
+        ]
+        if _in_shared_launches(stages, backend, shards):
+            units = ops.UnitStages(stages, [], dtype)
+            return list(_search_together(units, neighbors, begun or None, precision)[0].unbind())
         if starts is None:
-            given = [adaptive_bandwidth(x, process_group=shards) for x in stages]
-        numbers = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in given)
-        begun = torch.stack([x.to(first.device) for x in numbers]).double()
-        sums = _sums_of_neighbors(stages, dtype, precision, fused, backend, shards)
-        passes = _neighbors.COLD_PASSES if starts is None else 1
+            begun = [adaptive_bandwidth(x, process_group=shards) for x in stages]
+        sums = _sums_of_neighbors(stages, dtype, precision, fused, shards)
+        passes = _neighbors.COLD_PASSES if starts is None else _neighbors.WARM_PASSES
         total = shards.sum if shards is not None else lambda x: x
-        return list(_neighbors.search(sums, begun, neighbors, nodes, passes, dtype, total).to(dtype).unbind())
+        begins = torch.stack(begun).double()
+        return list(_neighbors.search(sums, begins, neighbors, nodes, passes, dtype, total).to(dtype).unbind())
 
 
 def _sums_of_neighbors(
-    stages: Sequence[Tensor], dtype: torch.dtype, precision: str, fused: bool, backend: str, shards: Shards | None
+    stages: Sequence[Tensor], dtype: torch.dtype, precision: str, fused: bool, shards: Shards | None
 ) -> _neighbors.Sums:
     """What passes over the pairs of all stages; their rows are normalised once."""
     if not fused:
@@ -498,8 +556,6 @@ def _sums_of_neighbors(
 
         return of_definition
     units = ops.unit_rows(list(stages), dtype)
-    if _in_shared_launches(stages, backend, shards):
-        return lambda variances: ops.neighbor_sums_stages(units, variances, precision)
     columns = [None if shards is None else unit_columns(shards, [x], dtype) for x in stages]
 
     def of_each(variances: Tensor) -> Sequence[Sequence[Tensor]]:
@@ -551,7 +607,7 @@ def effective_neighbors(
     with torch.no_grad(), autocast_disabled(nodes):
         if others:
             variance = _inverse_variance(sigma, dtype, nodes.device)
-            sums = _sums_of_neighbors([nodes], dtype, precision, fused, backend, shards)
+            sums = _sums_of_neighbors([nodes], dtype, precision, fused, shards)
             (log_sums,), (sharp_log_sums,), *_ = sums(variance[None])
             return (2 * log_sums - sharp_log_sums).exp().nan_to_num(0).to(dtype)
         if fused:

@@ -158,22 +158,26 @@ def _in_step(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process_group: 
     if first.neighbors is not None:
         process_group = shards_of(process_group, list(nodes), ("BatchGCN",))
     bandwidths: Any = first.bandwidth
-    if first.neighbors is not None or (layers > 1 and first.bandwidth == "auto"):
+    if first.neighbors is None and layers > 1 and first.bandwidth == "auto":
         bandwidths = graph_bandwidths(heads, nodes, process_group)
-        if first.training and first.neighbors is not None and _moves_state():
-            _remember(heads, bandwidths, _batch_of(nodes, process_group))
+    options: Any = {
+        "self_weight": first.self_weight,
+        "normalization": first.normalization,
+        "backend": first.backend,
+        "process_group": process_group,
+    }
     hidden = nodes
     for depth in range(layers):
-        hidden = functional.graph_conv(
-            nodes,
-            [head.linears[depth](x.relu() if depth else x) for head, x in zip(heads, hidden)],
-            bandwidth=bandwidths,
-            neighbors=None,
-            self_weight=first.self_weight,
-            normalization=first.normalization,
-            backend=first.backend,
-            process_group=process_group,
+        messages = [head.linears[depth](x.relu() if depth else x) for head, x in zip(heads, hidden)]
+        if depth or first.neighbors is None:
+            hidden = functional.graph_conv(nodes, messages, bandwidth=bandwidths, neighbors=None, **options)
+            continue
+        batch = _batch_of(nodes, process_group)
+        hidden, bandwidths = functional.graph_conv_as_found(
+            nodes, messages, neighbors=first.neighbors, starts=_starts(heads, batch), **options
         )
+        if first.training and _moves_state():
+            _remember(heads, bandwidths, batch)
     return hidden
 
 
@@ -184,12 +188,14 @@ def graph_bandwidths(heads: Sequence[BatchGCN], nodes: Sequence[Tensor], process
         return [first.bandwidth] * len(heads)
     if first.neighbors is None:
         return [functional.adaptive_bandwidth(x, process_group=process_group) for x in nodes]
-    batch = _batch_of(nodes, process_group)
-    starts = [head._start(batch) for head in heads]
-    known = [start for start in starts if start is not None]
-    return functional._neighbor_bandwidths(
-        nodes, first.neighbors, known if len(known) == len(heads) else None, first.backend, process_group
-    )
+    starts = _starts(heads, _batch_of(nodes, process_group))
+    return functional._neighbor_bandwidths(nodes, first.neighbors, starts, first.backend, process_group)
+
+
+def _starts(heads: Sequence[BatchGCN], batch: int) -> list[Tensor] | None:
+    """The bandwidths of the call before, if all heads had so many nodes."""
+    known = [start for start in (head._start(batch) for head in heads) if start is not None]
+    return known if len(known) == len(heads) else None
 
 
 @torch.no_grad()

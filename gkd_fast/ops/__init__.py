@@ -15,7 +15,7 @@ from gkd_fast.ops.autograd import refuse_forward_mode, register_loop
 from gkd_fast.ops.backends import HOW_TO_BUILD, has_kernels, missing
 from gkd_fast.ops.graph_conv import graph_conv
 from gkd_fast.ops.graph_conv_columns import graph_degrees, node_terms
-from gkd_fast.ops.graph_conv_stages import graph_conv_stages, neighbor_sums_stages
+from gkd_fast.ops.graph_conv_stages import UnitStages, graph_conv_stages
 from gkd_fast.ops.graph_losses import graph_losses
 from gkd_fast.ops.info_nce import info_nce, one_sided
 from gkd_fast.ops.neighbor_conv import neighbor_conv
@@ -27,10 +27,10 @@ from gkd_fast.ops.rkd_angle import rkd_angle
 from gkd_fast.ops.unit_rows import unit_rows, unit_rows_and_norms
 
 __all__ = [
-    "HOW_TO_BUILD", "Fixed", "MeanDistances", "graph_conv", "graph_conv_stages", "graph_degrees", "graph_losses",
-    "has_kernels", "info_nce", "merged", "missing", "neighbor_conv", "neighbor_sums", "neighbor_sums_stages",
-    "node_contrast", "node_terms", "one_sided", "pair_losses", "refuse_forward_mode", "relation_kl", "rkd_angle",
-    "unit_rows", "unit_rows_and_norms",
+    "HOW_TO_BUILD", "Fixed", "MeanDistances", "UnitStages", "graph_conv", "graph_conv_stages", "graph_degrees",
+    "graph_losses", "has_kernels", "info_nce", "merged", "missing", "neighbor_conv", "neighbor_sums", "node_contrast",
+    "node_terms", "one_sided", "pair_losses", "refuse_forward_mode", "relation_kl", "rkd_angle", "unit_rows",
+    "unit_rows_and_norms",
 ]  # fmt: skip
 
 for _name in torch._C._dispatch_get_all_op_names():

@@ -9,12 +9,15 @@
         As ``graph_conv``'s, a tensor of each stage in the place of each tensor; stages may differ in width.  needs: of
         the nodes, then of the messages.  Messages and upstream may be of shorter types than the nodes; outputs and
         gradients are of the nodes' type.
-    neighbor_sums_stages(nodes, inverse_variances, product_precision) -> (log_sums, sharp_log_sums, means, sharp_means)
+    neighbor_bandwidths_stages(nodes, starts, neighbors, passes, product_precision) -> (bandwidths, inverse_variances)
+        starts: σ of each stage, 0-dim, of the nodes' type; none: their adaptive bandwidths.  neighbors: below B − 1.
+        σ and 1/σ² of each stage as ``gkd_fast._neighbors.search`` has them, [stages], 16 bytes apart.  Without
+        gradient.
     neighbor_conv_stages(nodes, messages, inverse_variances, normalization, product_precision) -> (outputs, log_sums)
     neighbor_conv_stages_backward(upstream, nodes, messages, outputs, log_sums, inverse_variances, normalization,
                product_precision, needs) -> gradients
-        As ``neighbor_sums``, ``neighbor_conv`` with the log-sums that it takes, and ``neighbor_conv_gradients``; all of
-        the nodes' type but the float64 sums.
+        As ``neighbor_conv`` with the log-sums that it takes, and ``neighbor_conv_gradients``; all of the nodes' type
+        but the float64 sums.
 
 Triton kernels alone implement them. Second derivatives are those of the stages' own ``graph_conv``, ``neighbor_conv``.
 """
@@ -34,8 +37,8 @@ torch.library.define(
     "gkd_fast::graph_inverse_variances", "(Tensor[] nodes, float share, float least) -> Tensor", tags=PT2
 )
 torch.library.define(
-    "gkd_fast::neighbor_sums_stages",
-    "(Tensor[] nodes, Tensor inverse_variances, str product_precision) -> (Tensor[], Tensor[], Tensor[], Tensor[])",
+    "gkd_fast::neighbor_bandwidths_stages",
+    "(Tensor[] nodes, Tensor[] starts, float neighbors, int passes, str product_precision) -> (Tensor, Tensor)",
     tags=PT2,
 )
 for _op, _sums in (("graph_conv_stages", "degrees"), ("neighbor_conv_stages", "log_sums")):
@@ -63,10 +66,10 @@ def _(nodes, messages, inverse_variances, normalization, product_precision):
     return [nodes[0].new_empty(x.shape) for x in messages], [x.new_empty(x.shape[0]) for x in nodes]
 
 
-@torch.library.register_fake("gkd_fast::neighbor_sums_stages")
-def _(nodes, inverse_variances, product_precision):
-    sums = [[x.new_empty(x.shape[0], dtype=torch.float64) for x in nodes] for _ in range(4)]
-    return sums[0], sums[1], sums[2], sums[3]
+@torch.library.register_fake("gkd_fast::neighbor_bandwidths_stages")
+def _(nodes, starts, neighbors, passes, product_precision):
+    apart = len(nodes), 16 // nodes[0].element_size()
+    return nodes[0].new_empty(apart)[:, 0], nodes[0].new_empty(apart)[:, 0]
 
 
 @torch.library.register_fake("gkd_fast::neighbor_conv_stages")
@@ -82,7 +85,7 @@ def _(upstream, nodes, messages, outputs, sums, inverse_variances, normalization
 
 
 OPS = (
-    "graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward", "neighbor_sums_stages",
+    "graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward", "neighbor_bandwidths_stages",
     "neighbor_conv_stages", "neighbor_conv_stages_backward",
 )  # fmt: skip
 for _op in OPS:
@@ -92,20 +95,37 @@ for _op in OPS:
 _GRADIENTS_OF = {"graph_conv_stages": gradients_of_graph_conv, "neighbor_conv_stages": gradients_of_neighbor_conv}
 
 
+class UnitStages:
+    """The unit rows of a call's stages in ``dtype``, without gradient, and what has the ops of all that is made of them
+    and of ``messages``."""
+
+    def __init__(self, nodes: Sequence[Tensor], messages: Sequence[Tensor], dtype: torch.dtype):
+        self.ops = implementation((*nodes, *messages))
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            self.rows, self.inverse_norms = self.ops.unit_rows(nodes, dtype)
+
+    def bandwidths(
+        self, starts: Sequence[Tensor], neighbors: float, passes: int, product_precision: str
+    ) -> tuple[Tensor, Tensor]:
+        """``neighbor_bandwidths_stages``."""
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            return self.ops.neighbor_bandwidths_stages(self.rows, starts, neighbors, passes, product_precision)
+
+
 class GraphConvStages(torch.autograd.Function):
     """``op`` of nodes, the first ``count`` tensors, and messages, the others.
 
     settings: [stages] variances, or the numbers that ``graph_inverse_variances`` takes; normalization, precision; the
-    own message's share ρ of the outputs, or None.
+    own message's share ρ of the outputs, or None; the unit rows, where they are made.
     """
 
     @staticmethod
     def forward(ctx, op: str, count: int, dtype: torch.dtype, settings: tuple, *tensors: Tensor):
-        variances, *settings, own_share = settings
+        variances, *settings, own_share, units = settings
         nodes, messages = tensors[:count], tensors[count:]
-        ops = implementation(tensors)
+        units = units or UnitStages(nodes, messages, dtype)
+        ops, unit, inverse_norms = units.ops, units.rows, units.inverse_norms
         with torch._C._AutoDispatchBelowAutograd():
-            unit, inverse_norms = ops.unit_rows(nodes, dtype)
             if not isinstance(variances, Tensor):
                 variances = ops.graph_inverse_variances(unit, *variances)
             # Beside an own message the sum of its two gradients is rounded once.
@@ -188,11 +208,12 @@ def graph_conv_stages(
     normalization: str,
     product_precision: str,
     self_weight: float | None = None,
+    units: UnitStages | None = None,
 ) -> list[Tensor]:
     """The convolutions ``[B, K]`` of all stages, in the messages' type; see the head. With a ``self_weight`` the graphs
-    are over the others, of which there are some."""
+    are over the others, of which there are some. units: of these nodes and messages, where they are made."""
     refuse_forward_mode((*nodes, *messages))
-    settings = variances, normalization, product_precision, self_weight
+    settings = variances, normalization, product_precision, self_weight, units
     own = [x.dtype for x in messages]
     if len(set(own)) > 1:  # which autocast allows
         messages = [x.to(dtype) for x in messages]
@@ -200,14 +221,6 @@ def graph_conv_stages(
     op = "graph_conv_stages" if self_weight is None else "neighbor_conv_stages"
     outputs = GraphConvStages.apply(op, len(nodes), dtype, settings, *nodes, *messages)
     return [x if x.dtype == t else x.to(t) for x, t in zip(outputs, own, strict=True)]
-
-
-def neighbor_sums_stages(
-    nodes: Sequence[Tensor], inverse_variances: Tensor, product_precision: str
-) -> Sequence[Sequence[Tensor]]:
-    """Of unit rows, without gradient; see the head."""
-    nodes = [x.detach() for x in nodes]
-    return implementation(nodes).neighbor_sums_stages(nodes, inverse_variances, product_precision)
 
 
 def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

@@ -57,8 +57,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 # Arguments that are numbers: multiples of 16 at the widths that matter, and floats.
 SIZES = ("dim", "student_dim", "teacher_dim", "dims", "places", "width", "widths", "strides", "row_strides", "sizes")
-DOUBLES = ("constants", "constant_tangents", "moments", "squares", "totals")
-FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero", "share", "least")
+DOUBLES = ("constants", "constant_tangents", "moments", "squares", "states", "totals")
+FLOATS = ("inner", "outer", "slope", "scale", "shift", "inverse_temperature", "zero", "share", "least", "neighbors")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """neighbor_conv's kernels as they are compiled by default; see ``catalog``."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import triton
 
@@ -8,6 +9,7 @@ from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_strip, graph_sums
 from gkd_fast.kernels.graph_conv.values import ONE
+from gkd_fast.kernels.neighbor_conv import bandwidths
 from gkd_fast.kernels.neighbor_conv.small import neighbor_small_gradients, neighbor_small_weighted
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_small_sums, neighbor_sum_parts, neighbor_sums
 from gkd_fast.kernels.neighbor_conv.sums import PARTS_ROWS
@@ -16,9 +18,10 @@ from gkd_fast.kernels.neighbor_conv.tiles import neighbor_gradients, neighbor_le
 OP = "neighbor_conv"
 LISTS = (
     "nodes", "numbers", "levels", "column_nodes", "column_numbers", "column_levels", "log_sums", "sharp_log_sums",
-    "means", "sharp_means", "inverse_variances", "dims", "widths", "partial_log_sums", "partial_sharp_log_sums",
-    "partial_means", "partial_sharp_means", "values", "centres", "row_degrees", "outputs", "sums", "powers", "messages",
-    "upstream", "column_messages", "column_upstream", "terms", "others", "column_terms", "column_others", "gradients",
+    "means", "sharp_means", "starts", "bandwidths", "inverse_variances", "dims", "widths", "partial_log_sums",
+    "partial_sharp_log_sums", "partial_means", "partial_sharp_means", "values", "centres", "row_degrees", "outputs",
+    "sums", "powers", "messages", "upstream", "column_messages", "column_upstream", "terms", "others", "column_terms",
+    "column_others", "gradients",
 )  # fmt: skip
 OF_PRODUCT = ("nodes", "column_nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
 
@@ -28,6 +31,12 @@ def neighbors(build, walk, stages: int) -> Iterator:
     lists = dict.fromkeys(LISTS, stages)
     yield from _small(build, lists, stages)
     yield build._small(OP, neighbor_sum_parts, "forward", {"BLOCK_ROWS": PARTS_ROWS}, lists, PARTS_ROWS, stages)
+    constants = {"BLOCK_ROWS": bandwidths.BLOCK_ROWS, "STATE": bandwidths.STATE, "SUM": build.product.SUM}
+    # A program for each stage, whatever the batch.
+    yield replace(
+        build._small(OP, bandwidths.neighbor_bandwidths, "forward", constants, lists, bandwidths.BLOCK_ROWS),
+        grid=lambda batch: (stages, 1),
+    )
     constants = {"SHARE": 0.5, "BLOCK_ROWS": ROW_MULTIPLE, "SUM": build.product.SUM}
     yield build._small(OP, neighbor_levels, "forward", constants, lists, ROW_MULTIPLE, stages)
     yield from _strips(build) if walk is None else _walks(walk, lists, stages)

@@ -244,9 +244,12 @@ class Prepared:
         kept: what :meth:`kept` gave in the forward pass.
     """
 
-    def __init__(self, kept: tuple[Sequence[tuple], Sequence[Tensor]] = ((), ())):
-        keys, parts = kept
-        self._made = {key: Operand(*parts[3 * k : 3 * k + 3]) for k, key in enumerate(keys)}
+    def __init__(self, kept: tuple[Sequence[Sequence[tuple]], Sequence[Tensor]] = ((), ())):
+        names, tensors = kept
+        keys, of_levels = names or ((), ())
+        self._made = {key: Operand(*tensors[3 * k : 3 * k + 3]) for k, key in enumerate(keys)}
+        # Numbers of rows that depend on more than these: by place, product and what else they follow from.
+        self.levels = dict(zip(of_levels, tensors[3 * len(keys) :], strict=True))
         self._means: dict[tuple[int, int], Tensor] = {}
 
     def leave_means(self, partial: Sequence[Tensor]) -> None:
@@ -267,14 +270,15 @@ class Prepared:
             made.update(zip(keys, found, strict=True))
         return found
 
-    def kept(self) -> tuple[list[tuple], list[Tensor]]:
+    def kept(self) -> tuple[list[list[tuple]], list[Tensor]]:
         """Their names and tensors; none where these take more than ``KEPT_BYTES``: then two launches matter little."""
         if not self._made:
             return [], []
         tensors = [part for x in self._made.values() for part in (x.rows, x.numbers, x.centre)]
+        tensors += self.levels.values()
         if sum([x.nbytes for x in tensors]) > KEPT_BYTES:
             return [], []
-        return list(self._made), tensors
+        return [list(self._made), list(self.levels)], tensors
 
 
 def _parts(centre: Tensor) -> int:

@@ -7,9 +7,10 @@ import triton.language as tl
 
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
-    "accumulate", "column_count", "column_length", "count", "factor", "first_node", "first_row", "has_degrees",
-    "is_last", "loss_row_stride", "loss_stride", "node_count", "offset", "owned", "parts", "needed", "partner_stride",
-    "row_count", "row_length", "stride", "upstream_row_stride", "upstream_stride", "wanted",
+    "accumulate", "are_bandwidths", "column_count", "column_length", "count", "factor", "first_node", "first_row",
+    "has_degrees", "is_cold", "is_last", "loss_row_stride", "loss_stride", "needed", "node_count", "offset", "owned",
+    "partner_stride", "parts", "passes", "row_count", "row_length", "stride", "upstream_row_stride", "upstream_stride",
+    "wanted",
 ]  # fmt: skip
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

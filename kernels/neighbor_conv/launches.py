@@ -11,7 +11,16 @@ from gkd_fast.kernels.common.launch import PRODUCTS, cdiv, lengthened, matrices,
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.operands import ROW_MULTIPLE, Operand
 from gkd_fast.kernels.common.plan import planned
-from gkd_fast.kernels.graph_conv.graphs import Form, Graph, node_operands, numbers_of, of_parts, variances, walk_of
+from gkd_fast.kernels.graph_conv.graphs import (
+    Form,
+    Graph,
+    kinds_of,
+    node_operands,
+    numbers_of,
+    of_parts,
+    variances,
+    walk_of,
+)
 from gkd_fast.kernels.graph_conv.launches import complete, weighted_sums
 from gkd_fast.kernels.graph_conv.values import ONE, Side, Values, both_values, convolved_values, value_powers
 from gkd_fast.kernels.neighbor_conv import small, strips
@@ -64,18 +73,26 @@ def neighbor_conv(
 def convolutions(
     graphs: Sequence[NeighborGraph], values: Sequence[Tensor], log_sums, column_log_sums, shares: tuple[float, float]
 ) -> list[Tensor]:
-    """Σ_j A_ij values_j of graphs of one kind; values: the columns'."""
-    graph = graphs[0]
-    form = graph.form(values[0].shape[1])
-    sides = node_operands(graphs, [form] * len(graphs))
+    """Σ_j A_ij values_j; values: the columns'."""
+    made, powers = convolved_values(graphs, values, [None] * len(graphs))
+    return weighted(graphs, made, powers, values, log_sums, column_log_sums, shares)
+
+
+def weighted(
+    graphs: Sequence[NeighborGraph], values: Sequence[Operand], powers, like: Sequence[Tensor], log_sums,
+    column_log_sums, shares: tuple[float, float],
+) -> list[Tensor]:  # fmt: skip
+    """Σ_j A_ij values_j, as wide as ``like``."""
+    forms = [kind.form for kind in kinds_of(graphs, [x.shape[1] for x in like])]
+    sides = node_operands(graphs, forms)
     rows, columns = ([of_graph[k] for of_graph in sides] for k in range(2))
     of_rows = of_columns = _levels(graphs, rows, log_sums, shares[0])
-    if graph.has_columns or shares[0] != shares[1]:
+    if graphs[0].has_columns or shares[0] != shares[1]:
         of_columns = _levels(graphs, columns, column_log_sums, shares[1])
-    levelled = [x.at_levels(form, *own) for x, *own in zip(graphs, of_rows, of_columns, strict=True)]
-    convolved, powers = convolved_values(graphs, values, [None] * len(graphs))
+    of_graphs = zip(graphs, forms, of_rows, of_columns, strict=True)
+    levelled = [graph.at_levels(*of_graph) for graph, *of_graph in of_graphs]
     # In the place of the degrees, which a factor of one makes nothing of, numbers of as many rows.
-    return weighted_sums(levelled, convolved, powers, values, [x.numbers for x in of_rows], ONE)[0]
+    return weighted_sums(levelled, values, powers, like, [x.numbers for x in of_rows], ONE)[0]
 
 
 @planned
@@ -87,16 +104,43 @@ def _levels(graphs: Sequence[Graph], sides: Sequence[Operand], log_sums, share: 
     """The operands of one side of every graph with levels for numbers."""
     if share == 0:
         return list(sides)
-    levels = [torch.empty_like(x.numbers) for x in sides]
-    graph, count = graphs[0], log_sums[0].shape[0]
+    levels = [graph.prepared.levels.get(key) for graph, key in zip(graphs, _keys(graphs, sides, share), strict=True)]
+    if None in levels or graphs[0].has_columns:
+        levels = _launch_levels(graphs, sides, [x.contiguous() for x in log_sums], log_sums, 1, share)
+    return [replace(x, numbers=level) for x, level in zip(sides, levels, strict=True)]
+
+
+def with_levels(
+    graphs: Sequence[Graph], widths: Sequence[int], partial: Sequence[Tensor], parts: int, share: float
+) -> list[Tensor]:
+    """Log-sums of their parts [parts, rows], of graphs whose rows are their columns, beside values of ``widths``; the
+    levels, which the same launch makes, are left to what multiplies these."""
+    count = graphs[0].row_count
+    log_sums = list(partial) if parts == 1 else [x.new_empty(count) for x in partial]
+    forms = [kind.form for kind in kinds_of(graphs, widths)]
+    _launch_levels(graphs, [rows for rows, _ in node_operands(graphs, forms)], partial, log_sums, parts, share)
+    return log_sums
+
+
+def _launch_levels(
+    graphs: Sequence[Graph], sides: Sequence[Operand], partial, log_sums, parts: int, share: float
+) -> list[Tensor]:
+    """Of nodes that are their own columns they are kept, for the backward pass too."""
+    levels, graph, count = [torch.empty_like(x.numbers) for x in sides], graphs[0], log_sums[0].shape[0]
     with on_device(levels[0]):
         _levels_launch(share, graph.product.name)(
             (cdiv(count, ROW_MULTIPLE), len(levels)), *lengthened(
-                graph.num_stages, [x.numbers for x in sides], [x.contiguous() for x in log_sums], variances(graphs),
-                levels,
-            ), count,
+                graph.num_stages, [x.numbers for x in sides], partial, log_sums, variances(graphs), levels,
+            ), count, parts,
         )  # fmt: skip
-    return [replace(x, numbers=level) for x, level in zip(sides, levels, strict=True)]
+    if not graph.has_columns:
+        graph.prepared.levels.update(zip(_keys(graphs, sides, share), levels, strict=True))
+    return levels
+
+
+def _keys(graphs: Sequence[Graph], sides: Sequence[Operand], share: float) -> list[tuple]:
+    """By which levels are kept."""
+    return [(x.place, side.rows.dtype, side.numbers.dtype, share) for x, side in zip(graphs, sides, strict=True)]
 
 
 def neighbor_conv_backward(
@@ -120,8 +164,9 @@ def neighbor_conv_backward(
         other = Side(of_columns, column_upstream, None)
     else:
         column_log_sums, column_node_terms = log_sums, node_terms
-    given = [node_terms], [column_node_terms]
-    return nodes_gradients([graph], [own], [other], [log_sums], [column_log_sums], *given, symmetric)[0]
+    values = both_sides([graph], [own], [other])
+    given = [log_sums], [column_log_sums], [node_terms], [column_node_terms]
+    return nodes_gradients([graph], *values, [messages.shape[1]], *given, symmetric)[0]
 
 
 @planned
@@ -133,18 +178,25 @@ def _walk(flags: tuple[bool, bool, bool], *numbers) -> tuple[tuple[int, ...], in
     )  # fmt: skip
 
 
-def nodes_gradients(
-    graphs: Sequence[NeighborGraph], own: Sequence[Side], other: Sequence[Side], log_sums, column_log_sums, node_terms,
-    column_node_terms, symmetric: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Of graphs of one kind."""
-    graph, none = graphs[0], [None] * len(graphs)
-    widths = [side.messages.shape[1] for side in own]
-    has_upstream, is_wide = other[0].upstream is not None, graph.is_wide(widths[0])
+def both_sides(
+    graphs: Sequence[NeighborGraph], own: Sequence[Side], other: Sequence[Side]
+) -> tuple[list[Values], list[Values]]:
+    """Messages and upstream of the rows and of the columns as products take them."""
+    none = [None] * len(graphs)
     powers = value_powers(graphs, own, other)
     columns = rows = both_values(graphs, other, powers, none, none)
-    if graph.has_columns:
+    if graphs[0].has_columns:
         rows = both_values(graphs, own, powers, none, none, columns)
+    return rows, columns
+
+
+def nodes_gradients(
+    graphs: Sequence[NeighborGraph], rows: Sequence[Values], columns: Sequence[Values], widths: Sequence[int], log_sums,
+    column_log_sums, node_terms, column_node_terms, symmetric: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Of graphs of one kind; widths: the messages'."""
+    graph = graphs[0]
+    has_upstream, is_wide = columns[0].upstream is not None, graph.is_wide(widths[0])
     terms = [_terms(x, d, symmetric) for x, d in zip(rows, node_terms, strict=True)]
     column_terms = terms
     if graph.has_columns:
@@ -160,11 +212,12 @@ def nodes_gradients(
         all_powers = [_all_powers(longest, *of_stage) for of_stage in of_stages]
     sides = node_operands(graphs, [graph.form(max(widths))] * len(graphs))
     of_rows, of_columns = ([of_graph[k] for of_graph in sides] for k in range(2))
-    levels = column_levels = _levels(graphs, of_rows, log_sums, 1.0)
+    share = max(SHARES["symmetric" if symmetric else "row"])  # as that of the weights
+    levels = column_levels = _levels(graphs, of_rows, log_sums, share)
     if graph.has_columns:
         # A row alone weighs its columns by its own log-sums.
         reads = symmetric or has_upstream
-        column_levels = _levels(graphs, of_columns, column_log_sums, 1.0) if reads else of_columns
+        column_levels = _levels(graphs, of_columns, column_log_sums, share) if reads else of_columns
     if is_wide:
         of_stages = zip(graphs, levels, column_levels, rows, columns, terms, column_terms, all_powers, strict=True)
         return [strips.nodes_gradient(*of_stage, symmetric) for of_stage in of_stages]

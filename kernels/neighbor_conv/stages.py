@@ -8,27 +8,25 @@ from torch import Tensor
 from gkd_fast.kernels.common.launch import FLOATING, matrices, rows_of
 from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.graph_conv.graphs import by_kind
-from gkd_fast.kernels.graph_conv.small import Stages
 from gkd_fast.kernels.graph_conv.stages import graphs_of, small_stages
-from gkd_fast.kernels.graph_conv.values import Side
+from gkd_fast.kernels.graph_conv.values import Side, convolved_values
 from gkd_fast.kernels.neighbor_conv import small as small_batches
-from gkd_fast.kernels.neighbor_conv.launches import NeighborGraph, convolutions, nodes_gradients, shares_of
-from gkd_fast.kernels.neighbor_conv.sums import Sums, small_sums, sums
+from gkd_fast.kernels.neighbor_conv.bandwidths import neighbor_bandwidths_stages
+from gkd_fast.kernels.neighbor_conv.launches import (
+    NeighborGraph,
+    both_sides,
+    convolutions,
+    nodes_gradients,
+    shares_of,
+    weighted,
+    with_levels,
+)  # fmt: skip
+from gkd_fast.kernels.neighbor_conv.sums import partial_sums_of_all, small_sums
+
+__all__ = ["neighbor_bandwidths_stages", "neighbor_conv_stages", "neighbor_conv_stages_backward"]
 
 # Of the messages' gradient, which takes A transposed.
 TRANSPOSED = {"row": "column", "symmetric": "symmetric"}
-
-
-def neighbor_sums_stages(
-    nodes: Sequence[Tensor], inverse_variances: Tensor, product_precision: str
-) -> tuple[list[Tensor], ...]:
-    nodes, variances = matrices("nodes", nodes), inverse_variances.unbind()
-    stages = small_stages(nodes, [], variances, product_precision)
-    if stages is None:
-        found = _sums(graphs_of(NeighborGraph, nodes, variances, product_precision, None, range(len(nodes))))
-    else:
-        found = small_sums(stages)
-    return tuple(list(of_stages) for of_stages in found)
 
 
 def neighbor_conv_stages(
@@ -43,8 +41,9 @@ def neighbor_conv_stages(
         log_sums = small_sums(stages)[0]
         return small_batches.weighted(stages, messages, log_sums, shares), list(log_sums)
     graphs = graphs_of(NeighborGraph, nodes, variances, product_precision, prepared, range(len(nodes)))
-    log_sums = _sums(graphs)[0]
-    return _weighted(graphs, messages, log_sums, shares), list(log_sums)
+    partial, parts = partial_sums_of_all(graphs)
+    log_sums = with_levels(graphs, [x.shape[1] for x in messages], partial[0], parts, max(shares))
+    return convolutions(graphs, messages, log_sums, log_sums, shares), log_sums
 
 
 def neighbor_conv_stages_backward(
@@ -61,51 +60,66 @@ def neighbor_conv_stages_backward(
     symmetric = normalization == "symmetric"
     of_nodes: list[Tensor | None] = [None] * count
     of_messages: list[Tensor | None] = [None] * count
-
-    def made(places: list[int]) -> Stages | list[NeighborGraph]:
-        """What the kernels of these stages take, small batches' or others'."""
-        if small is not None:
-            return small.of(places)
-        return graphs_of(NeighborGraph, nodes, variances, product_precision, prepared, places)
-
-    small = small_stages(nodes, messages, variances, product_precision)
     moved = [k for k in range(count) if needs[k]]
     convolved = [k for k in range(count) if needs[count + k] or (needs[k] and symmetric)]
+    used = sorted({*moved, *convolved})
+    if not used:
+        return []
+    small = small_stages(nodes, messages, variances, product_precision)
+    if small is None:
+        graphs = graphs_of(NeighborGraph, nodes, variances, product_precision, prepared, used)
+        large = Large(graphs, used, [messages[k] for k in used], [upstream[k] for k in used], bool(moved))
     if convolved:
-        some, given = made(convolved), ([x[k] for k in convolved] for x in (upstream, log_sums))
-        weighted = _weighted if small is None else small_batches.weighted
-        for k, gradient in zip(convolved, weighted(some, *given, transposed), strict=True):
+        own = [log_sums[k] for k in convolved]
+        if small is None:
+            found = large.weighted(convolved, own, transposed)
+        else:
+            found = small_batches.weighted(small.of(convolved), [upstream[k] for k in convolved], own, transposed)
+        for k, gradient in zip(convolved, found, strict=True):
             of_messages[k] = gradient
     if moved:
         own = [[x[k] for k in moved] for x in (upstream, messages, log_sums)]
         terms = _node_terms(*own[:2], *([x[k] for k in moved] for x in (outputs, of_messages)), symmetric)
-        gradients = _nodes_gradients if small is None else small_batches.nodes_gradients
-        for k, gradient in zip(moved, gradients(made(moved), *own, terms, symmetric), strict=True):
+        if small is None:
+            found = large.nodes_gradients(moved, own[2], terms, symmetric)
+        else:
+            found = small_batches.nodes_gradients(small.of(moved), *own, terms, symmetric)
+        for k, gradient in zip(moved, found, strict=True):
             of_nodes[k] = gradient
     found = [*of_nodes, *of_messages]
     return [x for x, needed in zip(found, needs, strict=True) if needed and x is not None]
 
 
-def _sums(graphs: Sequence[NeighborGraph]) -> Sums:
-    def of_kind(graphs):
-        return zip(*sums(graphs), strict=True)
+class Large:
+    """The gradients' launches of large batches, of a call's stages ``places``, whose values are made once for both.
 
-    return tuple(zip(*by_kind(of_kind, graphs, [1] * len(graphs)), strict=True))
+    both: whether messages are needed beside the upstream.
+    """
 
+    def __init__(self, graphs: Sequence[NeighborGraph], places: Sequence[int], messages, upstream, both: bool):
+        self._graphs, self._messages = dict(zip(places, graphs)), dict(zip(places, messages))
+        if both:
+            sides = [Side(*of_stage, None) for of_stage in zip(messages, upstream, strict=True)]
+            values = both_sides(graphs, sides, sides)[0]
+            self._values = dict(zip(places, values))
+            made = [(x.upstream, x.powers[1]) for x in values]
+        else:
+            made = list(zip(*convolved_values(graphs, upstream, [None] * len(graphs)), strict=True))
+        self._upstream = dict(zip(places, made))
 
-def _weighted(graphs, values: Sequence[Tensor], log_sums, shares: tuple[float, float]) -> list[Tensor]:
-    def of_kind(graphs, values, log_sums):
-        return convolutions(graphs, values, log_sums, log_sums, shares)
+    def weighted(self, places: Sequence[int], log_sums, shares: tuple[float, float]) -> list[Tensor]:
+        """Σ_j A_ij G_j."""
+        graphs, messages = ([x[k] for k in places] for x in (self._graphs, self._messages))
+        values, powers = zip(*[self._upstream[k] for k in places])
+        return weighted(graphs, values, powers, messages, log_sums, log_sums, shares)
 
-    return by_kind(of_kind, graphs, [x.shape[1] for x in values], values, log_sums)
+    def nodes_gradients(self, places: Sequence[int], log_sums, terms, symmetric: bool) -> list[Tensor]:
+        def of_kind(graphs, values, widths, log_sums, terms):
+            return nodes_gradients(graphs, values, values, widths, log_sums, log_sums, terms, terms, symmetric)
 
-
-def _nodes_gradients(graphs, upstream, messages, log_sums, terms, symmetric: bool) -> list[Tensor]:
-    def of_kind(graphs, upstream, messages, log_sums, terms):
-        sides = [Side(*of_stage, None) for of_stage in zip(messages, upstream, strict=True)]
-        return nodes_gradients(graphs, sides, sides, log_sums, log_sums, terms, terms, symmetric)
-
-    return by_kind(of_kind, graphs, [x.shape[1] for x in messages], upstream, messages, log_sums, terms)
+        widths = [self._messages[k].shape[1] for k in places]
+        graphs, values = ([x[k] for k in places] for x in (self._graphs, self._values))
+        return by_kind(of_kind, graphs, widths, values, widths, log_sums, terms)
 
 
 def _node_terms(upstream, messages, outputs, messages_gradients, symmetric: bool) -> list[Tensor]:

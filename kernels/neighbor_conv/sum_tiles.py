@@ -10,6 +10,7 @@ the columns gives is in the form of the result: parts are added as the sums that
 import triton
 import triton.language as tl
 
+from gkd_fast import _neighbors
 from gkd_fast.kernels.common.log_sums import LN2, LOG2E, log_sum
 from gkd_fast.kernels.common.small import negative_distances
 from gkd_fast.kernels.common.strips import strip_stride
@@ -31,8 +32,24 @@ from gkd_fast.kernels.common.tile import (
     store_vector,
 )  # fmt: skip
 
+MIN_BANDWIDTH, MAX_BANDWIDTH = tl.constexpr(_neighbors.MIN_BANDWIDTH), tl.constexpr(_neighbors.MAX_BANDWIDTH)
 # Above ``NOWHERE``, so that columns that do not exist weigh nothing even where no other was met.
 LEAST = tl.constexpr(-5e29)
+
+
+@triton.jit
+def known_bandwidth(x):
+    """σ within what a search gives; what is no bandwidth is 1."""
+    least, largest = number(MIN_BANDWIDTH, x.dtype), number(MAX_BANDWIDTH, x.dtype)
+    return tl.where(x >= 0, tl.minimum(tl.maximum(x, least), largest), 1.0)
+
+
+@triton.jit
+def load_slope(inverse_variances, stage, are_bandwidths, SUM: tl.constexpr):
+    """v·log2(e) of a stage; 1 of ``are_bandwidths``: they are σ in the place of 1/σ²."""
+    x = tl.load(pick(inverse_variances, stage))
+    sigma = known_bandwidth(x)
+    return tl.where(are_bandwidths == 1, 1 / (sigma * sigma), x).to(SUM) * LOG2E
 
 
 @triton.jit
@@ -97,11 +114,12 @@ def walked_exponents(
                          BLOCK_COLUMNS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["inverse_variances"])
+@triton.jit(do_not_specialize=COUNTS)
 def neighbor_sums(
     nodes, numbers, column_nodes, column_numbers, log_sums, sharp_log_sums, means, sharp_means, inverse_variances,
-    row_count, column_count, offset, parts, stride, STRIP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    are_bandwidths, row_count, column_count, offset, parts, stride, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Results [part, i] over the part's columns, of every stage; stride: the rows of all strips."""
     i = tl.program_id(0) * BLOCK_ROWS
@@ -110,7 +128,7 @@ def neighbor_sums(
         pick(nodes, stage), pick(numbers, stage), pick(column_nodes, stage), pick(column_numbers, stage)
     )  # fmt: skip
     start, stop = column_range(column_count, part, parts, BLOCK_COLUMNS)
-    slope = tl.load(pick(inverse_variances, stage)).to(SUM) * LOG2E
+    slope = load_slope(inverse_variances, stage, are_bandwidths, SUM)
     if STRIP:
         rows = 0.0
     else:
@@ -136,20 +154,43 @@ def neighbor_sums(
 
 
 @triton.jit
-def add_parts(partial, partial_means, log_sums, means, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
-    """log Σ exp of the parts' log-sums, and their means, weighted as these say."""
-    stride = number(row_count, tl.int64)
+def largest_part(partial, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
+    """The largest of the parts' log-sums, 0 where all are −inf."""
     top = load_vector(partial, i, row_count, BLOCK_ROWS)
     for part in range(1, parts):
-        top = tl.maximum(top, load_vector(partial + part * stride, i, row_count, BLOCK_ROWS))
-    top = tl.where(top == float("-inf"), 0.0, top)
+        here = partial + part * number(row_count, tl.int64)
+        top = tl.maximum(top, load_vector(here, i, row_count, BLOCK_ROWS))
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def log_sum_of_parts(partial, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
+    """log Σ exp of the parts' log-sums; of one alone itself."""
+    top, z = largest_part(partial, i, row_count, parts, BLOCK_ROWS), tl.zeros([BLOCK_ROWS], tl.float64)
+    for part in range(0, parts):
+        here = partial + part * number(row_count, tl.int64)
+        z += tl.exp(load_vector(here, i, row_count, BLOCK_ROWS) - top)
+    return top + tl.log(z)
+
+
+@triton.jit
+def sum_of_parts(partial, partial_means, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
+    """Σ exp of the parts' log-sums as exp(top)·z, and their means, weighted as these say."""
+    stride = number(row_count, tl.int64)
+    top = largest_part(partial, i, row_count, parts, BLOCK_ROWS)
     z, mean = tl.zeros([BLOCK_ROWS], tl.float64), tl.zeros([BLOCK_ROWS], tl.float64)
     for part in range(0, parts):
         share = tl.exp(load_vector(partial + part * stride, i, row_count, BLOCK_ROWS) - top)
         z += share
         mean += share * load_vector(partial_means + part * stride, i, row_count, BLOCK_ROWS)
+    return top, z, tl.where(z == 0, 0.0, mean / z)
+
+
+@triton.jit
+def add_parts(partial, partial_means, log_sums, means, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
+    top, z, mean = sum_of_parts(partial, partial_means, i, row_count, parts, BLOCK_ROWS)
     store_vector(log_sums, top + tl.log(z), i, row_count, BLOCK_ROWS)
-    store_vector(means, tl.where(z == 0, 0.0, mean / z), i, row_count, BLOCK_ROWS)
+    store_vector(means, mean, i, row_count, BLOCK_ROWS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -167,13 +208,13 @@ def neighbor_sum_parts(
 
 @triton.jit(do_not_specialize=COUNTS)
 def neighbor_small_sums(
-    nodes, log_sums, sharp_log_sums, means, sharp_means, inverse_variances, dims, count, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    nodes, log_sums, sharp_log_sums, means, sharp_means, inverse_variances, are_bandwidths, dims, count,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``neighbor_sums`` of small batches."""
     i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
-    slope = tl.load(pick(inverse_variances, stage)).to(SUM) * LOG2E
+    slope = load_slope(inverse_variances, stage, are_bandwidths, SUM)
     c = negative_distances(pick(nodes, stage), i, 0, count, pick(dims, stage), BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
                            TYPE, SUM, PRECISION)  # fmt: skip
     exponents = replace_edges(c * slope, i, 0, 0, count, NOWHERE, NOWHERE, True, True, BLOCK_ROWS,

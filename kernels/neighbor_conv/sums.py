@@ -11,7 +11,16 @@ from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.strips import aligned, column_strips, entry_bytes, multiply, row_strips, strip_columns
 from gkd_fast.kernels.common.table import tiles
-from gkd_fast.kernels.graph_conv.graphs import Graph, node_arguments, node_operands, numbers_of, variances, walk_of
+from gkd_fast.kernels.graph_conv.graphs import (
+    Graph,
+    by_kind,
+    kinds_of,
+    node_arguments,
+    node_operands,
+    numbers_of,
+    variances,
+    walk_of,
+)  # fmt: skip
 from gkd_fast.kernels.graph_conv.small import Stages
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_small_sums, neighbor_sum_parts
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_sums as neighbor_sums_kernel
@@ -34,21 +43,40 @@ def _walk(*numbers) -> tuple[tuple[int, ...], int, Launch]:
     return grid, parts, launch(neighbor_sums_kernel, STRIP=False, **constants)
 
 
-def sums(graphs: Sequence[Graph]) -> Sums:
-    """Of graphs of one kind."""
-    graph = graphs[0]
+def sums(graphs: Sequence[Graph], bandwidths: Sequence[Tensor] | None = None) -> Sums:
+    """Of graphs of one kind; bandwidths: in the place of the graphs' own inverse variances."""
+    return _complete(graphs, *partial_sums(graphs, bandwidths))
+
+
+def partial_sums(graphs: Sequence[Graph], bandwidths: Sequence[Tensor] | None = None) -> tuple[Sums, int]:
+    """``sums``, [parts, rows] each, and the number of parts."""
+    graph, known = graphs[0], variances(graphs) if bandwidths is None else tuple(bandwidths)
+    are_bandwidths = int(bandwidths is not None)
     if graph.is_wide():
         node_operands(graphs, [graph.form()] * len(graphs))
-        found = [_of_strips(graph) for graph in graphs]
-        return tuple(zip(*found, strict=True))
+        found = [_of_strips(graph, x, are_bandwidths) for graph, x in zip(graphs, known, strict=True)]
+        return tuple(zip(*found, strict=True)), 1
     grid, parts, walked = _walk(*numbers_of(graphs))
     partial = _empty(graphs, parts)
     with on_device(graph.nodes):
         walked(
-            grid, *lengthened(graph.num_stages, *node_arguments(graphs), *partial, variances(graphs)), graph.row_count,
-            graph.column_count, graph.offset, parts, graph.row_count,
+            grid, *lengthened(graph.num_stages, *node_arguments(graphs), *partial, known), are_bandwidths,
+            graph.row_count, graph.column_count, graph.offset, parts, graph.row_count,
         )  # fmt: skip
-    return _complete(graphs, partial, parts)
+    return partial, parts
+
+
+def partial_sums_of_all(graphs: Sequence[Graph], bandwidths: Sequence[Tensor] | None = None) -> tuple[Sums, int]:
+    """``partial_sums`` of graphs of any kinds: of several kinds, which have other numbers of parts, complete ones."""
+
+    def of_kind(graphs, bandwidths=None):
+        return zip(*sums(graphs, bandwidths), strict=True)
+
+    kinds, given = kinds_of(graphs, [1] * len(graphs)), [] if bandwidths is None else [bandwidths]
+    if kinds.count(kinds[0]) == len(kinds):
+        node_operands(graphs, [kind.form for kind in kinds])
+        return partial_sums(graphs, bandwidths)
+    return tuple(zip(*by_kind(of_kind, graphs, [1] * len(graphs), *given), strict=True)), 1
 
 
 @planned
@@ -58,14 +86,14 @@ def _small_sums(arch: str, product: str) -> Launch:
     return launch(neighbor_small_sums, **constants)
 
 
-def small_sums(stages: Stages) -> Sums:
+def small_sums(stages: Stages, bandwidths: Sequence[Tensor] | None = None) -> Sums:
     """Of small batches."""
-    nodes = tuple(stages.nodes)
+    nodes, known = tuple(stages.nodes), tuple(stages.inverse_variances if bandwidths is None else bandwidths)
     count = nodes[0].shape[0]
     found = tuple([tuple([x.new_empty(count, dtype=torch.float64) for x in nodes]) for _ in range(4)])
     with on_device(nodes[0]):
         _small_sums(stages.arch, stages.product.name)(
-            (small.row_blocks(count), len(nodes)), nodes, *found, tuple(stages.inverse_variances),
+            (small.row_blocks(count), len(nodes)), nodes, *found, known, int(bandwidths is not None),
             tuple([x.shape[1] for x in nodes]), count,
         )  # fmt: skip
     return found
@@ -88,7 +116,7 @@ def _complete(graphs: Sequence[Graph], partial: Sums, parts: int) -> Sums:
     return found
 
 
-def _of_strips(graph: Graph) -> tuple[Tensor, ...]:
+def _of_strips(graph: Graph, inverse_variance: Tensor, is_bandwidth: int) -> tuple[Tensor, ...]:
     """Of rows too wide for a program; what a piece of the columns gives is a part."""
     config = tiles("strip", graph.arch, graph.product.name, 16)
     rows, columns = graph.operands(graph.form())
@@ -108,7 +136,7 @@ def _of_strips(graph: Graph) -> tuple[Tensor, ...]:
                 out = [(x.view(len(pieces), -1)[part, strip],) for (x,) in partial]
                 launch(neighbor_sums_kernel, **constants)(
                     (cdiv(count, config.rows), 1, 1), (similarities,), (own.numbers,), (similarities,),
-                    (other.numbers,), *out, (graph.inverse_variance,), count, piece.stop - piece.start,
+                    (other.numbers,), *out, (inverse_variance,), is_bandwidth, count, piece.stop - piece.start,
                     graph.offset + strip.start - piece.start, 1, graph.row_count,
                 )  # fmt: skip
                 del similarities  # before the next ones are made

@@ -29,17 +29,19 @@ from gkd_fast.kernels.common.tile import (
     store_vector,
 )  # fmt: skip
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
+from gkd_fast.kernels.neighbor_conv.sum_tiles import log_sum_of_parts
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def neighbor_levels(
-    numbers, log_sums, inverse_variances, levels, count, SHARE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    SUM: tl.constexpr,
+    numbers, partial_log_sums, log_sums, inverse_variances, levels, count, parts, SHARE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """h + SHARE·l/v of the rows of every stage, whole blocks of them."""
+    """h + SHARE·l/v of the rows of every stage, whole blocks of them, and l where it comes in several parts."""
     i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
     v = tl.load(pick(inverse_variances, stage)).to(tl.float64)
-    z = load_vector(pick(log_sums, stage), i, count, BLOCK_ROWS)
+    z = log_sum_of_parts(pick(partial_log_sums, stage), i, count, parts, BLOCK_ROWS)
+    store_vector(pick(log_sums, stage), z, i, count * (parts > 1), BLOCK_ROWS)
     level = load_numbers(pick(numbers, stage), i, BLOCK_ROWS).to(tl.float64) + z * (SHARE / v)
     tl.store(pick(levels, stage) + i + tl.arange(0, BLOCK_ROWS), level.to(SUM))
 
@@ -59,6 +61,12 @@ def half_exponentials(
         t = adjacency(x - (own_number[:, None] + levels[None, :]), i, j, offset, column_count, 0.0, 0, BLOCK_ROWS,
                       BLOCK_COLUMNS, EDGE)  # fmt: skip
     return u, t
+
+
+@triton.jit
+def whole_level(level, number, SYMMETRIC: tl.constexpr):
+    """h + l/v of a level with as much of l as weights have of one side: a half of it if SYMMETRIC."""
+    return 2 * level - number if SYMMETRIC else level
 
 
 @triton.jit
@@ -106,7 +114,7 @@ def add_nodes(
     numbers = load_numbers(column_numbers, j, BLOCK_COLUMNS) * half
     levels = numbers
     if BOTH:
-        levels = load_numbers(column_levels, j, BLOCK_COLUMNS) * half
+        levels = whole_level(load_numbers(column_levels, j, BLOCK_COLUMNS) * half, numbers, SYMMETRIC)
     u, t = half_exponentials(c, own_number, own_level, numbers, levels, i, j, column_count, offset, half, BOTH,
                              BLOCK_ROWS, BLOCK_COLUMNS, EDGE)  # fmt: skip
     column_d = load_vector(column_terms, j, column_count, BLOCK_COLUMNS)
@@ -149,7 +157,7 @@ def neighbor_gradients(
         v = v * tl.load(powers + 2)
     rows = load_block(nodes, i, BLOCK_ROWS, WIDTH, PRECISION)
     own_number = load_numbers(numbers, i, BLOCK_ROWS) * half
-    own_level = load_numbers(levels, i, BLOCK_ROWS) * half
+    own_level = whole_level(load_numbers(levels, i, BLOCK_ROWS) * half, own_number, SYMMETRIC)
     g = load_block(upstream, i, BLOCK_ROWS, VALUE_WIDTH, PRECISION)
     h = g
     if HAS_UPSTREAM:
@@ -194,16 +202,15 @@ def neighbor_strip(
     v = tl.load(inverse_variance).to(SUM)
     half = v * (0.5 * LOG2E)
     own_number = load_numbers(numbers, i, BLOCK_ROWS) * half
-    own_level = load_numbers(levels, i, BLOCK_ROWS) * half
+    own_level = whole_level(load_numbers(levels, i, BLOCK_ROWS) * half, own_number, SYMMETRIC)
     d, e = load_vector(terms, i, row_count, BLOCK_ROWS), load_vector(others, i, row_count, BLOCK_ROWS)
     total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
     for j in range(start, stop, BLOCK_COLUMNS):
         c = load_tile(similarities, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
-        u, t = half_exponentials(
-            c, own_number, own_level, load_numbers(column_numbers, j, BLOCK_COLUMNS) * half,
-            load_numbers(column_levels, j, BLOCK_COLUMNS) * half, i, j, column_count, offset, half, True, BLOCK_ROWS,
-            BLOCK_COLUMNS, None,
-        )  # fmt: skip
+        of_columns = load_numbers(column_numbers, j, BLOCK_COLUMNS) * half
+        level = whole_level(load_numbers(column_levels, j, BLOCK_COLUMNS) * half, of_columns, SYMMETRIC)
+        u, t = half_exponentials(c, own_number, own_level, of_columns, level, i, j, column_count, offset, half, True,
+                                 BLOCK_ROWS, BLOCK_COLUMNS, None)  # fmt: skip
         ahead = load_tile(products, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
         behind = ahead
         if HAS_UPSTREAM and not SYMMETRIC:

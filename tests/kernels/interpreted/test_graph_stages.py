@@ -120,10 +120,10 @@ def test_bandwidths_of_neighbors(small_or_large, k):
 def test_a_loss_goes_in_step(monkeypatch):
     """All heads of a loss share a call of each layer, unless one has a hook."""
     calls = []
-    plain = functional.graph_conv
-    monkeypatch.setattr(
-        functional, "graph_conv", lambda nodes, *a, **o: calls.append(len(nodes)) or plain(nodes, *a, **o)
-    )
+    for name in ("graph_conv_as_found", "graph_conv"):  # the first layer's, the others'
+        plain = getattr(functional, name)
+        counted = lambda nodes, *a, plain=plain, **o: calls.append(len(nodes)) or plain(nodes, *a, **o)  # noqa: E731
+        monkeypatch.setattr(functional, name, counted)
     generator = torch.Generator().manual_seed(1)
     students, teachers = ([torch.randn(12, w, generator=generator) for w in widths] for widths in ((5, 7), (6,)))
     criterion = GraphKDLoss([5, 7], [6], num_classes=3, embed_dim=8, layers=2, backend="triton").eval()
@@ -194,7 +194,7 @@ def test_opcheck_of_the_ops_of_stages(monkeypatch):
         "graph_inverse_variances": (unit, BANDWIDTH_SHARE, MIN_BANDWIDTH),
         "graph_conv_stages": (unit, messages, *settings),
         "graph_conv_stages_backward": (messages, unit, messages, outputs, degrees, *settings, needs),
-        "neighbor_sums_stages": (unit, variances, "float64"),
+        "neighbor_bandwidths_stages": (unit, list(variances.clone().rsqrt().unbind()), 3.0, 2, "float64"),
         "neighbor_conv_stages": (unit, messages, *settings),
         "neighbor_conv_stages_backward": (messages, unit, messages, of_others, log_sums, *settings, needs),
     }

@@ -98,6 +98,8 @@ def test_stages_of_the_graph_over_the_others(large, division, monkeypatch):
     messages, upstream = ([x.detach() for x in stages] for stages in (messages, upstream))
     settings = torch.tensor([1.0, 2.0]), "symmetric", "float32"
     with table.forced(16, 16, **division("whole" if large else "small")), Copies(monkeypatch) as copies:
+        for starts in ([], [torch.ones(()), torch.ones(())]):
+            OPS["neighbor_bandwidths_stages"](nodes, starts, 4.0, 2, "float32")
         results = OPS["neighbor_conv_stages"](nodes, messages, *settings)
         for needs in ([True] * 4, [False, True, False, True]):
             OPS["neighbor_conv_stages_backward"](upstream, nodes, messages, *results, *settings, needs)
