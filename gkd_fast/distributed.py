@@ -333,7 +333,9 @@ def graph_columns(shards: Shards, rows: list[Tensor], dtype: torch.dtype) -> Col
     def prepare(rows: Tensor, place: int) -> Tensor:
         return ops.unit_rows([rows], dtype)[0] if place == 0 else rows.to(dtype)
 
-    return Columns(shards, rows, prepare, None, GATHER_BUDGET)
+    # Nodes that a search for their bandwidth has gathered do not travel again.
+    _, nodes = shards.gathered.get(id(rows[0]), (None, None))
+    return Columns(shards, rows, prepare, None, GATHER_BUDGET, own=[nodes])
 
 
 def of_union(

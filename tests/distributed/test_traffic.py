@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from bench import scaling
 from gkd_fast import GraphKDLoss, distributed
+from gkd_fast.functional import graph_conv
 from gkd_fast.ops.columns import Columns
 from tests.ops_cases import Calls, requires_cpp
 
@@ -90,6 +91,27 @@ def test_traffic_where_some_calls_gather_and_others_do_not(pool):
     assert [received for _, received in pool.run(step, 1024, budget, ranks=2)] == pytest.approx(
         [expected] * 2, rel=1e-3
     )
+
+
+def convolution(group, rows, width, channels):
+    """Bytes received by graph_conv with its search, and its results beside those of one process."""
+    distributed.GATHER_BUDGET = float("inf")
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    generator = torch.Generator().manual_seed(0)
+    nodes, messages = (torch.randn(ranks * rows, w, generator=generator) for w in (width, channels))
+    mine = slice(rank * rows, (rank + 1) * rows)
+    with Received() as received:
+        outputs = [graph_conv(nodes[mine], messages[mine], process_group=group)]
+    own = nodes[mine]
+    outputs.append(graph_conv(own, own, process_group=group))
+    expected = [graph_conv(nodes, x)[mine] for x in (messages, nodes)]
+    return received.total, max((x - y).abs().max().item() for x, y in zip(outputs, expected))
+
+
+def test_nodes_travel_once_for_the_search_and_the_convolution(pool):
+    """And the messages, and log-sums in float64; what is summed over the ranks takes a few hundred bytes."""
+    for received, error in pool.run(convolution, 512, 40, 48, ranks=2):
+        assert received == pytest.approx(512 * (4 * (40 + 48) + 8), rel=0.01) and error < 1e-4
 
 
 def held(group, batch, budget):
