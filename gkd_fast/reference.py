@@ -195,7 +195,9 @@ def distances(x: Tensor) -> Tensor:
     """d_ij = ‖x_i − x_j‖, at least 1e-6 off the diagonal; rows about their mean are as far from each other."""
     x = x - x.mean(dim=0)
     squares = x.square().sum(dim=1)
-    d = (squares[:, None] + squares[None, :] - 2 * x @ x.T).clamp(min=LEAST_SQUARE).sqrt()
+    # In float16 LEAST_SQUARE is 0, at which clamp has the gradient 1 in PyTorch 2.11, and √ an infinite one.
+    squares = squares[:, None] + squares[None, :] - 2 * x @ x.T
+    d = torch.where(squares <= LEAST_SQUARE, LEAST_SQUARE, squares).sqrt()
     return d.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
 
 
