@@ -18,7 +18,7 @@ from gkd_fast.kernels.common.log_sums import log_sum_shifts
 from gkd_fast.kernels.common.offline import target
 from gkd_fast.kernels.common.operands import BLOCK_ROWS as OPERAND_ROWS
 from gkd_fast.kernels.common.operands import BLOCK_WIDTH as OPERAND_WIDTH
-from gkd_fast.kernels.common.operands import MOST_PARTS, block_width, round_rows, row_sums
+from gkd_fast.kernels.common.operands import MOST_PARTS, block_width, round_rows, row_lengths, row_sums
 from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.common.strips import MOST_ROWS
 from gkd_fast.kernels.common.table import MULTIPROCESSORS, polynomials, sharing, teachers_at_once, tiles
@@ -262,6 +262,10 @@ class _Builder:
 
     def graph_conv(self, stages: int):
         yield from self.operands("graph_conv", stages)
+        if self.product.limited:
+            constants = {"SUM": self.product.SUM, "ROWS": OPERAND_ROWS, "WIDTH": OPERAND_WIDTH}
+            lists = dict.fromkeys(("rows", "dims"), stages)
+            yield self._small("graph_conv", row_lengths, "forward", constants, lists, OPERAND_ROWS, stages)
         names = (
             "nodes", "numbers", "column_nodes", "column_numbers", "degrees", "inverse_variances", "values", "centres",
             "row_degrees", "outputs", "sums", "powers", "widths", "messages", "upstream", "column_messages",

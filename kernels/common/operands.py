@@ -25,7 +25,7 @@ from gkd_fast.kernels.common import memory
 from gkd_fast.kernels.common.launch import PRODUCTS, Product, cdiv, lengthened, on_device, padded_width
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
-from gkd_fast.kernels.common.tile import COUNTS, SPLIT_UNIT, as_block, convert, number, pick
+from gkd_fast.kernels.common.tile import COUNTS, SPLIT_UNIT, as_block, convert, load_tile, number, pick
 
 # Operands are whole tiles of any size.
 ROW_MULTIPLE = 128
@@ -85,6 +85,25 @@ def row_sums(
             piece = load_piece(x, f, kind, i, k, count, dim, SUM, ROWS, WIDTH)
             total += tl.sum(tl.where(piece - piece == 0, piece, 0.0), 0)
         tl.store(out + k + column, total * share, mask=k + column < width)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def row_lengths(
+    rows, dims, lengths, count, parts, SUM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """lengths[stage, part]: of the longest of the part's rows of every stage."""
+    part, stage = tl.program_id(0), tl.program_id(1)
+    x, dim = pick(rows, stage), pick(dims, stage)
+    per_part = tl.cdiv(tl.cdiv(count, ROWS), parts) * ROWS
+    first = part * per_part
+    longest = tl.zeros([ROWS], SUM)
+    for i in range(first, tl.minimum(first + per_part, count), ROWS):
+        squares = tl.zeros([ROWS], SUM)
+        for k in range(0, dim, WIDTH):
+            piece = load_tile(x, i, k, count, dim, ROWS, WIDTH).to(SUM)
+            squares += tl.sum(piece * piece, 1)
+        longest = tl.maximum(longest, squares)
+    tl.store(lengths + stage * parts + part, tl.sqrt(tl.max(longest, 0)))
 
 
 @triton.jit
@@ -169,6 +188,11 @@ def _row_sums(name: str) -> Launch:
 
 
 @planned
+def _row_lengths(name: str) -> Launch:
+    return launch(row_lengths, SUM=PRODUCTS[name].SUM, ROWS=BLOCK_ROWS, WIDTH=BLOCK_WIDTH)
+
+
+@planned
 def _round_rows(name: str, is_centred: bool) -> Launch:
     product = PRODUCTS[name]
     return launch(
@@ -194,6 +218,18 @@ def means(
             ), count, parts,
         )  # fmt: skip
     return partial
+
+
+def longest_rows(stages: Sequence[Tensor], product: Product, places: int = 0) -> Tensor:
+    """The length of each stage's longest row, of parts of its rows, [stages, parts]; places: see ``operands``."""
+    first, count = stages[0], stages[0].shape[0]
+    parts = min(MOST_PARTS, cdiv(count, BLOCK_ROWS))
+    lengths = first.new_empty(len(stages), parts, dtype=product.sum_type)
+    with on_device(first):
+        _row_lengths(product.name)(
+            (parts, len(stages)), *lengthened(places, stages, [x.shape[1] for x in stages]), lengths, count, parts
+        )
+    return lengths
 
 
 def operands(

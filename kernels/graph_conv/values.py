@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import Product, matrices, power_of_two
-from gkd_fast.kernels.common.operands import Operand, means, operands
+from gkd_fast.kernels.common.operands import Operand, longest_rows, means, operands
 from gkd_fast.kernels.graph_conv.graphs import Graph, kinds_of
 
 # Factors of a value's row, as in ``tiles``.
@@ -66,9 +66,9 @@ def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Op
     """Values times their factors about their means, and what float16 has them multiplied by."""
     kinds = kinds_of(graphs, [x.shape[1] for x in values])
     products, widths = [kind.form.product for kind in kinds], [kind.value_width for kind in kinds]
-    powers = _powers([[x] for x in values], products)
     # As many places as the gradients' launch takes, of messages and upstream.
     places = 2 * graphs[0].num_stages
+    powers = _powers([[x] for x in values], products, places)
     centres = means(values, products[0], widths, factors, places)
     return _of_types(products, places, values, widths, centres, factors=factors, powers=powers), powers
 
@@ -127,29 +127,31 @@ def all_powers(graphs: Sequence[Graph], own: Sequence[Values], longest: float) -
     return list(torch.stack([of_messages, of_upstream, units, units], dim=1).unbind())
 
 
-def _powers(values: Sequence[Sequence[Tensor | None]], products: Sequence[Product]) -> list[Tensor | None]:
-    """Powers of two for values in these types, that bring the longest row among each place's to what the type takes."""
+def _powers(values: Sequence[Sequence[Tensor | None]], products: Sequence[Product], places: int) -> list[Tensor | None]:
+    """Powers of two for values in these types, that bring the longest row among each place's to what the type takes;
+    places: see ``operands``."""
     limited = [k for k, product in enumerate(products) if product.limited]
     powers: list[Tensor | None] = [None] * len(products)
     if limited:
-        found = power_of_two(torch.stack([_longest(*values[k]) for k in limited]), products[limited[0]].longest)
+        product = products[limited[0]]
+        lengths = _longest([[x for x in values[k] if x is not None] for k in limited], product, places)
         # Each begins at a multiple of 16 bytes: for other addresses Triton has other kernels.
-        apart = found.new_empty(len(limited), 16 // found.element_size())
-        apart[:, 0] = found
+        apart = lengths.new_empty(len(limited), 16 // lengths.element_size())
+        apart[:, 0] = power_of_two(lengths, product.longest)
         for k, power in zip(limited, apart[:, 0].unbind(), strict=True):
             powers[k] = power
     return powers
 
 
-def _longest(*matrices: Tensor | None) -> Tensor:
-    """The length of the longest row."""
-    lengths = [_lengths(x).amax() for x in matrices if x is not None]
-    return torch.stack(lengths).amax() if len(lengths) > 1 else lengths[0]
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """The rows' lengths, which may be beyond float16's range."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+def _longest(values: Sequence[Sequence[Tensor]], product: Product, places: int) -> Tensor:
+    """The length of the longest row of each place's matrices, of the rows and of some places also of the columns."""
+    found = longest_rows([of_place[0] for of_place in values], product, places).amax(dim=1)
+    both = [of_place[1] for of_place in values if len(of_place) > 1]
+    if not both:
+        return found
+    others = iter(longest_rows(both, product, places).amax(dim=1).unbind())
+    of_both = zip(found.unbind(), values, strict=True)
+    return torch.stack([torch.maximum(x, next(others)) if len(of_place) > 1 else x for x, of_place in of_both])
 
 
 def value_powers(
@@ -161,5 +163,5 @@ def value_powers(
         sides = [of_rows] if of_columns is of_rows else [of_rows, of_columns]
         values += [[side.messages for side in sides], [side.upstream for side in sides]]
     kinds = kinds_of(graphs, [side.messages.shape[1] for side in own])
-    powers = _powers(values, [kind.form.product for kind in kinds for _ in range(2)])
+    powers = _powers(values, [kind.form.product for kind in kinds for _ in range(2)], 2 * graphs[0].num_stages)
     return list(zip(powers[::2], powers[1::2], strict=True))

@@ -103,6 +103,17 @@ def test_graph_conv_over_the_others(product, normalization, large):
     assert {"neighbor_sums", "neighbor_gradients"} <= names
 
 
+@pytest.mark.parametrize("start", [None, 0.3, 3.0])
+def test_the_search_for_bandwidths(start):
+    """At 0.3 and 3 the wanted number is far; without a start all bounds and growths of the steps are met."""
+    (nodes,) = features(ROWS, 16, dtype=D64)
+    with triton_on_cpu() as names:
+        found = functional.neighbor_bandwidth(nodes, 8, start=start, backend="triton")
+    assert names.count("neighbor_bandwidths") == (8 if start is None else 1)
+    expected = functional.neighbor_bandwidth(nodes, 8, start=start, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
 @full
 @each_product("bfloat16", "tf32x3")
 def test_graph_conv_normalized_by_rows(product, large):

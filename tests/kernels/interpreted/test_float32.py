@@ -5,9 +5,11 @@ import torch
 
 from gkd_fast import functional
 from gkd_fast.kernels.common import small, table
+from gkd_fast.kernels.common.launch import PRODUCTS, power_of_two
 from gkd_fast.kernels.common.launcher import Launch
+from gkd_fast.kernels.graph_conv.values import _powers
 
-from .judge import features, values_and_gradients
+from .judge import between_nans, features, values_and_gradients
 
 OPS = {
     "relation_kl": lambda x, y, backend: functional.relation_kl(x, y, backend=backend),
@@ -113,3 +115,19 @@ def test_no_setting_chooses_another_kernel(op, setting, monkeypatch):
     """Said or unsaid, "highest" is the same; "high" gets no less."""
     found = launched(op, monkeypatch)
     assert len(found) >= 5 and {precision for _, precision in found} == {"float16x3", "None"}
+
+
+def test_powers_of_the_longest_rows():
+    """Of matrices of several widths; of places with rows, and some also columns, of another number."""
+    x, y, z = (between_nans(a.detach()) for a in features(37, 9, 140, 24, dtype=torch.float32))
+    rows = [x, 1e-3 * y, z]
+    columns = [5 * x[:20], None, 1e-6 * z[:20]]
+    product = PRODUCTS["float16x3"]
+
+    def longest(*matrices):
+        return torch.stack([a.float().norm(dim=1).amax() for a in matrices if a is not None]).amax()
+
+    for values in ([[a] for a in rows], list(map(list, zip(rows, columns, strict=True)))):
+        found = torch.stack(_powers(values, [product] * 3, 3))
+        expected = power_of_two(torch.stack([longest(*of_place) for of_place in values]), product.longest)
+        assert torch.equal(found, expected)
