@@ -152,6 +152,9 @@ def _convolve(
     shards = shards_of(process_group, [nodes, messages], work)
     if self_weight is not None and (count if shards is None else shards.total) == 1:
         return messages + 0 * reference.unit_rows(nodes.to(dtype)).sum().to(messages.dtype)
+    if neighbors is not None and _in_shared_launches([nodes], backend, shards):
+        stages = [nodes], [messages]
+        return _convolve_as_found(*stages, dtype, neighbors, None, self_weight, normalization)[0][0]
     sigma = _bandwidth(bandwidth, neighbors, nodes, dtype, backend, shards)
     precision = product_precision(nodes)
     messages = saveable(messages)
@@ -188,7 +191,7 @@ def _convolve_stages(
         options = normalization, backend, process_group
         return [_convolve(x, h, sigma, tuple(own), *options) for x, h, (sigma, *own) in zip(nodes, messages, checked)]
     sought = checked[0][1]
-    if sought is not None and all(sigma == "auto" for sigma, *_ in checked):
+    if sought is not None and all(neighbors is not None for _, neighbors, _ in checked):
         return _convolve_as_found(nodes, messages, dtype, sought, None, self_weight, normalization)[0]
     precision = product_precision(nodes[0])
     sigmas = []

@@ -9,6 +9,7 @@ from torch.library import opcheck
 from gkd_fast import GraphKDLoss, functional
 from gkd_fast.functional import BANDWIDTH_SHARE, MIN_BANDWIDTH
 from gkd_fast.kernels.common import table
+from gkd_fast.kernels.common.launcher import Launch
 
 from .judge import features
 
@@ -71,6 +72,15 @@ def test_the_search_for_bandwidths_under_autocast_is_that_of_a_graph_alone():
     with torch.autocast("cpu", torch.bfloat16):
         together = functional.graph_conv([x], [h], neighbors=4, backend="triton")
         assert torch.equal(together[0], functional.graph_conv(x, h, neighbors=4, backend="triton"))
+
+
+def test_nodes_are_normalised_once_for_the_search_and_the_convolution(monkeypatch):
+    launched, run = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *a: launched.append(self.kernel.__name__) or run(self, *a))
+    (x, *_), (h, *_) = stages(18)
+    for given in ((x, h), ([x], [h])):
+        functional.graph_conv(*given, neighbors=4, backend="triton")
+    assert launched.count("unit_rows_forward") == 2
 
 
 @both_forms
