@@ -28,9 +28,14 @@ _MODULES = {
         "graph_conv.launches": ("graph_degrees", "graph_conv", "graph_conv_backward"),
         "graph_conv.stages": ("graph_inverse_variances", "graph_conv_stages", "graph_conv_stages_backward"),
         "graph_conv.tangent": ("graph_degrees_tangent", "graph_conv_tangent", "graph_conv_double_backward"),
-        "neighbor_conv.stages": ("neighbor_bandwidths_stages", "neighbor_conv_stages", "neighbor_conv_stages_backward"),
+        "neighbor_conv.stages": (
+            "neighbor_bandwidths_stages",
+            "neighbor_conv_stages",
+            "neighbor_conv_stages_backward",
+            "neighbor_conv_gradients",
+        ),
         "neighbor_conv.sums": ("neighbor_sums",),
-        "neighbor_conv.launches": ("neighbor_conv", "neighbor_conv_backward"),
+        "neighbor_conv.launches": ("neighbor_conv", "neighbor_conv_backward", "neighbor_conv_terms"),
         "node_contrast.launches": ("node_contrast", "node_contrast_backward"),
         "node_contrast.tangent": ("node_contrast_tangent", "node_contrast_double_backward"),
         "pair_sums.launches": (

@@ -30,16 +30,20 @@ is left out. Without a column set (``column_nodes``) the columns are the rows an
     neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization,
                product_precision, column_nodes=None, column_messages=None, offset=0, column_upstream=None,
                column_log_sums=None, column_node_terms=None) -> nodes' gradient
-        upstream: G, [I, K].  normalization: "row" or "symmetric".  node_terms: d, [I], functions of the row alone:
-        −G_i·Y_i (row) or −(G_i·Y_i + m_i·dM_i)/2 (symmetric).  With a column set the columns' own, where upstream and
-        terms may be None: zero.  The gradient of the ROW set, complete, [I, D]:
+        upstream: G, [I, K].  normalization: "row" or "symmetric".  node_terms: d, [I], functions of the row alone, see
+        below.  With a column set the columns' own, where upstream and terms may be None: zero.  The gradient of the
+        ROW set, complete, [I, D]:
         dE_i = Σ_j≠i v (A_ij G_i·m_j + A_ji G_j·m_i + p_ij d_i + p_ji d_j) e_j.
         The messages' gradient dM is Y of the upstream with the transposed normalization.
+    neighbor_conv_terms(upstream, messages, output, messages_gradient, product_precision, column_upstream=None,
+               column_messages=None) -> node terms
+        d_i = −(G_i·Y_i + m_i·dM_i)/2 (symmetric), or without dM −G_i·Y_i (row), of G and m as the products of the op
+        above with these columns round them: where a weight is 1, terms and products cancel, and 1/σ² times what
+        differs in them would be left.
     neighbor_conv_gradients(upstream, nodes, messages, output, log_sums, inverse_variance, normalization,
                product_precision, needs, affinities=None) -> gradients
-        What the ops above make of nodes and messages, in that order, those that ``needs`` asks for. On CPUs node terms
-        are of G and m as the products round them: where a weight is 1 they cancel with these. In float64 node terms are
-        divided by the Σ_j p_ij that the log-sums give, which are of the size v and rounded as such.
+        What the ops above make of nodes and messages, in that order, those that ``needs`` asks for. In float64 node
+        terms are divided by the Σ_j p_ij that the log-sums give, which are of the size v and rounded as such.
 
 Second order: the tangents of the output and of both gradients along the gradients' cotangents, as in ``graph_conv``.
 Along ė and ṁ:  ẋ_ij = v (ė_i·e_j + e_i·ė_j),  l˙_i = Σ_j p_ij ẋ_ij,  A˙_ij = A_ij (ẋ_ij − a˙_i − b˙_j) with (a˙, b˙) =
@@ -94,6 +98,8 @@ _SCHEMAS = {
     "neighbor_conv_backward": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor log_sums, Tensor node_terms, "
     f"{_SETTINGS}, Tensor? column_nodes=None, Tensor? column_messages=None, int offset=0, "
     "Tensor? column_upstream=None, Tensor? column_log_sums=None, Tensor? column_node_terms=None) -> Tensor",
+    "neighbor_conv_terms": "(Tensor upstream, Tensor messages, Tensor output, Tensor? messages_gradient, "
+    "str product_precision, Tensor? column_upstream=None, Tensor? column_messages=None) -> Tensor",
     "neighbor_conv_gradients": "(Tensor upstream, Tensor nodes, Tensor messages, Tensor output, Tensor log_sums, "
     f"{_SETTINGS}, bool[] needs, Tensor? affinities=None) -> Tensor[]",
     "neighbor_sums_tangent": "(Tensor nodes, Tensor tangent, Tensor log_sums, Tensor inverse_variance, "
@@ -135,6 +141,11 @@ def _(nodes, messages, *settings):
 @torch.library.register_fake("gkd_fast::neighbor_conv_backward")
 def _(upstream, nodes, *arguments, **named):
     return nodes.new_empty(nodes.shape)
+
+
+@torch.library.register_fake("gkd_fast::neighbor_conv_terms")
+def _(upstream, messages, *arguments, **named):
+    return messages.new_empty(messages.shape[0])
 
 
 @torch.library.register_fake("gkd_fast::neighbor_conv_gradients")
@@ -249,4 +260,7 @@ def neighbor_conv(
     if columns is None:
         call = Call(_OP, settings, kept.keeps((nodes, messages)))
         return on_unit_rows([call], [nodes], [messages], dtype)[0]
+    if not columns.whole:
+        # Blocks are rounded about centres of their own: what a pair has in common on two ranks would differ.
+        settings = inverse_variance, normalization, "float32"
     return NeighborConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)

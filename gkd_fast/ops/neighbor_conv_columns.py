@@ -68,10 +68,22 @@ def _second_order_is_in_strips(device: torch.device) -> bool:
 def node_terms(
     upstream: Tensor, output: Tensor, messages: Tensor, messages_gradient: Tensor | None, normalization: str
 ) -> Tensor:
-    """d_i, ``[I]``; the messages' gradient is needed for "symmetric" alone."""
-    if normalization == "row":
-        return -dots(upstream, output)
-    return -(dots(upstream, output) + dots(messages, messages_gradient)) / 2
+    """d_i, ``[I]``, of unrounded rows; the messages' gradient is needed for "symmetric" alone."""
+    of_messages = messages_gradient if normalization == "symmetric" else None
+    return strips.neighbor_conv_terms(upstream, messages, output, of_messages, "float64")
+
+
+def _rounded_terms(columns, upstream, output, messages, messages_gradient, normalization, product_precision) -> Tensor:
+    """``node_terms`` of rows as products with the one block of columns round them; those with several round none."""
+    if columns is not None and not columns.whole:
+        return node_terms(upstream, output, messages, messages_gradient, normalization)
+    of_messages = messages_gradient if normalization == "symmetric" else None
+
+    def terms(column_nodes=None, offset=0, **block):
+        op = torch.ops.gkd_fast.neighbor_conv_terms
+        return run(op, upstream, messages, output, of_messages, product_precision, **block)
+
+    return over(columns, terms, UPSTREAM)[0]
 
 
 def _messages_gradient(
@@ -122,7 +134,9 @@ def gradients_of_rows(
             # The one other of two nodes weighs 1 however far it is: a gradient of 0, all of it cancellation.
             gradient = torch.zeros_like(nodes)
         elif needs_nodes:
-            terms = node_terms(upstream, output, messages, messages_gradient, normalization)
+            terms = _rounded_terms(
+                columns, upstream, output, messages, messages_gradient, normalization, product_precision
+            )
             if nodes.dtype == torch.float64:
                 # Log-sums are of the size 1/σ² and rounded as such, which is a factor of all weights of a row.
                 terms = terms / _weight_sums(columns, nodes, log_sums, inverse_variance, product_precision)

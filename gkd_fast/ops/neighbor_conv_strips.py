@@ -104,6 +104,12 @@ def neighbor_conv(nodes, messages, log_sums, inverse_variance, normalization, pr
     return output
 
 
+def neighbor_conv_terms(upstream, messages, output, messages_gradient, product_precision, column_upstream=None,
+                        column_messages=None):  # fmt: skip
+    terms = -(upstream * output).sum(dim=1)
+    return terms if messages_gradient is None else (terms - (messages * messages_gradient).sum(dim=1)) / 2
+
+
 @_in_own_type
 def neighbor_conv_backward(upstream, nodes, messages, log_sums, node_terms, inverse_variance, normalization,
                            product_precision, column_nodes=None, column_messages=None, offset=0, column_upstream=None,

@@ -26,6 +26,7 @@ from gkd_fast.kernels.common.tile import COUNTS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_ROWS as MOMENT_ROWS
 from gkd_fast.kernels.graph_conv.bandwidths import BLOCK_WIDTH as MOMENT_WIDTH
 from gkd_fast.kernels.graph_conv.bandwidths import graph_bandwidths, graph_moments
+from gkd_fast.kernels.graph_conv.graphs import share_constants
 from gkd_fast.kernels.graph_conv.launches import PARTS_ROWS, PARTS_WIDTH, TERMS_ROWS, TERMS_WIDTH
 from gkd_fast.kernels.graph_conv.tiles import (
     graph_degree_sums,
@@ -270,13 +271,13 @@ class _Builder:
             "nodes", "numbers", "column_nodes", "column_numbers", "degrees", "inverse_variances", "values", "centres",
             "row_degrees", "outputs", "sums", "powers", "widths", "messages", "upstream", "column_messages",
             "column_upstream", "terms", "column_terms", "gradients", "dims", "partial", "partial_degrees", "convolved",
-            "messages_gradients", "message_numbers", "upstream_numbers",
+            "messages_gradients", "message_numbers", "upstream_numbers", "log_sums", "column_log_sums",
         )  # fmt: skip
         lists = dict.fromkeys(names, stages)
         of_product = ("nodes", "column_nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
         walk = {"products": 1, "exponentials": 1, "in_product_type": of_product, "pairs": stages}
         yield self._walk("graph_conv", graph_degree_sums, "forward", {}, lists, **walk)
-        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.limited, "DIAGONAL": 1.0}
+        values = {"VALUE_WIDTH": self.width, "SCALED": self.product.limited, "DIAGONAL": 1.0} | share_constants(None)
         for name, constants in (
             ("symmetric", {"DEGREES": False, "ROW_FACTOR": INVERSE_ROOT}),
             ("row", {"DEGREES": True, "ROW_FACTOR": INVERSE}),
@@ -320,7 +321,7 @@ class _Builder:
             yield self._strip("node_contrast", contrast_strip, direction, constants, {}, ("weights",), name)
         for gradient in (False, True):
             constants, name = (
-                {"GRADIENT": gradient, "SCALED": scaled, "DIAGONAL": 1.0},
+                {"GRADIENT": gradient, "SCALED": scaled, "DIAGONAL": 1.0} | share_constants(None),
                 f"graph_strip{', gradient' if gradient else ''}",
             )
             direction = "backward" if gradient else "forward"

@@ -6,22 +6,25 @@ from dataclasses import replace
 import triton
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.common.operands import ROW_MULTIPLE
+from gkd_fast.kernels.graph_conv.launches import TERMS_ROWS, TERMS_WIDTH
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_strip, graph_sums
 from gkd_fast.kernels.graph_conv.values import ONE
 from gkd_fast.kernels.neighbor_conv import bandwidths
 from gkd_fast.kernels.neighbor_conv.small import neighbor_small_gradients, neighbor_small_weighted
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_small_sums, neighbor_sum_parts, neighbor_sums
 from gkd_fast.kernels.neighbor_conv.sums import PARTS_ROWS
-from gkd_fast.kernels.neighbor_conv.tiles import neighbor_gradients, neighbor_levels, neighbor_strip
+from gkd_fast.kernels.neighbor_conv.tiles import neighbor_gradients, neighbor_strip, neighbor_terms
 
 OP = "neighbor_conv"
+_SHARES = {"ROW_SHARE": 0.5, "COLUMN_SHARE": 0.5}
+OTHERS = _SHARES | {"DIAGONAL": 0.0}
 LISTS = (
-    "nodes", "numbers", "levels", "column_nodes", "column_numbers", "column_levels", "log_sums", "sharp_log_sums",
-    "means", "sharp_means", "starts", "bandwidths", "inverse_variances", "dims", "widths", "partial_log_sums",
+    "nodes", "numbers", "column_nodes", "column_numbers", "log_sums", "column_log_sums", "sharp_log_sums", "means",
+    "sharp_means", "starts", "bandwidths", "inverse_variances", "dims", "widths", "partial_log_sums",
     "partial_sharp_log_sums", "partial_means", "partial_sharp_means", "values", "centres", "row_degrees", "outputs",
     "sums", "powers", "messages", "upstream", "column_messages", "column_upstream", "terms", "others", "column_terms",
-    "column_others", "gradients",
+    "column_others", "gradients", "partial", "convolved", "messages_gradients", "upstream_numbers", "upstream_centres",
+    "upstream_powers", "message_numbers", "message_centres", "message_powers", "strides", "kinds",
 )  # fmt: skip
 OF_PRODUCT = ("nodes", "column_nodes", "values", "messages", "upstream", "column_messages", "column_upstream")
 
@@ -37,9 +40,18 @@ def neighbors(build, walk, stages: int) -> Iterator:
         build._small(OP, bandwidths.neighbor_bandwidths, "forward", constants, lists, bandwidths.BLOCK_ROWS),
         grid=lambda batch: (stages, 1),
     )
-    constants = {"SHARE": 0.5, "BLOCK_ROWS": ROW_MULTIPLE, "SUM": build.product.SUM}
-    yield build._small(OP, neighbor_levels, "forward", constants, lists, ROW_MULTIPLE, stages)
+    yield _terms(walk or build, lists, stages)
     yield from _strips(build) if walk is None else _walks(walk, lists, stages)
+
+
+def _terms(build, lists: dict, stages: int):
+    product = build.product
+    constants = {
+        "SYMMETRIC": True, "ADDS": True, "SCALED": product.limited, "SPLIT": product.split, "BLOCK_ROWS": TERMS_ROWS,
+        "BLOCK_WIDTH": TERMS_WIDTH, "SUM": product.SUM,
+    }  # fmt: skip
+    of_product = ("upstream", "messages")
+    return build._small(OP, neighbor_terms, "backward", constants, lists, TERMS_ROWS, stages, None, of_product)
 
 
 def _walks(build, lists: dict, stages: int) -> Iterator:
@@ -47,7 +59,7 @@ def _walks(build, lists: dict, stages: int) -> Iterator:
     walk = {"products": 1, "exponentials": 1, "in_product_type": OF_PRODUCT, "pairs": stages}
     yield build._walk(OP, neighbor_sums, "forward", {"STRIP": False}, lists, **walk, tiles_of=graph_degree_sums)
     values = {"VALUE_WIDTH": build.width, "SCALED": scaled}
-    constants = values | {"DEGREES": False, "ROW_FACTOR": ONE, "DIAGONAL": 0.0}
+    constants = values | {"DEGREES": False, "ROW_FACTOR": ONE} | OTHERS
     options = walk | {"products": 2, "name": "graph_sums, over the others"}
     yield build._walk(OP, graph_sums, "forward", constants, lists, **options)
     for symmetric in (True, False):
@@ -60,7 +72,7 @@ def _walks(build, lists: dict, stages: int) -> Iterator:
 def _strips(build) -> Iterator:
     scaled = build.product.scaled
     yield build._strip(OP, neighbor_sums, "forward", {}, dict.fromkeys(LISTS, 1))
-    constants = {"GRADIENT": False, "SCALED": scaled, "DIAGONAL": 0.0}
+    constants = {"GRADIENT": False, "SCALED": scaled} | OTHERS
     yield build._strip(OP, graph_strip, "forward", constants, {}, ("weights",), "graph_strip, over the others")
     for symmetric in (True, False):
         constants = {"SYMMETRIC": symmetric, "HAS_UPSTREAM": True, "SCALED": scaled}
@@ -72,7 +84,7 @@ def _strips(build) -> Iterator:
 # per entry.
 _SMALL = (
     (neighbor_small_sums, "forward", None, {}, lambda tiles: 1, 1),
-    (neighbor_small_weighted, "forward", None, {"ROW_SHARE": 0.5, "COLUMN_SHARE": 0.5}, lambda tiles: 2 * tiles, 1),
+    (neighbor_small_weighted, "forward", None, _SHARES, lambda tiles: 2 * tiles, 1),
     (neighbor_small_gradients, "backward", "neighbor_small_gradients, symmetric", {"SYMMETRIC": True},
      lambda tiles: 4 * tiles, 2),
     (neighbor_small_gradients, "backward", "neighbor_small_gradients, row", {"SYMMETRIC": False},

@@ -35,9 +35,10 @@ BLOCK_ROWS, BLOCK_WIDTH = 32, 64
 # Operands that a forward pass leaves to its backward pass take at most this.
 KEPT_BYTES = 16 * 2**20
 
-# Bits of a stage's kind: its numbers are products with another centre; its rows have factors; they have a power.
+# Bits of a stage's kind: its numbers are products with another centre; its rows have factors; they have a power; those
+# products are of the rows as they are rounded.
 # All are multiples of 16, which Triton tells from other integers: every mixture of kinds is one kernel.
-ALONG, FACTOR, POWER = tl.constexpr(16), tl.constexpr(32), tl.constexpr(64)
+ALONG, FACTOR, POWER, ROUNDED = tl.constexpr(16), tl.constexpr(32), tl.constexpr(64), tl.constexpr(128)
 
 
 @dataclass(eq=False)  # frozen ones take the host three times as long
@@ -131,6 +132,7 @@ def round_rows(
         pick(centres, stage), pick(others, stage), pick(out, stage), pick(own_centres, stage)
     )  # fmt: skip
     kind = number(pick(kinds, stage), tl.int32)
+    of_rounded = ((kind & ROUNDED) != 0).to(SUM)  # 0 or 1
     row, column = i + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     squares = tl.zeros([ROWS], SUM)
     distances = tl.zeros([ROWS], SUM)
@@ -140,17 +142,19 @@ def round_rows(
         piece = load_piece(x, f, kind, i, k, count, dim, SUM, ROWS, WIDTH)
         squares += tl.sum(piece * piece, 1)
         n = load_centre(other, k, width, parts, PARTS, WIDTH)
+        along += tl.sum(piece * n[None, :], 1) * (1 - of_rounded)
         centred = piece
         if CENTRED:
             m = load_centre(own, k, width, parts, PARTS, WIDTH)
             if i == 0:
                 tl.store(centre + k + column, m, mask=k + column < width)
             length += tl.sum(m * m, 0)
+            along += tl.sum(m * n, 0) * (of_rounded - 0.5)
             centred = tl.where((row < count)[:, None], piece - m[None, :], 0.0)
-            piece = piece - 0.5 * m[None, :]
-        along += tl.sum(piece * n[None, :], 1)
+        power = number(1.0, SUM)
         if SCALED:
-            centred = centred * tl.load(pick(powers, stage), mask=(kind & POWER) != 0, other=1)
+            power = tl.load(pick(powers, stage), mask=(kind & POWER) != 0, other=1)
+            centred = centred * power
         stride = width * (2 if SPLIT else 1)
         place = rounded + row.to(tl.int64)[:, None] * stride + (k + column)[None, :]
         mask = (k + column < width)[None, :]
@@ -164,6 +168,8 @@ def round_rows(
             tl.store(place, rounded_rows, mask=mask)
             kept = rounded_rows.to(SUM)
         distances += tl.sum(kept * kept, 1)
+        if CENTRED:
+            along += tl.sum(kept * n[None, :], 1) * (of_rounded / power)
     halves = 0.5 * tl.where(squares == 0, 1 + length, distances)
     tl.store(pick(numbers, stage) + row, tl.where(row < count, tl.where((kind & ALONG) == 0, halves, along), 0.0))
 
@@ -235,13 +241,15 @@ def longest_rows(stages: Sequence[Tensor], product: Product, places: int = 0) ->
 def operands(
     stages: Sequence[Tensor], product: Product, widths: Sequence[int], centres: Sequence[Tensor] | None, *,
     others: Sequence[Tensor | None] | None = None, factors: Sequence[Tensor | None] | None = None,
-    powers: Sequence[Tensor | None] | None = None, places: int = 0,
+    powers: Sequence[Tensor | None] | None = None, places: int = 0, rounded: bool = False,
 ) -> list[Operand]:  # fmt: skip
     """The stages, contiguous and of one number of rows, times their factors, about their centres.
 
     centres: as ``means`` gives them, or of other operands; None: the rows are rounded as they are.
     others: the centres that rows' numbers are taken along; None where they are distances.
     powers: what rows, but not numbers, are multiplied by in a type of short range.
+    rounded: numbers taken along others are of the rounded rows, so that x̂_i·ŷ_j + p_i + q_j is the product of these;
+    else of exact ones.
     places: the most stages that launches of this kind have in a step: a kernel is compiled for so many, and not for
     fewer too.
     """
@@ -255,7 +263,10 @@ def operands(
     own_centres = memory.of_widths(first, widths, dtype=product.sum_type)
     own = others if centres is None else centres
     kinds = [
-        ALONG.value * (n is not None) + FACTOR.value * (f is not None) + POWER.value * (p is not None)
+        ALONG.value * (n is not None)
+        + FACTOR.value * (f is not None)
+        + POWER.value * (p is not None)
+        + ROUNDED.value * rounded
         for n, f, p in zip(others, factors, powers, strict=True)
     ]
     with on_device(first):
@@ -280,12 +291,9 @@ class Prepared:
         kept: what :meth:`kept` gave in the forward pass.
     """
 
-    def __init__(self, kept: tuple[Sequence[Sequence[tuple]], Sequence[Tensor]] = ((), ())):
-        names, tensors = kept
-        keys, of_levels = names or ((), ())
-        self._made = {key: Operand(*tensors[3 * k : 3 * k + 3]) for k, key in enumerate(keys)}
-        # Numbers of rows that depend on more than these: by place, product and what else they follow from.
-        self.levels = dict(zip(of_levels, tensors[3 * len(keys) :], strict=True))
+    def __init__(self, kept: tuple[Sequence[tuple], Sequence[Tensor]] = ((), ())):
+        keys, parts = kept
+        self._made = {key: Operand(*parts[3 * k : 3 * k + 3]) for k, key in enumerate(keys)}
         self._means: dict[tuple[int, int], Tensor] = {}
 
     def leave_means(self, partial: Sequence[Tensor]) -> None:
@@ -306,15 +314,14 @@ class Prepared:
             made.update(zip(keys, found, strict=True))
         return found
 
-    def kept(self) -> tuple[list[list[tuple]], list[Tensor]]:
+    def kept(self) -> tuple[list[tuple], list[Tensor]]:
         """Their names and tensors; none where these take more than ``KEPT_BYTES``: then two launches matter little."""
         if not self._made:
             return [], []
         tensors = [part for x in self._made.values() for part in (x.rows, x.numbers, x.centre)]
-        tensors += self.levels.values()
         if sum([x.nbytes for x in tensors]) > KEPT_BYTES:
             return [], []
-        return [list(self._made), list(self.levels)], tensors
+        return list(self._made), tensors
 
 
 def _parts(centre: Tensor) -> int:

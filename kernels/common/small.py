@@ -103,11 +103,36 @@ def negative_distances(
 
 
 @triton.jit
+def about_mean(x, m, ROUNDED: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr):
+    """x − m in ``TYPE``, what a product with it is in units of, and x, if ROUNDED the sum of m and of what the product
+    takes.
+    """
+    centred, unit = operand(x - m, TYPE, SCALED)
+    if ROUNDED:
+        x = centred.to(x.dtype) * unit + m
+    return centred, unit, x
+
+
+@triton.jit
+def rounded_tile(
+    matrix, i, k, count, dim, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Rows i … at columns k … as products of rows about their mean take them."""
+    x = load_tile(matrix, i, k, count, dim, BLOCK_ROWS, BLOCK_WIDTH).to(SUM)
+    m = mean_row(matrix, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
+    return about_mean(x, m, True, SCALED, TYPE)[2]
+
+
+@triton.jit
 def centred_product(
     rows, columns, i, j, count, dim, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr = False,
 ):  # fmt: skip
-    """x_i·y_j of the tile at (i, j), rounded about the means of either side."""
+    """x_i·y_j of the tile at (i, j), rounded about the means of either side; if ROUNDED the product of the rounded
+    rows, else what the means have part in is exact.
+    """
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     p, q = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_COLUMNS], SUM)
     for k in range(0, dim, BLOCK_WIDTH):
@@ -115,14 +140,14 @@ def centred_product(
         y = load_tile(columns, j, k, count, dim, BLOCK_COLUMNS, BLOCK_WIDTH).to(SUM)
         m = mean_row(rows, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
         n = mean_row(columns, k, count, dim, BLOCK_WIDTH, SUM)[None, :]
+        of_x, x_unit, x = about_mean(x, m, ROUNDED, SCALED, TYPE)
+        of_y, y_unit, y = about_mean(y, n, ROUNDED, SCALED, TYPE)
         p += tl.sum((x - 0.5 * m) * n, 1)
         q += tl.sum((y - 0.5 * n) * m, 1)
-        x, x_unit = operand(x - m, TYPE, SCALED)
-        y, y_unit = operand(y - n, TYPE, SCALED)
         if SCALED:
-            total += product(x, tl.trans(y), PRECISION) * (x_unit * y_unit)
+            total += product(of_x, tl.trans(of_y), PRECISION) * (x_unit * y_unit)
         else:
-            total = add_product(x, tl.trans(y), total, PRECISION)
+            total = add_product(of_x, tl.trans(of_y), total, PRECISION)
     return total + (p[:, None] + q[None, :])
 
 
@@ -136,10 +161,17 @@ def load_of_pair(values, place, count, PAIRS: tl.constexpr):
 def store_weighted(
     out, weights, values, i, j, count, dim, accumulate, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    KEEPS_SUMS: tl.constexpr = False,
 ):  # fmt: skip
-    """out_i = Σ_j w_ij values_j of a tile, added to what the program itself stored there before if ``accumulate``."""
+    """out_i = Σ_j w_ij values_j of a tile, added to what the program itself stored there before if ``accumulate``.
+
+    KEEPS_SUMS: a row's rounded weights, none of them negative, are scaled to the sum of the unrounded ones.
+    """
     sums = tl.sum(weights, 1)
     weights, unit = operand(weights, TYPE, SCALED)
+    if KEEPS_SUMS and TYPE != sums.dtype:
+        rounded = tl.sum(weights.to(sums.dtype), 1)
+        unit = tl.where(rounded > 0, sums / rounded, 0.0)[:, None]
     # What another thread of the program stored is read here.
     tl.debug_barrier()
     for k in tl.range(0, dim, BLOCK_WIDTH, disable_licm=True):

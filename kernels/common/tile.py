@@ -8,9 +8,9 @@ import triton.language as tl
 # Arguments that change from call to call: no kernel is compiled anew for their values.
 COUNTS = [
     "accumulate", "are_bandwidths", "column_count", "column_length", "count", "factor", "first_node", "first_row",
-    "has_degrees", "is_cold", "is_last", "loss_row_stride", "loss_stride", "needed", "node_count", "offset", "owned",
-    "partner_stride", "parts", "passes", "row_count", "row_length", "stride", "upstream_row_stride", "upstream_stride",
-    "wanted",
+    "has_degrees", "has_terms", "is_cold", "is_last", "loss_row_stride", "loss_stride", "needed", "node_count",
+    "offset", "owned", "partner_stride", "parts", "passes", "row_count", "row_length", "stride", "upstream_row_stride",
+    "upstream_stride", "wanted",
 ]  # fmt: skip
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -202,10 +202,15 @@ def store_vector(vector, values, start, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a·b with float32 (float64) sums."""
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    if a.dtype == tl.float64:  # Triton 3.6 has float32 sums unless told
+    """a·b with float32 (float64) sums.
+
+    A matrix unit adds an entry's products alike in tiles of any shape, NumPy does not: interpreted, they are added in
+    float64, which also multiplies bfloat16.
+    """
+    if INTERPRETED and a.dtype != tl.float64:
+        wide = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), out_dtype=tl.float64)
+        return wide.to(tl.float32)
+    elif a.dtype == tl.float64:  # Triton 3.6 has float32 sums unless told
         return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float64)
     else:
         return tl.dot(a, b, input_precision=PRECISION)
@@ -214,9 +219,9 @@ def product(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def add_product(a, b, total, PRECISION: tl.constexpr):
     """total + a·b."""
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    if a.dtype == tl.float64:
+    if INTERPRETED:
+        return total + product(a, b, PRECISION)
+    elif a.dtype == tl.float64:
         return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float64)
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)

@@ -99,6 +99,21 @@ def span(dims: tuple[int, ...], rows: int, product: str, device) -> int:
     return max(narrow) if few and narrow else 0
 
 
+class Others(NamedTuple):
+    """Of a graph over the other nodes, whose weights are exp(x_ij − shares·(l_i, l_j)): these, and the log-sums of the
+    rows and of the columns.
+    """
+
+    shares: tuple[float, float]
+    rows: Tensor
+    columns: Tensor
+
+
+def share_constants(others: Others | None) -> dict[str, float]:
+    shares = others.shares if others else (0.0, 0.0)
+    return {"ROW_SHARE": shares[0], "COLUMN_SHARE": shares[1]}
+
+
 class Form(NamedTuple):
     """The type and the columns of an operand."""
 

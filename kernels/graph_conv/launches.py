@@ -13,11 +13,13 @@ from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.graph_conv import small, strips
 from gkd_fast.kernels.graph_conv.graphs import (
     Graph,
+    Others,
     by_kind,
     node_arguments,
     node_operands,
     numbers_of,
     of_parts,
+    share_constants,
     variances,
     walk_of,
 )  # fmt: skip
@@ -138,38 +140,47 @@ def weighted_sums(
 
     def of_kind(graphs, values, powers, like, degrees):
         known = None if row_degrees is None else degrees
-        return zip(*_sums_of_kind(graphs, values, powers, like, known, row_factor), strict=True)
+        return zip(*sums_of_kind(graphs, values, powers, like, known, row_factor), strict=True)
 
     widths = [x.shape[1] for x in like]
     outputs, degrees = zip(*by_kind(of_kind, graphs, widths, values, powers, like, row_degrees or like), strict=True)
     return list(outputs), list(degrees)
 
 
-def _sums_of_kind(graphs, values, powers, like, row_degrees, row_factor: int):
+def sums_of_kind(graphs, values, powers, like, row_degrees, row_factor: int, others: Sequence[Others] | None = None):
+    """``weighted_sums`` of graphs of one kind; of those over the others, which have no degrees, the outputs of the
+    columns' parts, and how many these are.
+    """
     graph, widths = graphs[0], [x.shape[1] for x in like]
     if graph.is_wide(widths[0]):
-        of_stages = [strips.kernel_sums(*stage) for stage in zip(graphs, values, powers, widths, strict=True)]
+        given = zip(graphs, values, powers, widths, others or [None] * len(graphs), strict=True)
+        of_stages = [strips.kernel_sums(*of_stage) for of_stage in given]
+        if others is not None:
+            return [output for output, _ in of_stages], 1
         degrees = [sums for _, sums in of_stages] if row_degrees is None else row_degrees
         factors = factors_of(degrees, row_factor)
         return [
             output if factor is None else output * factor[:, None]
             for (output, _), factor in zip(of_stages, factors, strict=True)
         ], degrees
-    with_degrees = row_degrees is None
+    with_degrees = row_degrees is None and others is None
     width = max(widths)
     grid, parts, sum_values = _walking(
         graphs, "graph_sums", width, DEGREES=with_degrees, ROW_FACTOR=row_factor,
-        SCALED=graph.tile_product(width).limited, DIAGONAL=graph.diagonal,
+        SCALED=graph.tile_product(width).limited, **share_constants(others and others[0]), DIAGONAL=graph.diagonal,
     )  # fmt: skip
     outputs = [of_parts(graph.nodes, parts, graph.row_count, width) for width in widths]
     sums = [of_parts(graph.nodes, parts, graph.row_count) for _ in like] if with_degrees else outputs
+    log_sums = [tuple([x[side] for x in others]) if others else tuple(outputs) for side in (1, 2)]
     with on_device(graph.nodes):
         sum_values(
             grid, *node_arguments(graphs, width), tuple([x.rows for x in values]),
-            tuple([x.centre for x in values]), tuple(row_degrees or outputs), tuple(outputs), tuple(sums),
+            tuple([x.centre for x in values]), *log_sums, tuple(row_degrees or outputs), tuple(outputs), tuple(sums),
             tuple([x if p is None else p for x, p in zip(outputs, powers, strict=True)]), variances(graphs),
             tuple(widths), graph.row_count, graph.column_count, graph.offset, parts,
         )  # fmt: skip
+    if others is not None:
+        return outputs, parts
     return complete(graphs, widths, parts, outputs, sums if with_degrees else None, row_degrees, row_factor)
 
 
@@ -230,17 +241,17 @@ def convolution_gradients(
     read = given is None and not is_row
     convolved = [k for k, (nodes, messages) in enumerate(needs) if messages or (nodes and read)]
     if convolved:
-        found = _messages_gradients(*_at(convolved, graphs, own, columns), is_row)
+        found = _messages_gradients(*at(convolved, graphs, own, columns), is_row)
         for k, gradient in zip(convolved, found, strict=True):
             of_messages[k] = gradient
     moved = [k for k, (nodes, _) in enumerate(needs) if nodes]
     if moved:
-        some, sides, values, read_outputs, read_gradients = _at(moved, graphs, own, columns, outputs, of_messages)
+        some, sides, values, read_outputs, read_gradients = at(moved, graphs, own, columns, outputs, of_messages)
         rows = values
         if given is None:
             terms = column_terms = _terms(some, sides, values, read_outputs, read_gradients, is_row)
         else:
-            rows = both_values(some, sides, _at(moved, powers)[0], *_factors(sides, is_row), values)
+            rows = both_values(some, sides, at(moved, powers)[0], *_factors(sides, is_row), values)
             of_columns = given[1] if given[1] is not None else given[0].new_zeros(some[0].column_count)
             terms, column_terms = [rows[0].with_numbers(given[0])], [values[0].with_numbers(of_columns)]
         widths = [side.messages.shape[1] for side in sides]
@@ -250,7 +261,7 @@ def convolution_gradients(
     return of_nodes, [x if wanted else None for x, (_, wanted) in zip(of_messages, needs, strict=True)]
 
 
-def _at(places: Sequence[int], *lists: Sequence) -> list[list]:
+def at(places: Sequence[int], *lists: Sequence) -> list[list]:
     return [[values[k] for k in places] for values in lists]
 
 

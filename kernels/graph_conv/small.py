@@ -174,7 +174,7 @@ class Stages:
 
     def of(self, places: Sequence[int]) -> "Stages":
         return replace(
-            self, nodes=_at(self.nodes, places), inverse_variances=_at(self.inverse_variances, places)
+            self, nodes=at(self.nodes, places), inverse_variances=at(self.inverse_variances, places)
         )  # fmt: skip
 
 
@@ -193,8 +193,8 @@ def graph_conv_backward(
     if not used:
         return []
     if len(used) < count:
-        stages, needs = stages.of(used), [*_at(needs, used), *_at(needs, [count + k for k in used])]
-        upstream, messages, outputs, degrees = (_at(x, used) for x in (upstream, messages, outputs, degrees))
+        stages, needs = stages.of(used), [*at(needs, used), *at(needs, [count + k for k in used])]
+        upstream, messages, outputs, degrees = (at(x, used) for x in (upstream, messages, outputs, degrees))
         count = len(used)
     terms = [x.new_empty(x.shape) for x in degrees]
     of_messages = stages.sums(upstream, degrees, is_row, (terms, messages, upstream, outputs))
@@ -202,7 +202,7 @@ def graph_conv_backward(
     moved = [k for k in range(count) if needs[k]]
     if moved:
         nodes, variances, messages, upstream, degrees, terms = (
-            tuple(_at(x, moved)) for x in (stages.nodes, stages.inverse_variances, messages, upstream, degrees, terms)
+            tuple(at(x, moved)) for x in (stages.nodes, stages.inverse_variances, messages, upstream, degrees, terms)
         )
         gradients = [x.new_empty(x.shape) for x in nodes]
         with on_device(nodes[0]):
@@ -214,5 +214,5 @@ def graph_conv_backward(
     return gradients + [x for k, x in enumerate(of_messages) if needs[count + k]]
 
 
-def _at(values: Sequence, places: Sequence[int]) -> list:
+def at(values: Sequence, places: Sequence[int]) -> list:
     return [values[k] for k in places]

@@ -12,6 +12,7 @@ from gkd_fast.kernels.common.tile import (
     COUNTS,
     add_inner_products,
     column_range,
+    convert,
     divide_walk,
     edge_tile,
     gather,
@@ -52,6 +53,12 @@ def adjacency(
 
 
 @triton.jit
+def exponents_of(c, level, column_numbers, j, slope, BLOCK_COLUMNS: tl.constexpr):
+    """(c_ij − 1)·slope of a tile of products of rows, whose ``level`` is h·slope, and columns."""
+    return c * slope - (level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :])
+
+
+@triton.jit
 def walked_adjacency(
     rows, level, columns, column_numbers, i, j, column_count, offset, slope, DIAGONAL: tl.constexpr,
     BOOST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
@@ -59,8 +66,35 @@ def walked_adjacency(
 ):  # fmt: skip
     """``adjacency`` of a block of rows, whose ``level`` is h·slope, and a block of columns."""
     c = inner_products(rows, columns, PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
-    return adjacency(c * slope - near, i, j, offset, column_count, DIAGONAL, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
+    x = exponents_of(c, level, column_numbers, j, slope, BLOCK_COLUMNS)
+    return adjacency(x, i, j, offset, column_count, DIAGONAL, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
+
+
+@triton.jit
+def shares(log_sums, i, count, SHARE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):
+    """SHARE·l of these rows in base 2, as a number of the sums' type and its rest: they are of the size 1/σ², so that
+    one rounding would move all weights of a row.
+    """
+    wide = load_vector(log_sums, i, count, BLOCK) * (SHARE * LOG2E)
+    high = wide.to(SUM)
+    return high, (wide - high.to(tl.float64)).to(SUM)
+
+
+@triton.jit
+def less_shares(x, own, log_sums, j, count, ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr,
+                BLOCK_COLUMNS: tl.constexpr):  # fmt: skip
+    """Exponents of a tile less the ``shares`` of its rows, ``own``, and of its columns; x is a tile of those that the
+    log-sums were made of, so that the exponent of an only neighbour is 0. ``own`` may be without the rest, for sums to
+    be multiplied by.
+    """
+    if ROW_SHARE != 0:
+        x = x - own[0][:, None]
+    if COLUMN_SHARE != 0:
+        high, rest = shares(log_sums, j, count, COLUMN_SHARE, BLOCK_COLUMNS, x.dtype)
+        x = x - high[None, :] - rest[None, :]
+    if ROW_SHARE != 0 and len(own) == 2:
+        x = x - own[1][:, None]
+    return x
 
 
 @triton.jit
@@ -114,32 +148,48 @@ def row_factor(degrees, FACTOR: tl.constexpr):
         return degrees * 0 + 1
 
 
+@triton.constexpr_function
+def keeps_sums(diagonal, type, precision):
+    """Whether rounded weights are scaled to the sums of the unrounded ones: over the others one may be near 1, and all
+    the others together weigh as little as its rounding.
+    """
+    return diagonal == 0 and type.primitive_bitwidth == 16 and precision != "float16x3"
+
+
 @triton.jit
 def add_values(
-    total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope,
-    DIAGONAL: tl.constexpr, EDGE: tl.constexpr, BOOST: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    total, degrees, rounded, rows, level, own, column_nodes, column_numbers, column_log_sums, values, i, j,
+    column_count, offset, slope, ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr, DIAGONAL: tl.constexpr,
+    EDGE: tl.constexpr, BOOST: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ K_ij values_j and Σ K_ij with those of the tile at (i, j) added."""
+    """Σ K_ij values_j, Σ K_ij and where they are wanted the sums of the rounded K_ij, with those of the tile at (i, j)
+    added.
+    """
     columns = load_block(column_nodes, j, BLOCK_COLUMNS, WIDTH, PRECISION)
     v = load_block(values, j, BLOCK_COLUMNS, VALUE_WIDTH, PRECISION)
-    k = walked_adjacency(rows, level, columns, column_numbers, i, j, column_count, offset, slope, DIAGONAL, BOOST,
-                         BLOCK_ROWS, BLOCK_COLUMNS, PRECISION, EDGE)  # fmt: skip
-    return gather(total, k, v, TYPE, PRECISION), degrees + tl.sum(k, 1)
+    c = inner_products(rows, columns, PRECISION)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    x = exponents_of(c, level, column_numbers, j, slope, BLOCK_COLUMNS)
+    x = less_shares(x, own, column_log_sums, j, column_count, ROW_SHARE, COLUMN_SHARE, BLOCK_COLUMNS)
+    k = adjacency(x, i, j, offset, column_count, DIAGONAL, BOOST, BLOCK_ROWS, BLOCK_COLUMNS, EDGE)
+    if keeps_sums(DIAGONAL, TYPE, PRECISION):
+        rounded += tl.sum(convert(k, TYPE).to(k.dtype), 1)
+    return gather(total, k, v, TYPE, PRECISION), degrees + tl.sum(k, 1), rounded
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def graph_sums(
-    nodes, numbers, column_nodes, column_numbers, values, centres, row_degrees, outputs, sums, powers,
-    inverse_variances, widths, row_count, column_count, offset, parts, DEGREES: tl.constexpr, ROW_FACTOR: tl.constexpr,
-    SCALED: tl.constexpr, DIAGONAL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    nodes, numbers, column_nodes, column_numbers, values, centres, log_sums, column_log_sums, row_degrees, outputs,
+    sums, powers, inverse_variances, widths, row_count, column_count, offset, parts, DEGREES: tl.constexpr,
+    ROW_FACTOR: tl.constexpr, SCALED: tl.constexpr, ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr,
+    DIAGONAL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output_i = f_i Σ_j K_ij values_j over the part's columns, and with DEGREES sums_i = Σ_j K_ij, of every stage.
 
     The row factor f is applied to complete sums alone. centres: the values'. powers: what they were multiplied by if
-    SCALED. DIAGONAL: K_ii.
+    SCALED. DIAGONAL: K_ii. Over the others K_ij is exp(x_ij − ROW_SHARE·l_i − COLUMN_SHARE·l_j).
     """
     i = tl.program_id(0) * BLOCK_ROWS
     part, stage = tl.program_id(1), tl.program_id(2)
@@ -156,21 +206,32 @@ def graph_sums(
     BOOST: tl.constexpr = 14 if SCALED else 0
     rows = load_block(nodes, i, BLOCK_ROWS, WIDTH, PRECISION)
     level = load_numbers(numbers, i, BLOCK_ROWS) * slope
-    degrees = tl.zeros([BLOCK_ROWS], SUM)
+    own, column_log_sums = level, pick(column_log_sums, stage)
+    if ROW_SHARE != 0:
+        own, _ = shares(pick(log_sums, stage), i, row_count, ROW_SHARE, BLOCK_ROWS, SUM)
+    degrees, rounded = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_ROWS], SUM)
     total = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], SUM)
     whole, first, crossed, rest = divide_walk(start, stop, i + offset, BLOCK_ROWS, BLOCK_COLUMNS)
     for k in range(0, whole - crossed):
         j = inner_tile(k, start, first, crossed, BLOCK_COLUMNS)
-        total, degrees = add_values(
-            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope,
-            DIAGONAL, False, BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        total, degrees, rounded = add_values(
+            total, degrees, rounded, rows, level, (own,), column_nodes, column_numbers, column_log_sums, values, i, j,
+            column_count, offset, slope, ROW_SHARE, COLUMN_SHARE, DIAGONAL, False, BOOST, WIDTH, VALUE_WIDTH,
+            BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
     for k in tl.range(0, crossed + rest, num_stages=1, disable_licm=True):
         j = edge_tile(k, start, whole, first, crossed, BLOCK_COLUMNS)
-        total, degrees = add_values(
-            total, degrees, rows, level, column_nodes, column_numbers, values, i, j, column_count, offset, slope,
-            DIAGONAL, True, BOOST, WIDTH, VALUE_WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
+        total, degrees, rounded = add_values(
+            total, degrees, rounded, rows, level, (own,), column_nodes, column_numbers, column_log_sums, values, i, j,
+            column_count, offset, slope, ROW_SHARE, COLUMN_SHARE, DIAGONAL, True, BOOST, WIDTH, VALUE_WIDTH,
+            BLOCK_ROWS, BLOCK_COLUMNS, TYPE, PRECISION,
         )  # fmt: skip
+    if ROW_SHARE != 0:
+        _, own_rest = shares(pick(log_sums, stage), i, row_count, ROW_SHARE, BLOCK_ROWS, SUM)
+        degrees, total = degrees * tl.exp2(-own_rest), total * tl.exp2(-own_rest)[:, None]
+        rounded = rounded * tl.exp2(-own_rest)
+    if keeps_sums(DIAGONAL, TYPE, PRECISION):
+        total = total * tl.where(rounded > 0, degrees / rounded, 0.0)[:, None]
     if SCALED:
         total = total * (2.0**-BOOST / tl.load(power))
         degrees = degrees * 2.0**-BOOST
@@ -340,13 +401,13 @@ def graph_gradients(
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["inverse_variance"])
 def graph_strip(
-    similarities, products, weights, sums, numbers, column_numbers, terms, column_terms, powers, inverse_variance,
-    row_count, column_count, offset, accumulate, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
-    DIAGONAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr,
-    SUM: tl.constexpr,
+    similarities, products, weights, sums, rounded_sums, numbers, column_numbers, terms, column_terms, powers,
+    inverse_variance, log_sums, column_log_sums, row_count, column_count, offset, accumulate, GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr, ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr, DIAGONAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Wide rows: weights K, or with GRADIENT M, from strips of products, and their sums over each part's columns
-    [parts, row_count].
+    [parts, row_count]; of K where they are kept also those of the rounded ones.
 
     products: strips of G'_i·H'_j + H'_i·G'_j.
     """
@@ -359,10 +420,18 @@ def graph_strip(
     BOOST: tl.constexpr = 14 if SCALED and not GRADIENT else 0
     level = load_numbers(numbers, i, BLOCK_ROWS) * slope
     total = load_vector(sums, i, row_count * accumulate, BLOCK_ROWS)
+    own = level, level
+    if ROW_SHARE != 0:
+        own = shares(log_sums, i, row_count, ROW_SHARE, BLOCK_ROWS, SUM)
+    KEEPS_SUMS: tl.constexpr = not GRADIENT and keeps_sums(DIAGONAL, TYPE, "ieee")
+    if KEEPS_SUMS:
+        rounded_sums += number(tl.program_id(1), tl.int64) * row_count
+        rounded = load_vector(rounded_sums, i, row_count * accumulate, BLOCK_ROWS)
     for j in range(start, stop, BLOCK_COLUMNS):
         c = load_tile(similarities, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
-        near = level[:, None] + (load_numbers(column_numbers, j, BLOCK_COLUMNS) * slope)[None, :]
-        k = adjacency(c * slope - near, i, j, offset, column_count, 0.0 if GRADIENT else DIAGONAL, BOOST, BLOCK_ROWS,
+        x = exponents_of(c, level, column_numbers, j, slope, BLOCK_COLUMNS)
+        x = less_shares(x, own, column_log_sums, j, column_count, ROW_SHARE, COLUMN_SHARE, BLOCK_COLUMNS)
+        k = adjacency(x, i, j, offset, column_count, 0.0 if GRADIENT else DIAGONAL, BOOST, BLOCK_ROWS,
                       BLOCK_COLUMNS, None)  # fmt: skip
         if GRADIENT:
             m = load_tile(products, i, j, row_count, length, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -374,5 +443,9 @@ def graph_strip(
             if SCALED:
                 k = k * tl.load(powers + 2)
         total += tl.sum(k, 1) * 2.0**-BOOST
+        if KEEPS_SUMS:
+            rounded += tl.sum(convert(k, TYPE).to(SUM), 1) * 2.0**-BOOST
         store_strip(weights, k, i, j, row_count, column_count, BLOCK_ROWS, BLOCK_COLUMNS, TYPE)
     store_vector(sums, total, i, row_count, BLOCK_ROWS)
+    if KEEPS_SUMS:
+        store_vector(rounded_sums, rounded, i, row_count, BLOCK_ROWS)

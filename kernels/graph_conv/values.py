@@ -73,22 +73,27 @@ def convolved_values(graphs, values: Sequence[Tensor], factors) -> tuple[list[Op
     return _of_types(products, places, values, widths, centres, factors=factors, powers=powers), powers
 
 
-def _of_types(products: Sequence[Product], places: int, *lists: Sequence, **options: Sequence) -> list[Operand]:
+def _of_types(
+    products: Sequence[Product], places: int, *lists: Sequence, rounded: bool = False, **options: Sequence
+) -> list[Operand]:
     """``operands`` of the values of each type."""
     found: list = [None] * len(products)
     for product in dict.fromkeys(products):
         here = [k for k, of_value in enumerate(products) if of_value is product]
         values, *others = ([x[k] for k in here] for x in lists)
         chosen = {key: [x[k] for k in here] for key, x in options.items()}
-        for k, x in zip(here, operands(values, product, *others, places=places, **chosen), strict=True):
+        made = operands(values, product, *others, places=places, rounded=rounded, **chosen)
+        for k, x in zip(here, made, strict=True):
             found[k] = x
     return found
 
 
-def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream, columns=None) -> list[Values]:
+def both_values(
+    graphs, sides: Sequence[Side], powers, of_messages, of_upstream, columns=None, rounded: bool = False
+) -> list[Values]:
     """H' and G' of the sides, about the centres of the ``columns``, or of their own where the sides are the columns.
 
-    of_messages, of_upstream: the factors of H and of G.
+    of_messages, of_upstream: the factors of H and of G.  rounded: see ``operands``.
     """
     has_upstream = sides[0].upstream is not None
     values, factors = [side.messages for side in sides], list(of_messages)
@@ -99,7 +104,7 @@ def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream,
     products, widths = [kind.form.product for kind in of_sides], [kind.value_width for kind in of_sides]
     kinds = len(values) // len(sides)
     if columns is None:
-        centres = means(values, graphs[0].product, widths, factors)
+        centres = means(values, products[0], widths, factors)
     else:
         centres = []
         for x in columns:
@@ -109,7 +114,7 @@ def both_values(graphs, sides: Sequence[Side], powers, of_messages, of_upstream,
     others = [centres[k ^ 1] if has_upstream else torch.zeros_like(x) for k, x in enumerate(centres)]
     made = _of_types(
         products, 0, values, widths, centres, others=others, factors=factors,
-        powers=[x for both in powers for x in both[:kinds]],
+        powers=[x for both in powers for x in both[:kinds]], rounded=rounded,
     )  # fmt: skip
     return [
         Values(made[kinds * k], made[kinds * k + 1] if has_upstream else None, powers[k]) for k in range(len(graphs))

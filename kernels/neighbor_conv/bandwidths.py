@@ -20,7 +20,7 @@ from gkd_fast.kernels.common.operands import Prepared
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.tile import COUNTS, number, pick
 from gkd_fast.kernels.graph_conv.stages import graphs_of, small_stages
-from gkd_fast.kernels.neighbor_conv.launches import NeighborGraph
+from gkd_fast.kernels.neighbor_conv.launches import NeighborGraph, finer
 from gkd_fast.kernels.neighbor_conv.sum_tiles import MAX_BANDWIDTH, MIN_BANDWIDTH, known_bandwidth, sum_of_parts
 from gkd_fast.kernels.neighbor_conv.sums import partial_sums_of_all, small_sums
 
@@ -140,7 +140,7 @@ def neighbor_bandwidths_stages(
     bandwidths, inverse_variances = first.new_empty(apart)[:, 0], first.new_empty(apart)[:, 0]
     sigmas, variances = bandwidths.unbind(), inverse_variances.unbind()
     begun, step = at, _step(first.dtype)
-    small = small_stages(nodes, [], variances, product_precision)
+    small = small_stages(nodes, [], variances, finer(product_precision))
     graphs = [] if small else graphs_of(NeighborGraph, nodes, variances, product_precision, prepared, range(stages))
     for k in range(is_cold + passes):
         sums, parts = partial_sums_of_all(graphs, at) if small is None else (small_sums(small, at), 1)

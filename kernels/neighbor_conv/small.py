@@ -10,26 +10,25 @@ from gkd_fast.kernels.common import small
 from gkd_fast.kernels.common.launch import PRODUCTS, on_device
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
-from gkd_fast.kernels.common.small import centred_product, negative_distances, store_weighted
-from gkd_fast.kernels.common.tile import COUNTS, load_vector, pick
-from gkd_fast.kernels.graph_conv.small import Stages
-from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency
+from gkd_fast.kernels.common.small import centred_product, negative_distances, rounded_tile, store_weighted
+from gkd_fast.kernels.common.tile import COUNTS, load_tile, load_vector, pick, store_vector
+from gkd_fast.kernels.graph_conv.small import Stages, at
+from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency, less_shares, shares
 from gkd_fast.kernels.neighbor_conv.tiles import gradient_weights, half_exponentials
-
-
-@triton.jit
-def shares(log_sums, i, count, share, BLOCK: tl.constexpr, SUM: tl.constexpr):
-    """share·l in base 2."""
-    return (load_vector(log_sums, i, count, BLOCK) * (share * LOG2E)).to(SUM)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def neighbor_small_weighted(
-    nodes, values, log_sums, outputs, inverse_variances, dims, widths, count, ROW_SHARE: tl.constexpr,
-    COLUMN_SHARE: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    nodes, values, log_sums, outputs, terms, messages, convolved, inverse_variances, dims, widths, count, has_terms,
+    ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output_i = Σ_j A_ij values_j, A with these shares of l_i and l_j in its exponent."""
+    """output_i = Σ_j A_ij values_j, A with these shares of l_i and l_j in its exponent.
+
+    1 of ``has_terms``: the values are the upstream, the outputs the messages' gradient, and the node terms are written:
+    −G_i·Y_i (row, whose transpose is this) or −(G_i·Y_i + m_i·dM_i)/2, G and m as products round them.
+    """
     i, stage = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1)
     nodes, values, output, log_sums = (
         pick(nodes, stage), pick(values, stage), pick(outputs, stage), pick(log_sums, stage)
@@ -39,13 +38,23 @@ def neighbor_small_weighted(
     for j in range(0, count, BLOCK_COLUMNS):
         x = slope * negative_distances(nodes, i, j, count, dim, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
                                        PRECISION)  # fmt: skip
-        if ROW_SHARE != 0:
-            x -= shares(log_sums, i, count, ROW_SHARE, BLOCK_ROWS, SUM)[:, None]
-        if COLUMN_SHARE != 0:
-            x -= shares(log_sums, j, count, COLUMN_SHARE, BLOCK_COLUMNS, SUM)[None, :]
+        own = shares(log_sums, i, count, ROW_SHARE, BLOCK_ROWS, SUM)
+        x = less_shares(x, own, log_sums, j, count, ROW_SHARE, COLUMN_SHARE, BLOCK_COLUMNS)
         weights = adjacency(x, i, j, 0, count, 0.0, 0, BLOCK_ROWS, BLOCK_COLUMNS)
         store_weighted(output, weights, values, i, j, count, width, tl.minimum(j, 1), SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
-                       BLOCK_WIDTH, TYPE, PRECISION)  # fmt: skip
+                       BLOCK_WIDTH, TYPE, PRECISION, True)  # fmt: skip
+    messages, convolved = pick(messages, stage), pick(convolved, stage)
+    tl.debug_barrier()
+    along = tl.zeros([BLOCK_ROWS], SUM)
+    for k in range(0, width * has_terms, BLOCK_WIDTH):
+        g = rounded_tile(values, i, k, count, width, SCALED, BLOCK_ROWS, BLOCK_WIDTH, TYPE, SUM)
+        along += tl.sum(g * load_tile(convolved, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH), 1)
+        if ROW_SHARE != 0:
+            h = rounded_tile(messages, i, k, count, width, SCALED, BLOCK_ROWS, BLOCK_WIDTH, TYPE, SUM)
+            along += tl.sum(h * load_tile(output, i, k, count, width, BLOCK_ROWS, BLOCK_WIDTH), 1)
+    if ROW_SHARE != 0:
+        along = along * 0.5
+    store_vector(pick(terms, stage), -along, i, count * has_terms, BLOCK_ROWS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -62,21 +71,19 @@ def neighbor_small_gradients(
     log_sums, terms, dim, width = pick(log_sums, stage), pick(terms, stage), pick(dims, stage), pick(widths, stage)
     v = tl.load(pick(inverse_variances, stage)).to(SUM)
     half = v * (0.5 * LOG2E)
-    level = shares(log_sums, i, count, 0.5, BLOCK_ROWS, SUM)
+    own = shares(log_sums, i, count, 0.5, BLOCK_ROWS, SUM)
     d = load_vector(terms, i, count, BLOCK_ROWS)
     none, column_none = tl.zeros([BLOCK_ROWS], SUM), tl.zeros([BLOCK_COLUMNS], SUM)
     for j in range(0, count, BLOCK_COLUMNS):
         ahead = centred_product(upstream, messages, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
-                                TYPE, SUM, PRECISION)  # fmt: skip
+                                TYPE, SUM, PRECISION, True)  # fmt: skip
         behind = centred_product(messages, upstream, i, j, count, width, SCALED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
-                                 TYPE, SUM, PRECISION)  # fmt: skip
+                                 TYPE, SUM, PRECISION, True)  # fmt: skip
         if SYMMETRIC:
             ahead += behind
         c = negative_distances(nodes, i, j, count, dim, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, TYPE, SUM,
                                PRECISION)  # fmt: skip
-        column_level = shares(log_sums, j, count, 0.5, BLOCK_COLUMNS, SUM)
-        u, t = half_exponentials(c, none, level, column_none, column_level, i, j, count, 0, half, True, BLOCK_ROWS,
-                                 BLOCK_COLUMNS, True)  # fmt: skip
+        u, t = half_exponentials(c * half, own, log_sums, i, j, count, 0, True, BLOCK_ROWS, BLOCK_COLUMNS, True)
         column_d = load_vector(terms, j, count, BLOCK_COLUMNS)
         weights = gradient_weights(u, t, ahead, behind, d, none, column_d, column_none, SYMMETRIC, True) * v
         store_weighted(gradient, weights, nodes, i, j, count, dim, tl.minimum(j, 1), SCALED, BLOCK_ROWS, BLOCK_COLUMNS,
@@ -95,14 +102,20 @@ def _gradients(symmetric: bool, arch: str, product: str) -> Launch:
     return launch(neighbor_small_gradients, SYMMETRIC=symmetric, **constants)
 
 
-def weighted(stages: Stages, values: Sequence[Tensor], log_sums, shares: tuple[float, float]) -> list[Tensor]:
-    """Σ_j A_ij values_j of every stage; shares: of l_i and l_j in A's exponent."""
+def weighted(
+    stages: Stages, values: Sequence[Tensor], log_sums, shares: tuple[float, float], terms_of=None
+) -> list[Tensor]:
+    """Σ_j A_ij values_j of every stage; shares: of l_i and l_j in A's exponent.
+
+    terms_of: the node terms, to be written, and messages and output.
+    """
     outputs, count = [x.new_empty(x.shape) for x in values], values[0].shape[0]
     with on_device(values[0]):
         _weighted(shares, stages.arch, stages.product.name)(
             (small.row_blocks(count), len(values)), tuple(stages.nodes), tuple(values), tuple(log_sums), tuple(outputs),
-            tuple(stages.inverse_variances), tuple([x.shape[1] for x in stages.nodes]),
-            tuple([x.shape[1] for x in values]), count,
+            *(tuple(x) for x in terms_of or (outputs,) * 3), tuple(stages.inverse_variances),
+            tuple([x.shape[1] for x in stages.nodes]), tuple([x.shape[1] for x in values]), count,
+            int(terms_of is not None),
         )  # fmt: skip
     return outputs
 
@@ -117,3 +130,28 @@ def nodes_gradients(stages: Stages, upstream, messages, log_sums, terms, symmetr
             tuple([x.shape[1] for x in stages.nodes]), tuple([x.shape[1] for x in messages]), count,
         )  # fmt: skip
     return gradients
+
+
+def backward(
+    stages: Stages, upstream, messages, outputs, log_sums, shares: tuple[float, float], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of all stages' nodes, then of their messages, those that ``needs`` asks for.
+
+    shares: of the transposed normalization.
+    """
+    count = len(messages)
+    used = [k for k in range(count) if needs[k] or needs[count + k]]
+    if not used:
+        return []
+    if len(used) < count:
+        stages, needs = stages.of(used), [*at(needs, used), *at(needs, [count + k for k in used])]
+        upstream, messages, outputs, log_sums = (at(x, used) for x in (upstream, messages, outputs, log_sums))
+        count = len(used)
+    terms = [x.new_empty(x.shape[0]) for x in stages.nodes]
+    of_messages = weighted(stages, upstream, log_sums, shares, (terms, messages, outputs))
+    gradients = []
+    moved = [k for k in range(count) if needs[k]]
+    if moved:
+        own = (at(x, moved) for x in (upstream, messages, log_sums, terms))
+        gradients = nodes_gradients(stages.of(moved), *own, shares[0] == shares[1])
+    return gradients + [x for k, x in enumerate(of_messages) if needs[count + k]]

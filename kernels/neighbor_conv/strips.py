@@ -19,7 +19,9 @@ from gkd_fast.kernels.common.table import tiles
 from gkd_fast.kernels.neighbor_conv.tiles import neighbor_strip
 
 
-def nodes_gradient(graph, levels, column_levels, own, other, terms, column_terms, powers, symmetric: bool) -> Tensor:
+def nodes_gradient(
+    graph, log_sums, column_log_sums, own, other, terms, column_terms, powers, symmetric: bool
+) -> Tensor:
     """dE_i = Σ_j M_ij e_j; own, other: ``Values`` of the rows and of the columns."""
     gradient = torch.zeros_like(graph.nodes)
     rows, columns = graph.operands(graph.form(own.messages.rows.shape[1]))
@@ -47,7 +49,7 @@ def nodes_gradient(graph, levels, column_levels, own, other, terms, column_terms
                 weights = torch.empty_like(similarities, dtype=graph.product.torch_type)
                 launch(neighbor_strip, **constants)(
                     (cdiv(count, config.rows), len(sums)), similarities, ahead, behind, weights, sums,
-                    rows.numbers[strip], levels.numbers[strip], columns.numbers[here], column_levels.numbers[here],
+                    rows.numbers[strip], log_sums[strip], columns.numbers[here], column_log_sums[piece],
                     terms.d[strip], terms.e[strip], column_terms.d[piece], column_terms.e[piece], powers,
                     graph.inverse_variance, count, piece.stop - piece.start,
                     graph.offset + strip.start - piece.start, int(piece.start > 0),

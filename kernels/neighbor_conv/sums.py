@@ -22,6 +22,7 @@ from gkd_fast.kernels.graph_conv.graphs import (
     walk_of,
 )  # fmt: skip
 from gkd_fast.kernels.graph_conv.small import Stages
+from gkd_fast.kernels.neighbor_conv.launches import finer
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_small_sums, neighbor_sum_parts
 from gkd_fast.kernels.neighbor_conv.sum_tiles import neighbor_sums as neighbor_sums_kernel
 
@@ -32,7 +33,7 @@ Sums = tuple[tuple[Tensor, ...], ...]
 
 
 def neighbor_sums(nodes, inverse_variance, product_precision, column_nodes=None, offset=0) -> tuple[Tensor, ...]:
-    graph = Graph(nodes, inverse_variance, product_precision, column_nodes, offset)
+    graph = Graph(nodes, inverse_variance, finer(product_precision), column_nodes, offset)
     found = small_sums(graph.stages()) if graph.is_small(1) else sums([graph])
     return tuple(of_stages[0] for of_stages in found)
 
@@ -64,6 +65,11 @@ def partial_sums(graphs: Sequence[Graph], bandwidths: Sequence[Tensor] | None = 
             graph.row_count, graph.column_count, graph.offset, parts, graph.row_count,
         )  # fmt: skip
     return partial, parts
+
+
+def sums_of_all(graphs: Sequence[Graph]) -> Sums:
+    """``sums`` of graphs of any kinds."""
+    return _complete(graphs, *partial_sums_of_all(graphs))
 
 
 def partial_sums_of_all(graphs: Sequence[Graph], bandwidths: Sequence[Tensor] | None = None) -> tuple[Sums, int]:

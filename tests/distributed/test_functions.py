@@ -130,6 +130,21 @@ def test_the_reference_too(pool, name):
     judge(pool.run(on_rank, name, D64, counts, "reference", 0), name, D64, counts, 1e-12)
 
 
+def gradient_of_pairs(group, pairs, normalization, backend, budget):
+    """The nodes' gradient at σ = 0.01 where each has one neighbour, on the other of two ranks, in bfloat16 products."""
+    rank, generator = torch.distributed.get_rank(group), torch.Generator().manual_seed(0)
+    x, messages, upstream = (torch.randn(2 * pairs, 24, generator=generator) for _ in range(3))
+    own = slice(rank * pairs, (rank + 1) * pairs)
+    nodes = (x[:pairs] + x[own] / 10).requires_grad_()
+    distributed.GATHER_BUDGET = budget
+    with torch.autocast("cpu", torch.bfloat16):
+        output = functional.graph_conv(
+            nodes, 3 + messages[own], bandwidth=0.01, self_weight=0.5, normalization=normalization, backend=backend,
+            process_group=group,
+        )  # fmt: skip
+    return torch.autograd.grad(output, nodes, 3 + upstream[own])[0]
+
+
 def _alone(group, name, dtype, counts, backend, budget):
     rank = torch.distributed.get_rank(group)
     own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))

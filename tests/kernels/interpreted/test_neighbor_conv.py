@@ -1,11 +1,14 @@
 """neighbor_conv's kernels against their formulas in float64: types, shapes, divisions of the columns, column sets."""
 
+import math
+
 import pytest
 import torch
 
 from gkd_fast import ops
 from gkd_fast.kernels.common import small, table
 from gkd_fast.kernels.neighbor_conv.launches import neighbor_conv, neighbor_conv_backward
+from gkd_fast.kernels.neighbor_conv.stages import neighbor_conv_stages, neighbor_conv_stages_backward
 
 from .judge import BATCHES, between_nans, features
 from .test_neighbor_sums import far_nodes
@@ -117,6 +120,50 @@ def test_near_cosines_in_short_types(monkeypatch, normalization, division, name,
         if name == "small":
             monkeypatch.setattr(small, "SMALL_BATCH", 128)
         Problem(unit, messages, upstream, 1 / distance, normalization, precision).judge()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["small", "programs", "divided strips"])
+def test_nodes_of_one_neighbor_have_no_gradient(normalization, division, name, precision):
+    """Where a weight is 1 all of a gradient cancels, but for 1/σ² times what differs in the numbers that should."""
+    generator = torch.Generator().manual_seed(0)
+    x, messages, upstream = (torch.randn(36, 24, generator=generator) for _ in range(3))
+    (nodes,) = ops.unit_rows([x[:18].repeat(2, 1) + x / 10], D32)
+    settings = torch.tensor([1e4]), normalization, precision
+    with table.forced(16, 16, **division(name)):
+        results = [x for (x,) in neighbor_conv_stages([nodes], [messages], *settings)]
+        given = [[x] for x in (upstream, nodes, messages, *results)]
+        gradient, _ = neighbor_conv_stages_backward(*given, *settings, [True, True])
+    gradient -= nodes * (nodes * gradient).sum(1, keepdim=True)  # as unit rows have it
+    assert gradient.abs().max() <= 8 * torch.finfo(D32).eps * 1e4
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["small", "programs", "divided strips"])
+def test_rounded_weights_add_up_to_the_unrounded_ones(normalization, division, name, precision):
+    """Weights of 0.9998, which both types round to 1, and messages that they do not round: node terms that were made of
+    1 would be off by as much as all other neighbours of such a node weigh."""
+    nodes, signs = torch.eye(12).repeat(2, 1), torch.ones(12, 8).bernoulli(0.5).mul(2).sub(1)
+    messages, log_sums = torch.cat([signs, -signs]), torch.full((24,), 2e-4, dtype=D64)
+    settings = torch.tensor(100.0), "column" if normalization == "row" else normalization, precision
+    own = nodes[10:], messages[10:], log_sums[10:]
+    with table.forced(16, 16, **division(name)):
+        whole = neighbor_conv(nodes, messages, log_sums, *settings)
+        part = neighbor_conv(*own, *settings, nodes, messages, 10, log_sums)
+    expected = messages.roll(12, 0) * math.exp(-2e-4)
+    for found, of_rows in ((whole, expected), (part, expected[10:])):
+        torch.testing.assert_close(found, of_rows, rtol=5e-5, atol=0)  # similarities in float32, times 100
+
+
+def test_two_nodes_have_no_gradient(normalization):
+    nodes, messages, upstream = ([x.detach()] for x in features(2, 9, 6, 6))
+    settings = torch.tensor([20.0], dtype=D64), normalization, "float64"
+    nodes = list(ops.unit_rows(nodes, D64))
+    results = neighbor_conv_stages(nodes, messages, *settings)
+    given = upstream, nodes, messages, *results, *settings
+    of_nodes, of_messages = neighbor_conv_stages_backward(*given, [True, True])
+    assert torch.equal(of_nodes, torch.zeros_like(nodes[0]))
+    torch.testing.assert_close(of_messages, upstream[0].flip(0))
 
 
 @pytest.mark.parametrize("name", ["whole", "programs", "strips", "divided strips"])

@@ -5,7 +5,7 @@ import torch
 
 from gkd_fast import distributed, functional
 from tests.distributed.pool import Pool
-from tests.distributed.test_functions import FUNCTIONS, every_order, judge, on_rank
+from tests.distributed.test_functions import FUNCTIONS, every_order, gradient_of_pairs, judge, on_rank
 from tests.ops_cases import D64
 
 from .test_cosines import alike
@@ -24,6 +24,13 @@ def pool():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_ranks_compute_what_one_process_does(pool, name, budget):
     judge(pool.run(on_rank, name, D64, COUNTS, "triton", budget), name, D64, COUNTS, 1e-10)
+
+
+@pytest.mark.parametrize("budget", [float("inf"), 0])
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_nodes_of_one_neighbor_on_another_rank_have_no_gradient(pool, normalization, budget):
+    for gradient in pool.run(gradient_of_pairs, 10, normalization, "triton", budget):
+        assert gradient.abs().max() <= 16 * torch.finfo(torch.float32).eps / 0.01**2
 
 
 def alike_results(cosine: float, own: slice, dtype: torch.dtype, **options):
