@@ -31,12 +31,18 @@ def run(seed: int, number: int, backend: str) -> str:
 
 @contextmanager
 def _tiles(case: dict, backend: str):
-    """Small tiles, so that small batches have several."""
+    """Small tiles, so that small batches have several; of the Triton kernels those of small batches or the others."""
     if backend == "triton":
-        from gkd_fast.kernels.common import table
+        from gkd_fast.kernels.common import plan, small, table
 
-        with table.forced(16, 16):
-            yield
+        most, least = small.SMALL_BATCH, 0 if case["tile_rows"] else small.SMALL_BATCH
+        try:
+            small.SMALL_BATCH = least
+            plan.forget()
+            with table.forced(16, 16):
+                yield
+        finally:
+            small.SMALL_BATCH = most
         return
     from gkd_fast import _C
 

@@ -92,6 +92,10 @@ def _stages(function: str, rng: random.Random, backend: str) -> dict:
         # The own message's weight: None, with the own node in the graph.
         drawn["self_weight"] = rng.choice([None, 0.0, 1.0, rng.random(), rng.random()])
         drawn["neighbors"] = _neighbors(rng) if drawn["bandwidth"] == "auto" and rng.random() < 0.7 else None
+        if rng.random() < 0.4:
+            # Weights of 1, where all of a gradient cancels, but for 1/σ² times what products round.
+            drawn |= {"kind": "pairs", "order": "first", "autocast": True, "bandwidth": 0.01, "neighbors": None}
+            drawn["self_weight"] = rng.random()
         return drawn
     students, teachers = rng.choice([(1, 1), (1, 1), (2, 1), (1, 3), (2, 2), (3, 3)])
     widths = [rng.choice(WIDTHS[backend]) for _ in range(students + teachers)]
@@ -168,6 +172,8 @@ def features(case: dict) -> list[Tensor]:
             x[..., len(made) :: 3, :] = 0
         elif case["kind"] == "converged" and made and made[0].shape == x.shape:
             x = made[0] + 1e-3 * x
+        elif case["kind"] == "pairs" and 2 * len(made) < len(case["widths"]):  # of nodes
+            x[half : 2 * half] = x[:half] + case["spread"] * x[half : 2 * half]
         elif case["kind"] == "opposite":
             x[..., half:, :] = -x[..., : case["batch"] - half, :]
         if case["strides"] == "expanded":
