@@ -154,30 +154,13 @@ def neighbor_sums(
 
 
 @triton.jit
-def largest_part(partial, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
-    """The largest of the parts' log-sums, 0 where all are −inf."""
-    top = load_vector(partial, i, row_count, BLOCK_ROWS)
-    for part in range(1, parts):
-        here = partial + part * number(row_count, tl.int64)
-        top = tl.maximum(top, load_vector(here, i, row_count, BLOCK_ROWS))
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def log_sum_of_parts(partial, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
-    """log Σ exp of the parts' log-sums; of one alone itself."""
-    top, z = largest_part(partial, i, row_count, parts, BLOCK_ROWS), tl.zeros([BLOCK_ROWS], tl.float64)
-    for part in range(0, parts):
-        here = partial + part * number(row_count, tl.int64)
-        z += tl.exp(load_vector(here, i, row_count, BLOCK_ROWS) - top)
-    return top + tl.log(z)
-
-
-@triton.jit
 def sum_of_parts(partial, partial_means, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
     """Σ exp of the parts' log-sums as exp(top)·z, and their means, weighted as these say."""
     stride = number(row_count, tl.int64)
-    top = largest_part(partial, i, row_count, parts, BLOCK_ROWS)
+    top = load_vector(partial, i, row_count, BLOCK_ROWS)
+    for part in range(1, parts):
+        top = tl.maximum(top, load_vector(partial + part * stride, i, row_count, BLOCK_ROWS))
+    top = tl.where(top == float("-inf"), 0.0, top)
     z, mean = tl.zeros([BLOCK_ROWS], tl.float64), tl.zeros([BLOCK_ROWS], tl.float64)
     for part in range(0, parts):
         share = tl.exp(load_vector(partial + part * stride, i, row_count, BLOCK_ROWS) - top)
@@ -188,6 +171,7 @@ def sum_of_parts(partial, partial_means, i, row_count, parts, BLOCK_ROWS: tl.con
 
 @triton.jit
 def add_parts(partial, partial_means, log_sums, means, i, row_count, parts, BLOCK_ROWS: tl.constexpr):
+    """The parts' sums as those of all columns."""
     top, z, mean = sum_of_parts(partial, partial_means, i, row_count, parts, BLOCK_ROWS)
     store_vector(log_sums, top + tl.log(z), i, row_count, BLOCK_ROWS)
     store_vector(means, mean, i, row_count, BLOCK_ROWS)
