@@ -1,5 +1,6 @@
 """Log-sums, float64 in every tensor: they are of the logits' size, and their rounding would be one of every weight."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +40,7 @@ def log_sum_shifts(log_sums, shifts, ratios, count, BLOCK_ROWS: tl.constexpr, SU
 def shifts_and_ratios(log_sums: Tensor, rows: Tensor, sum_type) -> tuple[Tensor, Tensor]:
     """``shift_and_ratio`` of all log-sums, in the type of ``rows``, ``sum_type`` in Triton's words."""
     log_sums = log_sums.contiguous()
-    shifts, ratios = rows.new_empty(log_sums.shape), rows.new_empty(log_sums.shape)
+    shifts, ratios = (torch.empty_like(log_sums, dtype=rows.dtype) for _ in range(2))
     count = log_sums.numel()
     with on_device(rows):
         launch(log_sum_shifts, BLOCK_ROWS=BLOCK, SUM=sum_type)((cdiv(count, BLOCK),), log_sums, shifts, ratios, count)

@@ -10,11 +10,9 @@ def several(like: Tensor, count: int, *shape: int, dtype: torch.dtype) -> list[T
     """``count`` tensors in one piece. Each of them must take a multiple of 16 bytes: how its memory is aligned tells
     Triton which kernel to compile.
     """
-    return (
-        [like.new_empty(shape, dtype=dtype)]
-        if count == 1
-        else list(like.new_empty(count, *shape, dtype=dtype).unbind())
-    )
+    if count == 1:
+        return [like.new_empty(*shape, dtype=dtype)]
+    return list(like.new_empty(count, *shape, dtype=dtype).unbind())
 
 
 def of_widths(like: Tensor, widths: Sequence[int], *length: int, dtype: torch.dtype) -> list[Tensor]:

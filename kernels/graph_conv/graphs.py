@@ -220,4 +220,4 @@ def variances(graphs: Sequence[Graph]) -> tuple[Tensor, ...]:
 
 def of_parts(like: Tensor, parts: int, *shape: int) -> Tensor:
     """What a launch writes: a result, or where its columns are divided a partial one of each part."""
-    return like.new_empty(shape if parts == 1 else (parts, *shape))
+    return like.new_empty(*shape) if parts == 1 else like.new_empty(parts, *shape)

@@ -5,6 +5,7 @@ gradients are a launch each.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -163,7 +164,7 @@ class Stages:
     def sums(self, values: Sequence[Tensor], degrees, is_row: bool, terms_of=None) -> list[Tensor]:
         """``terms_of``: the node terms, to be written, and messages, upstream and output."""
         own = self.nodes[0]
-        outputs, count = [own.new_empty(x.shape) for x in values], own.shape[0]
+        outputs, count = [own.new_empty(*x.shape) for x in values], own.shape[0]
         with on_device(values[0]):
             _sums(is_row, terms_of is not None, self.arch, self.product.name)(
                 (small.row_blocks(count), len(values)), tuple(self.nodes), tuple(values), tuple(degrees),
@@ -196,7 +197,7 @@ def graph_conv_backward(
         stages, needs = stages.of(used), [*at(needs, used), *at(needs, [count + k for k in used])]
         upstream, messages, outputs, degrees = (at(x, used) for x in (upstream, messages, outputs, degrees))
         count = len(used)
-    terms = [x.new_empty(x.shape) for x in degrees]
+    terms = [torch.empty_like(x) for x in degrees]
     of_messages = stages.sums(upstream, degrees, is_row, (terms, messages, upstream, outputs))
     gradients = []
     moved = [k for k in range(count) if needs[k]]
@@ -204,7 +205,7 @@ def graph_conv_backward(
         nodes, variances, messages, upstream, degrees, terms = (
             tuple(at(x, moved)) for x in (stages.nodes, stages.inverse_variances, messages, upstream, degrees, terms)
         )
-        gradients = [x.new_empty(x.shape) for x in nodes]
+        gradients = [torch.empty_like(x) for x in nodes]
         with on_device(nodes[0]):
             _gradients(is_row, stages.arch, stages.product.name)(
                 (small.row_blocks(nodes[0].shape[0]), len(nodes)), nodes, messages, upstream, degrees, terms,

@@ -1,5 +1,6 @@
 """node_contrast of small batches: a program per block of rows and stage pair (forward) or stage (backward)."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -178,7 +179,7 @@ def _gradients(S: int, T: int, kept: bool, arch: str, name: str) -> Launch:
 
 def node_contrast_backward(problem, upstream, log_sums, weighted, needs: list[bool]) -> list[Tensor]:
     rows = [*problem.students, *problem.teachers]
-    gradients = [x.new_empty(x.shape) for x, needed in zip(rows, needs, strict=True) if needed]
+    gradients = [torch.empty_like(x) for x, needed in zip(rows, needs, strict=True) if needed]
     if not gradients:
         return []
     with on_device(upstream):

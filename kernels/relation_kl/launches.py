@@ -216,7 +216,7 @@ def _forward(problem: Problem, strip: slice, shifts: Tensor, losses: Tensor, *lo
     pieces = problem.pieces(count, len(rows))
     grid, partial, sum_relations, finish = _sums(problem.shape, count, pieces[0].stop)
     _, parts, groups = grid
-    sums = losses.new_empty(partial)
+    sums = losses.new_empty(*partial)
     if problem.is_wide:
         rows = [x[strip] for x in rows]
     own = _rows_of(rows), _numbers_of(rows)
@@ -299,12 +299,12 @@ def _factors(problem: Problem, side, count: int, scale: Tensor) -> Tensor:
     """The row statistics of one side, [pairs, FACTORS, count]; a side without upstream has none."""
     x, shape = problem.rows[0], (problem.num_pairs, FACTORS.value, count)
     if side is None:
-        factors = x.new_zeros(shape)
+        factors = x.new_zeros(*shape)
         # Any shift will do that keeps the weights finite.
         factors[:, -2:] = problem.outer
         return factors
     upstream, losses, student_log_sums, teacher_log_sums = side
-    factors = x.new_empty(shape)
+    factors = x.new_empty(*shape)
     _row_factors(problem.shape, losses is not None)(
         (cdiv(count, STATISTICS_BLOCK), problem.num_pairs), upstream, upstream if losses is None else losses,
         student_log_sums, teacher_log_sums, factors, scale, count, count, problem.outer, problem.slope,

@@ -1,5 +1,6 @@
 """relation_kl of small batches: a program per block of rows and stage pair (forward) or stage (backward)."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -152,7 +153,7 @@ def _gradients(S: int, T: int, arch: str, product: str) -> Launch:
 
 
 def relation_kl_backward(problem, upstream, losses, student_log_sums, teacher_log_sums, needs) -> list[Tensor]:
-    gradients = [x.new_empty(x.shape) for x, needed in zip(problem.rows, needs, strict=True) if needed]
+    gradients = [torch.empty_like(x) for x, needed in zip(problem.rows, needs, strict=True) if needed]
     if not gradients:
         return []
     with on_device(upstream):

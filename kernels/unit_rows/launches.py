@@ -15,7 +15,7 @@ BLOCK_ROWS, BLOCK_WIDTH = 8, 128
 
 
 def unit_rows(rows: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    units = [x.new_empty(x.shape, dtype=dtype) for x in rows]
+    units = [x.new_empty(*x.shape, dtype=dtype) for x in rows]
     norms = [x.new_empty(x.shape[0]) for x in units]
     kernel, zero = _forward(dtype)
     for x, e, n in _groups(rows, units, norms):
