@@ -73,9 +73,10 @@ def walked_adjacency(
 @triton.jit
 def shares(log_sums, i, count, SHARE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):
     """SHARE·l of these rows in base 2, as a number of the sums' type and its rest: they are of the size 1/σ², so that
-    one rounding would move all weights of a row.
+    one rounding would move all weights of a row. −∞, of a row without others, counts as 0.
     """
     wide = load_vector(log_sums, i, count, BLOCK) * (SHARE * LOG2E)
+    wide = tl.where(wide == float("-inf"), 0.0, wide)
     high = wide.to(SUM)
     return high, (wide - high.to(tl.float64)).to(SUM)
 

