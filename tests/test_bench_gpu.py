@@ -195,6 +195,13 @@ def test_launches_are_counted():
     )
 
 
+def test_launches_that_find_graph_conv_s_powers():
+    """Lengths and powers of messages, and of messages with upstream; then the thirteen that make those of M."""
+    work = Work("H200", "graph_conv", "backward", "bfloat16", 128, 1, 16_384)
+    found = [launches.of(dataclasses.replace(work, dtype=name)) for name in ("float16", "tf32x3")]
+    assert found == [launches.of(work) + 4 + 13] * 2
+
+
 def test_wide_rows_are_predicted_by_their_products_and_their_strips():
     work = Work("H200", "node_contrast", "backward", "bfloat16", 768, 1, 65_536, teachers_wanted=True)
     products = 4 * 2 * 65_536**2 * 768 / (2 * 2048 * 132 * 1.83e9 * 0.64)

@@ -18,7 +18,14 @@ from gkd_fast.kernels.common.log_sums import log_sum_shifts
 from gkd_fast.kernels.common.offline import target
 from gkd_fast.kernels.common.operands import BLOCK_ROWS as OPERAND_ROWS
 from gkd_fast.kernels.common.operands import BLOCK_WIDTH as OPERAND_WIDTH
-from gkd_fast.kernels.common.operands import MOST_PARTS, block_width, round_rows, row_lengths, row_sums
+from gkd_fast.kernels.common.operands import (
+    MOST_PARTS,
+    block_width,
+    length_powers,
+    round_rows,
+    row_lengths,
+    row_sums,
+)  # fmt: skip
 from gkd_fast.kernels.common.row_maxima import row_maxima_kernel
 from gkd_fast.kernels.common.strips import MOST_ROWS
 from gkd_fast.kernels.common.table import MULTIPROCESSORS, polynomials, sharing, teachers_at_once, tiles
@@ -267,6 +274,8 @@ class _Builder:
             constants = {"SUM": self.product.SUM, "ROWS": OPERAND_ROWS, "WIDTH": OPERAND_WIDTH}
             lists = dict.fromkeys(("rows", "dims"), stages)
             yield self._small("graph_conv", row_lengths, "forward", constants, lists, OPERAND_ROWS, stages)
+            constants = {"LONGEST": self.product.longest, "PARTS": MOST_PARTS}
+            yield self._small("graph_conv", length_powers, "forward", constants, {}, OPERAND_ROWS, stages)
         names = (
             "nodes", "numbers", "column_nodes", "column_numbers", "degrees", "inverse_variances", "values", "centres",
             "row_degrees", "outputs", "sums", "powers", "widths", "messages", "upstream", "column_messages",

@@ -25,7 +25,7 @@ from gkd_fast.kernels.common import memory
 from gkd_fast.kernels.common.launch import PRODUCTS, Product, cdiv, lengthened, on_device, padded_width
 from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
-from gkd_fast.kernels.common.tile import COUNTS, SPLIT_UNIT, as_block, convert, load_tile, number, pick
+from gkd_fast.kernels.common.tile import COUNTS, SPLIT_UNIT, as_block, convert, load_tile, number, pick, power_of_two
 
 # Operands are whole tiles of any size.
 ROW_MULTIPLE = 128
@@ -34,6 +34,7 @@ MOST_PARTS = 32
 BLOCK_ROWS, BLOCK_WIDTH = 32, 64
 # Operands that a forward pass leaves to its backward pass take at most this.
 KEPT_BYTES = 16 * 2**20
+POWER_STRIDE = tl.constexpr(4)
 
 # Bits of a stage's kind: its numbers are products with another centre; its rows have factors; they have a power; those
 # products are of the rows as they are rounded.
@@ -105,6 +106,14 @@ def row_lengths(
             squares += tl.sum(piece * piece, 1)
         longest = tl.maximum(longest, squares)
     tl.store(lengths + stage * parts + part, tl.sqrt(tl.max(longest, 0)))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def length_powers(lengths, powers, parts, LONGEST: tl.constexpr, PARTS: tl.constexpr):
+    """powers[stage, 0]: that of two which brings the longest of a stage's parts, [stages, parts], to LONGEST."""
+    stage, part = tl.program_id(0), tl.arange(0, PARTS)
+    longest = tl.max(tl.load(lengths + stage * parts + part, mask=part < parts, other=0), 0)
+    tl.store(powers + stage * POWER_STRIDE, power_of_two(longest, LONGEST))
 
 
 @triton.jit
@@ -199,6 +208,11 @@ def _row_lengths(name: str) -> Launch:
 
 
 @planned
+def _length_powers(name: str) -> Launch:
+    return launch(length_powers, LONGEST=PRODUCTS[name].longest, PARTS=MOST_PARTS)
+
+
+@planned
 def _round_rows(name: str, is_centred: bool) -> Launch:
     product = PRODUCTS[name]
     return launch(
@@ -236,6 +250,16 @@ def longest_rows(stages: Sequence[Tensor], product: Product, places: int = 0) ->
             (parts, len(stages)), *lengthened(places, stages, [x.shape[1] for x in stages]), lengths, count, parts
         )
     return lengths
+
+
+def powers_of(lengths: Tensor, product: Product) -> list[Tensor]:
+    """Powers of two, 0-dim, that bring each stage's longest row (``longest_rows``) to what the product's type takes."""
+    stages, parts = lengths.shape
+    # Each begins at a multiple of 16 bytes: for other addresses Triton has other kernels.
+    powers = lengths.new_empty(stages, POWER_STRIDE.value)
+    with on_device(lengths):
+        _length_powers(product.name)((stages,), lengths, powers, parts)
+    return list(powers[:, 0].unbind())
 
 
 def operands(

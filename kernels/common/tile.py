@@ -291,6 +291,13 @@ def row_powers(x):
 
 
 @triton.jit
+def power_of_two(bound, LARGEST: tl.constexpr):
+    """``launch.power_of_two`` of a float32 number."""
+    ratio = LARGEST / tl.minimum(tl.maximum(bound, 2.0**-60), 2.0**60)
+    return (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def add_tile_product(
     rows, columns, i, j, row_count, column_count, dim, total, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,

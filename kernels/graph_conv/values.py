@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gkd_fast.kernels.common.launch import Product, matrices, power_of_two
-from gkd_fast.kernels.common.operands import Operand, longest_rows, means, operands
+from gkd_fast.kernels.common.operands import Operand, longest_rows, means, operands, powers_of
 from gkd_fast.kernels.graph_conv.graphs import Graph, kinds_of
 
 # Factors of a value's row, as in ``tiles``.
@@ -140,23 +140,21 @@ def _powers(values: Sequence[Sequence[Tensor | None]], products: Sequence[Produc
     if limited:
         product = products[limited[0]]
         lengths = _longest([[x for x in values[k] if x is not None] for k in limited], product, places)
-        # Each begins at a multiple of 16 bytes: for other addresses Triton has other kernels.
-        apart = lengths.new_empty(len(limited), 16 // lengths.element_size())
-        apart[:, 0] = power_of_two(lengths, product.longest)
-        for k, power in zip(limited, apart[:, 0].unbind(), strict=True):
+        for k, power in zip(limited, powers_of(lengths, product), strict=True):
             powers[k] = power
     return powers
 
 
 def _longest(values: Sequence[Sequence[Tensor]], product: Product, places: int) -> Tensor:
-    """The length of the longest row of each place's matrices, of the rows and of some places also of the columns."""
-    found = longest_rows([of_place[0] for of_place in values], product, places).amax(dim=1)
+    """``longest_rows`` of each place's matrices, of the rows and of some places also of the columns."""
+    found = longest_rows([of_place[0] for of_place in values], product, places)
     both = [of_place[1] for of_place in values if len(of_place) > 1]
     if not both:
         return found
     others = iter(longest_rows(both, product, places).amax(dim=1).unbind())
-    of_both = zip(found.unbind(), values, strict=True)
-    return torch.stack([torch.maximum(x, next(others)) if len(of_place) > 1 else x for x, of_place in of_both])
+    of_both = zip(found.amax(dim=1).unbind(), values, strict=True)
+    longest = [torch.maximum(x, next(others)) if len(of_place) > 1 else x for x, of_place in of_both]
+    return torch.stack(longest)[:, None]
 
 
 def value_powers(
