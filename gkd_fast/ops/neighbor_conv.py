@@ -83,6 +83,7 @@ from gkd_fast.ops.autograd import (
     register_autograd,
     scatter,
 )  # fmt: skip
+from gkd_fast.ops.backends import has_kernels
 from gkd_fast.ops.columns import Columns
 from gkd_fast.ops.joined import Call, Op, on_unit_rows
 from gkd_fast.ops.neighbor_conv_columns import NeighborConv, gradients_of_rows, second_order
@@ -260,7 +261,8 @@ def neighbor_conv(
     if columns is None:
         call = Call(_OP, settings, kept.keeps((nodes, messages)))
         return on_unit_rows([call], [nodes], [messages], dtype)[0]
-    if not columns.whole:
-        # Blocks are rounded about centres of their own: what a pair has in common on two ranks would differ.
+    if not (columns.whole and has_kernels("neighbor_conv_terms", nodes.device)):
+        # Node terms would not be of the rounded rows; and blocks are rounded about centres of their own: what a pair
+        # has in common on two ranks would differ.
         settings = inverse_variance, normalization, "float32"
     return NeighborConv.apply(columns, *unit_rows([nodes], dtype), messages, *settings)

@@ -145,6 +145,14 @@ def gradient_of_pairs(group, pairs, normalization, backend, budget):
     return torch.autograd.grad(output, nodes, 3 + upstream[own])[0]
 
 
+@pytest.mark.parametrize("budget", [float("inf"), 0])
+@pytest.mark.parametrize("normalization", ["symmetric", "row"])
+def test_nodes_of_one_neighbor_on_another_rank_have_no_gradient(pool, normalization, budget):
+    """It is 1/σ² times the difference of what two ranks make of the same rows."""
+    for gradient in pool.run(gradient_of_pairs, 40, normalization, "cpp", budget, ranks=2):
+        assert gradient.abs().max() <= 16 * torch.finfo(torch.float32).eps / 0.01**2
+
+
 def _alone(group, name, dtype, counts, backend, budget):
     rank = torch.distributed.get_rank(group)
     own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
