@@ -30,9 +30,13 @@ test-kernels: install
 	GKD_FAST_COMPILE_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py $(if $(CASES),-k '$(CASES)')
 
 # The oldest PyTorch and Triton, in an environment and a copy of the sources of their own, since the extension is built
-# for one PyTorch: the tests of the ops and of the loss, all kernels interpreted, and Hopper's compiled.
+# for one PyTorch: the tests of the ops and of the loss; of the interpreted kernels the types of every op, how it divides
+# its columns, column sets, the second order, strips, small batches and the public functions, or with INTERPRETED= all;
+# Hopper's, compiled.
 OLDEST := .venv-oldest
 OLDEST_TREE := build/oldest
+INTERPRETED ?= test_types or divi or column_sets or agrees_with_the_reference or test_strips or test_small_batches \
+	or test_public
 $(OLDEST)/installed: constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt \
@@ -40,13 +44,14 @@ $(OLDEST)/installed: constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/installed
-	mkdir -p $(OLDEST_TREE)
+	mkdir -p $(OLDEST_TREE) && rm -rf $(OLDEST_TREE)/tests
 	tar c --exclude='*.so' --exclude='__pycache__' --exclude=gkd_fast/_C.torch-version.txt \
 		bench configs csrc gkd_fast kernels pyproject.toml README.md setup.py tests | tar x -C $(OLDEST_TREE)
 	cd $(OLDEST_TREE) && PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python setup.py -q build_ext --inplace
-	cd $(OLDEST_TREE) && $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(OP_TESTS) \
-		tests/test_functional.py tests/test_gradcheck.py tests/test_loss.py tests/gpu
-	cd $(OLDEST_TREE) && TRITON_INTERPRET=1 $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/kernels/interpreted
+	cd $(OLDEST_TREE) && $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(OP_TESTS) $(addprefix tests/,\
+		test_functional.py test_gradcheck.py test_loss.py test_relations.py test_rkd_angle.py test_info_nce.py test_tokens.py)
+	cd $(OLDEST_TREE) && TRITON_INTERPRET=1 $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/kernels/interpreted \
+		-k '$(INTERPRETED)'
 	cd $(OLDEST_TREE) && $(CURDIR)/$(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/kernels/test_compile.py \
 		-k 'exemptions or (bfloat16 and sm_90)'
 
@@ -72,7 +77,7 @@ test-ptx: install
 	GKD_FAST_PTX_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/test_ptx.py
 
 OP_TESTS := $(addprefix tests/,test_ops.py test_unit_rows.py test_relation_kl.py test_node_contrast.py \
-	test_graph_conv.py test_affinities.py test_bfloat16.py test_second_order.py)
+	test_graph_conv.py test_neighbor_conv.py test_affinities.py test_bfloat16.py test_second_order.py)
 
 # The site, in build/site; what does not fit together is an error.
 docs: install
