@@ -6,7 +6,7 @@ from dataclasses import replace
 import triton
 
 from gkd_fast.kernels.common import small
-from gkd_fast.kernels.graph_conv.launches import TERMS_ROWS, TERMS_WIDTH
+from gkd_fast.kernels.graph_conv.launches import PARTS_WIDTH, TERMS_ROWS
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_strip, graph_sums
 from gkd_fast.kernels.graph_conv.values import ONE
 from gkd_fast.kernels.neighbor_conv import bandwidths
@@ -48,7 +48,7 @@ def _terms(build, lists: dict, stages: int):
     product = build.product
     constants = {
         "SYMMETRIC": True, "ADDS": True, "SCALED": product.limited, "SPLIT": product.split, "BLOCK_ROWS": TERMS_ROWS,
-        "BLOCK_WIDTH": TERMS_WIDTH, "SUM": product.SUM,
+        "BLOCK_WIDTH": PARTS_WIDTH, "SUM": product.SUM,
     }  # fmt: skip
     of_product = ("upstream", "messages")
     return build._small(OP, neighbor_terms, "backward", constants, lists, TERMS_ROWS, stages, None, of_product)

@@ -21,7 +21,7 @@ from gkd_fast.kernels.graph_conv.graphs import (
     variances,
     walk_of,
 )  # fmt: skip
-from gkd_fast.kernels.graph_conv.launches import TERMS_ROWS, TERMS_WIDTH, at, complete, sums_of_kind
+from gkd_fast.kernels.graph_conv.launches import PARTS_WIDTH, TERMS_ROWS, at, complete, sums_of_kind
 from gkd_fast.kernels.graph_conv.values import ONE, Side, Values, both_values, convolved_values, value_powers
 from gkd_fast.kernels.neighbor_conv import small, strips
 from gkd_fast.kernels.neighbor_conv.tiles import neighbor_gradients, neighbor_terms
@@ -190,7 +190,7 @@ def _terms_launch(symmetric: bool, adds: bool, name: str) -> Launch:
     product = PRODUCTS[name]
     return launch(
         neighbor_terms, SYMMETRIC=symmetric, ADDS=adds, SCALED=product.limited, SPLIT=product.split,
-        BLOCK_ROWS=TERMS_ROWS, BLOCK_WIDTH=TERMS_WIDTH, SUM=product.SUM,
+        BLOCK_ROWS=TERMS_ROWS, BLOCK_WIDTH=PARTS_WIDTH, SUM=product.SUM,
     )  # fmt: skip
 
 
