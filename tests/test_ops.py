@@ -98,6 +98,8 @@ def op_calls() -> list[tuple[str, tuple]]:
         ("neighbor_conv", (columns, column_messages, log_sums[2:5], variance, "row", "float64", x, messages, 2)),
         ("neighbor_conv_keep", (x, messages, *of_others)),
         ("neighbor_conv_backward", (messages, x, messages, log_sums, rates, *of_others)),
+        ("neighbor_conv_terms", (messages, messages, others, others, "float64")),
+        ("neighbor_conv_terms", (messages, messages, others, None, "float64", messages, messages)),
         ("neighbor_conv_gradients", (messages, x, messages, others, log_sums, *of_others, both)),
         ("neighbor_sums_tangent", (x, tangent, log_sums, variance, "float64")),
         ("neighbor_conv_tangent", (x, tangent, messages, messages, log_sums, rates, *of_others)),

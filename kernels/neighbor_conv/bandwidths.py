@@ -67,8 +67,9 @@ def next_step(n, change, neighbors, t, low, high, before, slope_before, has_befo
     n = tl.maximum(n, 1.0)
     slope = tl.maximum(-change / n, exact(FLATTEST))
     distance = tl.log(n / neighbors)
-    shown = tl.log(slope / slope_before) / (t - before)
-    is_shown = (shown >= exact(-0.1)) & (shown - shown == 0) & has_before
+    has_moved = has_before & (t != before)
+    shown = tl.log(slope / tl.where(has_moved, slope_before, slope)) / tl.where(has_moved, t - before, 1.0)
+    is_shown = (shown >= exact(-0.1)) & (shown - shown == 0) & has_moved
     growth = tl.where(is_shown, within(shown, 0.0, STEEPEST), STEEPEST)
     growth = tl.where(distance > exact(LN8), tl.maximum(growth, 1.0), growth)
     low, high = tl.where(distance > 0, t, low), tl.where(distance > 0, high, t)

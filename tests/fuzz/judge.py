@@ -201,6 +201,8 @@ def _autocast(case: dict, fused: Callable, definition: Callable, inputs: list[Te
     share = 2e-2 if min(case["widths"]) >= 16 else 4e-2
     absolute = LUCK * SINGLE * gain
     if case["function"] == "graph_conv":
+        # Where weights are 1, products of upstream and messages, of the size √K, cancel.
+        absolute = max(LUCK, 2 * max(case["widths"][1::2]) ** 0.5) * SINGLE * gain
         # Means over nodes of numbers of the size 1, which may cancel where their roundings do not.
         absolute += torch.finfo(torch.bfloat16).eps / case["batch"] ** 0.5
     found = results(fused, inputs)
