@@ -39,10 +39,10 @@ def along_rounded(
     """a_i·b_i of a tile of b at columns k …, a the rows as the operand has them; stride: its columns."""
     row, column = i + tl.arange(0, BLOCK_ROWS), k + tl.arange(0, BLOCK_WIDTH)
     mask = (row[:, None] < row_count) & (column[None, :] < width)
-    place = operand + row.to(tl.int64)[:, None] * (stride * (2 if SPLIT else 1)) + column[None, :]
-    a = tl.load(place, mask=mask, other=0).to(SUM)
+    place = row.to(tl.int64)[:, None] * (stride * (2 if SPLIT else 1)) + column[None, :]
+    a = tl.load(operand + place, mask=mask, other=0).to(SUM)
     if SPLIT:
-        a = (a + tl.load(place + stride, mask=mask, other=0).to(SUM)) * (1 / SPLIT_UNIT)
+        a = (a + tl.load(operand + stride + place, mask=mask, other=0).to(SUM)) * (1 / SPLIT_UNIT)
     if SCALED:
         a = a / tl.load(power)
     a += tl.load(centre + column, mask=column < width, other=0)[None, :]
