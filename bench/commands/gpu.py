@@ -43,8 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
         found = session.kept(targets.predictions([target.work() for target in targets.TARGETS]))
         predicted = {"predicted": found, "predicted_at": machine.commit()}
         files.write(predicted_file, session.SCHEMA, predicted)
-        content = files.read(arguments.json, session.SCHEMA) if arguments.json.exists() else {"times": []}
-        write(arguments.markdown, content | predicted, console)
+        # gpu-static keeps what it found in the same file.
+        content = files.read(arguments.json, session.SCHEMA) if arguments.json.exists() else {}
+        write(arguments.markdown, {"times": []} | content | predicted, console)
         return 0
     if not torch.cuda.is_available():
         console.print("no run: no CUDA device here (torch.cuda.is_available() is False); --fill needs none")
