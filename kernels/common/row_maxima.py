@@ -38,12 +38,16 @@ def row_maxima_kernel(
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_ROWS
     LOADED: tl.constexpr = SUM if is_split(PRECISION) else TYPE
-    UNIT: tl.constexpr = SPLIT_UNIT if is_split(PRECISION) else 1
-    own = as_block(load_rows(rows, i, row_count, dim, BLOCK_ROWS, WIDTH, LOADED) * UNIT, TYPE, PRECISION)
+    own = load_rows(rows, i, row_count, dim, BLOCK_ROWS, WIDTH, LOADED)
+    if is_split(PRECISION):
+        own *= SPLIT_UNIT
+    own = as_block(own, TYPE, PRECISION)
     largest = tl.full([BLOCK_ROWS], -1e30, SUM)
     for j in range(0, column_count, BLOCK_COLUMNS):
         other = load_rows(columns, j, column_count, dim, BLOCK_COLUMNS, WIDTH, LOADED)
-        c = inner_products(own, as_block(other * UNIT, TYPE, PRECISION), PRECISION)
+        if is_split(PRECISION):
+            other *= SPLIT_UNIT
+        c = inner_products(own, as_block(other, TYPE, PRECISION), PRECISION)
         if EXCEPT_OWN:
             c = replace_diagonal(c, i, j, offset, -1e30, BLOCK_ROWS, BLOCK_COLUMNS)
         c = replace_missing(c, j, column_count, -1e30, BLOCK_COLUMNS)
