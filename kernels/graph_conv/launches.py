@@ -23,6 +23,7 @@ from gkd_fast.kernels.graph_conv.graphs import (
     variances,
     walk_of,
 )  # fmt: skip
+from gkd_fast.kernels.graph_conv.small import at
 from gkd_fast.kernels.graph_conv.tiles import graph_degree_sums, graph_gradients, graph_parts, graph_sums, graph_terms
 from gkd_fast.kernels.graph_conv.values import (
     INVERSE,
@@ -259,10 +260,6 @@ def convolution_gradients(
         for k, gradient in zip(moved, found, strict=True):
             of_nodes[k] = gradient
     return of_nodes, [x if wanted else None for x, (_, wanted) in zip(of_messages, needs, strict=True)]
-
-
-def at(places: Sequence[int], *lists: Sequence) -> list[list]:
-    return [[values[k] for k in places] for values in lists]
 
 
 def _factors(sides: Sequence[Side], is_row: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:

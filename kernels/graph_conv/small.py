@@ -2,7 +2,7 @@
 gradients are a launch each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,6 +152,11 @@ def _gradients(is_row: bool, arch: str, product: str) -> Launch:
     return launch(graph_small_gradients, SYMMETRIC=not is_row, **small.gradient_constants(arch, PRODUCTS[product]))
 
 
+def at(places: Sequence[int], *lists: Sequence) -> list[list]:
+    """The entries at these places of every list."""
+    return [[values[k] for k in places] for values in lists]
+
+
 @dataclass(frozen=True)
 class Stages:
     """Unit rows of one number and type, 1/σ² of each stage, and how products are made."""
@@ -174,9 +179,8 @@ class Stages:
         return outputs
 
     def of(self, places: Sequence[int]) -> "Stages":
-        return replace(
-            self, nodes=at(self.nodes, places), inverse_variances=at(self.inverse_variances, places)
-        )  # fmt: skip
+        nodes, variances = at(places, self.nodes, self.inverse_variances)
+        return replace(self, nodes=nodes, inverse_variances=variances)
 
 
 def graph_conv(stages: Stages, messages: Sequence[Tensor], is_row: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -189,31 +193,41 @@ def graph_conv_backward(
     stages: Stages, upstream, messages, outputs, degrees, is_row: bool, needs: Sequence[bool]
 ) -> list[Tensor]:
     """``needs``: of all stages' nodes, then of their messages."""
-    count = len(messages)
+
+    def convolve(stages, terms, upstream, messages, outputs, degrees):
+        return stages.sums(upstream, degrees, is_row, (terms, messages, upstream, outputs))
+
+    def move(stages, terms, upstream, messages, outputs, degrees):
+        nodes, gradients = tuple(stages.nodes), tuple([torch.empty_like(x) for x in stages.nodes])
+        with on_device(nodes[0]):
+            _gradients(is_row, stages.arch, stages.product.name)(
+                (small.row_blocks(nodes[0].shape[0]), len(nodes)), nodes, tuple(messages), tuple(upstream),
+                tuple(degrees), tuple(terms), gradients, tuple(stages.inverse_variances),
+                tuple([x.shape[1] for x in nodes]), tuple([x.shape[1] for x in messages]), nodes[0].shape[0],
+            )  # fmt: skip
+        return list(gradients)
+
+    return backward(stages, (upstream, messages, outputs, degrees), needs, convolve, move)
+
+
+def backward(
+    stages: Stages, rows: Sequence[Sequence[Tensor]], needs: Sequence[bool], convolve: Callable, move: Callable
+) -> list[Tensor]:
+    """The gradients of all stages' nodes, then of their messages, those that ``needs`` asks for.
+
+    Args:
+        rows: upstream, messages, outputs, and what else the launches read of every stage.
+        convolve: of stages, their node terms, which it writes, and ``rows``: the messages' gradients.
+        move: of the same, with terms that are written: the nodes' gradients.
+    """
+    count = len(stages.nodes)
     used = [k for k in range(count) if needs[k] or needs[count + k]]
     if not used:
         return []
     if len(used) < count:
-        stages, needs = stages.of(used), [*at(needs, used), *at(needs, [count + k for k in used])]
-        upstream, messages, outputs, degrees = (at(x, used) for x in (upstream, messages, outputs, degrees))
-        count = len(used)
-    terms = [torch.empty_like(x) for x in degrees]
-    of_messages = stages.sums(upstream, degrees, is_row, (terms, messages, upstream, outputs))
-    gradients = []
-    moved = [k for k in range(count) if needs[k]]
-    if moved:
-        nodes, variances, messages, upstream, degrees, terms = (
-            tuple(at(x, moved)) for x in (stages.nodes, stages.inverse_variances, messages, upstream, degrees, terms)
-        )
-        gradients = [torch.empty_like(x) for x in nodes]
-        with on_device(nodes[0]):
-            _gradients(is_row, stages.arch, stages.product.name)(
-                (small.row_blocks(nodes[0].shape[0]), len(nodes)), nodes, messages, upstream, degrees, terms,
-                tuple(gradients), variances, tuple([x.shape[1] for x in nodes]), tuple([x.shape[1] for x in messages]),
-                nodes[0].shape[0],
-            )  # fmt: skip
-    return gradients + [x for k, x in enumerate(of_messages) if needs[count + k]]
-
-
-def at(values: Sequence, places: Sequence[int]) -> list:
-    return [values[k] for k in places]
+        stages, rows = stages.of(used), at(used, *rows)
+    terms = [x.new_empty(x.shape[0]) for x in stages.nodes]
+    of_messages = convolve(stages, terms, *rows)
+    moved = [place for place, k in enumerate(used) if needs[k]]
+    of_nodes = move(stages.of(moved), *at(moved, terms, *rows)) if moved else []
+    return of_nodes + [x for k, x in zip(used, of_messages, strict=True) if needs[count + k]]

@@ -68,7 +68,7 @@ def kernel_sums(
     with on_device(graph.nodes):
         for strip in row_strips(graph.row_count, max(graph.dim, width)):
             pieces, parts = _pieces(graph, strip, 1)
-            of_rounded = torch.empty_like(parts)
+            of_rounded = torch.empty_like(parts) if keeps else parts
             for piece in pieces:
                 weights = _strip(graph, rows, columns, strip, piece, parts, of_rounded, others=others)
                 if values is not None:

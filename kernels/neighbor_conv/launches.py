@@ -1,4 +1,4 @@
-"""neighbor_conv on GPUs: graph_conv's launches with the log-sums in their graphs' numbers, and those of ``tiles``."""
+"""neighbor_conv on GPUs: graph_conv's launches with the log-sums in their exponents, and those of ``tiles``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from gkd_fast.kernels.graph_conv.graphs import (
     variances,
     walk_of,
 )  # fmt: skip
-from gkd_fast.kernels.graph_conv.launches import PARTS_WIDTH, TERMS_ROWS, at, complete, sums_of_kind
+from gkd_fast.kernels.graph_conv.launches import PARTS_WIDTH, TERMS_ROWS, complete, sums_of_kind
+from gkd_fast.kernels.graph_conv.small import at
 from gkd_fast.kernels.graph_conv.values import ONE, Side, Values, both_values, convolved_values, value_powers
 from gkd_fast.kernels.neighbor_conv import small, strips
 from gkd_fast.kernels.neighbor_conv.tiles import neighbor_gradients, neighbor_terms

@@ -12,7 +12,8 @@ from gkd_fast.kernels.common.launcher import Launch, launch
 from gkd_fast.kernels.common.plan import planned
 from gkd_fast.kernels.common.small import centred_product, negative_distances, rounded_tile, store_weighted
 from gkd_fast.kernels.common.tile import COUNTS, load_tile, load_vector, pick, store_vector
-from gkd_fast.kernels.graph_conv.small import Stages, at
+from gkd_fast.kernels.graph_conv import small as small_graphs
+from gkd_fast.kernels.graph_conv.small import Stages
 from gkd_fast.kernels.graph_conv.tiles import LOG2E, adjacency, less_shares, shares
 from gkd_fast.kernels.neighbor_conv.tiles import gradient_weights, half_exponentials
 
@@ -139,19 +140,11 @@ def backward(
 
     shares: of the transposed normalization.
     """
-    count = len(messages)
-    used = [k for k in range(count) if needs[k] or needs[count + k]]
-    if not used:
-        return []
-    if len(used) < count:
-        stages, needs = stages.of(used), [*at(needs, used), *at(needs, [count + k for k in used])]
-        upstream, messages, outputs, log_sums = (at(x, used) for x in (upstream, messages, outputs, log_sums))
-        count = len(used)
-    terms = [x.new_empty(x.shape[0]) for x in stages.nodes]
-    of_messages = weighted(stages, upstream, log_sums, shares, (terms, messages, outputs))
-    gradients = []
-    moved = [k for k in range(count) if needs[k]]
-    if moved:
-        own = (at(x, moved) for x in (upstream, messages, log_sums, terms))
-        gradients = nodes_gradients(stages.of(moved), *own, shares[0] == shares[1])
-    return gradients + [x for k, x in enumerate(of_messages) if needs[count + k]]
+
+    def convolve(stages, terms, upstream, messages, outputs, log_sums):
+        return weighted(stages, upstream, log_sums, shares, (terms, messages, outputs))
+
+    def move(stages, terms, upstream, messages, outputs, log_sums):
+        return nodes_gradients(stages, upstream, messages, log_sums, terms, shares[0] == shares[1])
+
+    return small_graphs.backward(stages, (upstream, messages, outputs, log_sums), needs, convolve, move)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gkd_fast.kernels.common.launch import FLOATING, matrices, rows_of
 from gkd_fast.kernels.common.operands import Prepared
-from gkd_fast.kernels.graph_conv.launches import at
+from gkd_fast.kernels.graph_conv.small import at
 from gkd_fast.kernels.graph_conv.stages import graphs_of, small_stages
 from gkd_fast.kernels.graph_conv.values import Side
 from gkd_fast.kernels.neighbor_conv import small as small_batches
